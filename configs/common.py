@@ -1,0 +1,128 @@
+"""Every field of a configuration, with the paper's values (section 4), and the argument string."""
+
+import ml_collections
+
+from convstem_jax.validate import unknown_field
+
+# Learning rate and weight decay. AdamW: section 6; SGD: section 5, tuned at 50 epochs (Table 4).
+# The paper trains 36GF and 72GF with AdamW only, and 72GF only on ImageNet-21k.
+SETTINGS = {
+    ("vitp", "1gf", "adamw"): (1e-3, 0.24),
+    ("vitp", "4gf", "adamw"): (1e-3, 0.24),
+    ("vitp", "18gf", "adamw"): (1e-3, 0.24),
+    ("vitp", "36gf", "adamw"): (6e-4, 0.28),
+    ("vitp", "1gf", "sgd"): (1.9, 1.3e-5),
+    ("vitp", "4gf", "sgd"): (1.9, 1.3e-5),
+    ("vitp", "18gf", "sgd"): (1.1, 1.2e-5),
+    ("vitc", "1gf", "adamw"): (1e-3, 0.24),
+    ("vitc", "4gf", "adamw"): (1e-3, 0.24),
+    ("vitc", "18gf", "adamw"): (1e-3, 0.24),
+    ("vitc", "36gf", "adamw"): (6e-4, 0.28),
+    ("vitc", "1gf", "sgd"): (1.9, 1.3e-5),
+    ("vitc", "4gf", "sgd"): (1.3, 2.2e-5),
+    ("vitc", "18gf", "sgd"): (1.1, 2.7e-5),
+}
+
+
+def imagenet(family: str, arg: str) -> ml_collections.ConfigDict:
+    """The paper's recipe on ImageNet-1k for `family`, `vitp` or `vitc`.
+
+    Args:
+        family: first half of the model's name.
+        arg: size, optimiser and fields, in any order: `4gf`, `18gf,sgd`, `1gf,epochs=50`. Without
+            them: 4gf, adamw.
+
+    Raises:
+        ValueError: a word of `arg` means nothing, or the paper has no such setting.
+    """
+    words, fields = parse(arg)
+    size, optimizer = "4gf", "adamw"
+    for word in words:
+        if any(word == key[1] for key in SETTINGS):
+            size = word
+        elif any(word == key[2] for key in SETTINGS):
+            optimizer = word
+        else:
+            sizes = ", ".join(dict.fromkeys(key[1] for key in SETTINGS))
+            raise ValueError(
+                f"'{word}' in the config's argument '{arg}' is neither a size ({sizes}) nor an "
+                "optimiser (adamw, sgd) nor FIELD=VALUE"
+            )
+    config = base()
+    config.model = f"{family}_{size}"
+    config.optimizer = optimizer
+    if (family, size, optimizer) in SETTINGS:
+        config.lr, config.wd = SETTINGS[family, size, optimizer]
+    elif not {"lr", "wd"} <= fields.keys():
+        raise ValueError(
+            f"the paper has no {optimizer} setting for {family} {size}: give both, as in "
+            f"'{size},{optimizer},lr=1.1,wd=2e-5'"
+        )
+    set_fields(config, fields)
+    return config
+
+
+def parse(arg: str) -> tuple[list[str], dict[str, str]]:
+    """Splits `a,b,x=1` into the words and the fields."""
+    parts = [part.strip() for part in arg.split(",") if part.strip()]
+    fields = dict(part.split("=", 1) for part in parts if "=" in part)
+    return [part for part in parts if "=" not in part], fields
+
+
+def set_fields(config: ml_collections.ConfigDict, fields: dict[str, str]) -> None:
+    """Sets numbers, flags and words from an argument string; the types stay what they are."""
+    for name, text in fields.items():
+        if name not in config:
+            raise unknown_field(name, config)
+        kind = type(config[name])
+        if kind not in (int, float, str):
+            raise ValueError(f"'{name}' cannot be set here: use --config.{name}={text}")
+        config[name] = kind(text)
+
+
+def base() -> ml_collections.ConfigDict:
+    """The fields that all configurations share."""
+    config = ml_collections.ConfigDict()
+
+    # Model
+    config.model = "vitc_4gf"  # a key of convstem_jax.models.MODELS
+    config.dtype = "bfloat16"  # of the computation: bfloat16 or float32; parameters are float32
+
+    # Optimisation
+    config.optimizer = "adamw"  # adamw or sgd
+    config.lr = 1e-3  # base learning rate, for the whole batch
+    config.wd = 0.24  # weight decay
+    config.batch_size = 2048  # over all devices
+    config.accumulate = 1  # micro-batches that one update averages, where memory is short
+    config.epochs = 100.0
+    config.warmup_epochs = 5.0
+    config.label_smoothing = 0.1
+    config.ema_alpha = 1e-5  # per example and epoch: see optim.ema_rate
+    config.ema_every = 32  # steps between two updates of the EMA
+    config.seed = 0  # of the initialisation, the order of the data and the augmentation
+
+    # Data
+    config.dataset = "imagenet2012"
+    config.data_dir = "~/tensorflow_datasets"
+    config.train_split = "train"
+    config.eval_split = "validation"
+    config.image_size = 224
+    config.eval_resize = 256  # short side before the centre crop
+    config.min_crop_area = 0.08  # of the random resized crop; 1.0 crops nothing
+    config.flip = True
+    config.mean = (0.485, 0.456, 0.406)  # of the channels, in [0, 1]
+    config.std = (0.229, 0.224, 0.225)
+
+    # Input speed; no batch depends on it
+    config.num_workers = 8  # processes that decode; 0 for threads of the main process
+    config.num_threads = 4  # reading threads in each of them
+    config.read_ahead = 2  # batches ready on the host, for each worker
+    config.prefetch = 2  # batches ready on the devices
+
+    # Evaluation and records
+    config.eval_batch_size = 2048
+    config.eval_every_epochs = 5.0
+    config.log_every_steps = 100
+    config.checkpoint_every_steps = 1000
+    config.keep_checkpoints = 2  # latest ones, beside the best
+    return config

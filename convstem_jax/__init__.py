@@ -1,0 +1,7 @@
+"""Vision transformers with a convolutional stem, after Xiao et al., NeurIPS 2021."""
+
+from convstem_jax.models import create_model
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "create_model"]

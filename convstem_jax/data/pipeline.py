@@ -1,0 +1,139 @@
+"""Batches on the devices, by Grain: shuffle, augment, batch, shard by process, prefetch.
+
+Grain addresses every batch by its number, so the order depends on the seed alone: not on the number
+of processes, workers or threads, nor on where a run was interrupted.
+"""
+
+import dataclasses
+import functools
+
+from absl import flags
+import grain
+import jax
+import numpy as np
+
+from convstem_jax.data import augment
+from convstem_jax.data.sources import Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How hard the host works: none of it changes a batch."""
+
+    num_workers: int  # processes that decode and augment; 0 for threads of this process only
+    num_threads: int  # reading threads, in each worker
+    read_ahead: int  # batches that are ready on the host
+    prefetch: int  # batches that are on the devices ahead of the step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop and flip where asked for; a plain resize otherwise."""
+
+    image_size: int
+    min_area: float  # of the random crop; 1 crops nothing
+    flip: bool
+
+    def __call__(self, example: dict, rng: np.random.Generator) -> dict:
+        """Transforms one example; `rng` is its own."""
+        image, size = example["image"], self.image_size
+        if self.min_area < 1:
+            image = augment.random_resized_crop(image, rng, size=size, min_area=self.min_area)
+        else:
+            image = augment.center_crop(image, resize=size, size=size)
+        if self.flip:
+            image = augment.random_flip(image, rng)
+        return example | {"image": image}
+
+
+def train_batches(
+    split: Split,
+    transform: TrainTransform,
+    *,
+    batch_size: int,
+    seed: int,
+    sharding: jax.sharding.Sharding,
+    reading: Reading,
+    first_step: int = 0,
+) -> grain.DatasetIterator:
+    """Endless shuffled batches `{"image": uint8 [N, H, W, 3], "label": int32 [N]}`.
+
+    Every epoch is a new permutation of the whole split, and batches run across the boundary
+    between two epochs. Batch k is the same whatever `first_step` is, which is what makes resuming
+    exact: the state of the input is the number of the next batch. (Grain's own iterator state says
+    the same, but only fits the number of workers that it was taken with.)
+
+    Args:
+        split: the records.
+        transform: what is done to each.
+        batch_size: of all processes together.
+        seed: of the order and of the augmentation.
+        sharding: of the batch over the devices.
+        reading: how hard the host works.
+        first_step: number of the first batch to yield.
+    """
+    examples = grain.MapDataset.source(split).seed(seed).shuffle().repeat()
+    return iter(
+        _to_devices(
+            examples.random_map(transform), batch_size, sharding, reading, first_batch=first_step
+        )
+    )
+
+
+def eval_batches(
+    split: Split,
+    *,
+    resize: int,
+    image_size: int,
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+    reading: Reading,
+) -> grain.IterDataset:
+    """Batches that hold every record exactly once, in order.
+
+    The last batch is filled up with the last record; `mask` bool `[N]` is False there. Without
+    the filling, the number of examples would have to divide by the batch and the devices.
+    """
+    num_padded = -len(split) % batch_size + len(split)
+    read = functools.partial(_eval_example, split, resize, image_size)
+    examples = grain.MapDataset.range(num_padded).map(read)
+    return _to_devices(examples, batch_size, sharding, reading)
+
+
+def _eval_example(split: Split, resize: int, image_size: int, index: int) -> dict:
+    example = split[min(index, len(split) - 1)]
+    image = augment.center_crop(example["image"], resize=resize, size=image_size)
+    return example | {"image": image, "mask": np.bool_(index < len(split))}
+
+
+def _to_devices(
+    examples: grain.MapDataset,
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+    reading: Reading,
+    first_batch: int = 0,
+) -> grain.IterDataset:
+    num_processes = jax.process_count()
+    local_size = batch_size // num_processes
+    # Each process takes its contiguous rows of every global batch: the same rows on the same
+    # devices whatever the number of processes.
+    local = examples.batch(local_size)[jax.process_index() :: num_processes][first_batch:]
+    options = grain.ReadOptions(
+        num_threads=reading.num_threads, prefetch_buffer_size=max(1, reading.read_ahead)
+    )
+    batches = local.to_iter_dataset(options)
+    if reading.num_workers:
+        if not flags.FLAGS.is_parsed():  # notebooks and tests; Grain's workers read its flags
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=reading.num_workers, per_worker_buffer_size=max(1, reading.read_ahead)
+            )
+        )
+
+    def put(batch):
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    return grain.experimental.ThreadPrefetchIterDataset(
+        batches.map(put), prefetch_buffer_size=reading.prefetch
+    )

@@ -1,0 +1,116 @@
+"""Splits of a tfds directory in ArrayRecord, as random-access records. Needs no TensorFlow."""
+
+import dataclasses
+import os
+from typing import Any
+
+from array_record.python import array_record_module
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+
+from convstem_jax.errors import ConfigError, DataError
+
+QUICKSTART = "python -m convstem_jax.main --config configs/quickstart.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split of an image classification data set: a sequence of decoded records.
+
+    `split[i]` is `{"image": uint8 [h, w, 3], "label": int32}` and raises `DataError` where record
+    i cannot be decoded or its label is outside the classes.
+    """
+
+    name: str
+    num_classes: int
+    records: Any  # of dicts with "image" (encoded bytes) and "label"
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        record = self.records[index]
+        label = int(record["label"])
+        if not 0 <= label < self.num_classes:
+            raise DataError(
+                f"split {self.name}, record {index}: label {label} is outside the "
+                f"{self.num_classes} classes 0 to {self.num_classes - 1}; rebuild the data set"
+            )
+        # EXIF orientation is ignored, as in the authors' training data and torchvision's loader.
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        image = cv2.imdecode(np.frombuffer(record["image"], np.uint8), flags)
+        if image is None:
+            raise DataError(f"split {self.name}, record {index}: the image cannot be decoded")
+        return {"image": image, "label": np.int32(label)}
+
+
+def open_split(data_dir: str, dataset: str, split: str) -> Split:
+    """Opens `split` of `data_dir/dataset/<highest version>` and checks it against its description.
+
+    Raises:
+        ConfigError: there is no such folder or split, or it is not in ArrayRecord.
+        DataError: a file holds another number of records than `dataset_info.json` says.
+    """
+    path = _find_version(os.path.expanduser(data_dir), dataset)
+    try:
+        builder = tfds.builder_from_directory(path)
+    except Exception as error:  # tfds raises anything from KeyError to a JSON error
+        raise ConfigError(f"{path} cannot be read as a tfds directory: {error}") from error
+    if split not in builder.info.splits:
+        raise ConfigError(
+            f"{path} has no split '{split}': it has {', '.join(sorted(builder.info.splits))}"
+        )
+    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+        raise ConfigError(
+            f"{path} is in {builder.info.file_format.value}, and random access needs ArrayRecord: "
+            f"convert it once with 'tfds convert_format --root_data_dir={data_dir} "
+            "--out_file_format=array_record --out_path=FOLDER', then set config.data_dir=FOLDER"
+        )
+    features = builder.info.features
+    for key in ("image", "label"):
+        if key not in features:
+            raise ConfigError(f"{path} has no feature '{key}': it has {', '.join(features)}")
+    _check_counts(builder.info.splits[split])
+    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    return Split(f"{dataset}/{split}", features["label"].num_classes, records)
+
+
+def _find_version(data_dir: str, dataset: str) -> str:
+    root = os.path.join(data_dir, dataset)
+    try:
+        versions = [
+            entry
+            for entry in os.listdir(root)
+            if os.path.exists(os.path.join(root, entry, "dataset_info.json"))
+        ]
+    except FileNotFoundError:
+        versions = []
+    except OSError as error:
+        raise ConfigError(f"cannot read {root}: {error.strerror}; set config.data_dir") from error
+    if not versions:
+        manual = " --manual_dir=FOLDER_WITH_THE_TWO_TARS" if dataset.startswith("imagenet") else ""
+        raise ConfigError(
+            f"data set '{dataset}' is not in {data_dir} (config.data_dir): prepare it with\n"
+            f"  tfds build {dataset} --file_format=array_record --data_dir={data_dir}{manual}\n"
+            f"and meanwhile run the quick-start, which brings its data:\n  {QUICKSTART}"
+        )
+
+    def number(version):
+        return [int(part) if part.isdigit() else -1 for part in version.split(".")]
+
+    return os.path.join(root, max(versions, key=number))
+
+
+def _check_counts(info: tfds.core.SplitInfo) -> None:
+    # A file cut in half reads as 0 records with no error, so each file is counted.
+    for path, expected in zip(info.filepaths, info.shard_lengths, strict=True):
+        try:
+            found = array_record_module.ArrayRecordReader(str(path)).num_records()
+        except Exception as error:
+            raise DataError(f"{path} cannot be read: {error}; copy or build it again") from error
+        if found != expected:
+            raise DataError(
+                f"{path} holds {found} records, but dataset_info.json says {expected}: "
+                "the file is damaged or incomplete; copy or build it again"
+            )

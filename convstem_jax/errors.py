@@ -1,0 +1,37 @@
+"""Errors that a user can act on, each with the exit status that launch scripts go by."""
+
+
+class UserError(Exception):
+    """Base of the errors that `main` prints as one line instead of a traceback."""
+
+    exit_status = 1
+
+
+class ConfigError(UserError):
+    """A field, a flag or a folder is wrong: change it and run again."""
+
+    exit_status = 2
+
+
+class DataError(UserError):
+    """The data set is not what its own description says, or a record cannot be used."""
+
+    exit_status = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be read, or does not fit this configuration."""
+
+    exit_status = 4
+
+
+class NotFiniteError(UserError):
+    """The training loss became NaN or infinite."""
+
+    exit_status = 5
+
+
+class Preempted(UserError):
+    """Asked to stop; the state is saved, and the same command goes on from there."""
+
+    exit_status = 75

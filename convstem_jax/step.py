@@ -1,0 +1,173 @@
+"""The training step and the evaluation step, as pure functions of arrays.
+
+There is one `train_step`. The loop jits it, the study vmaps it over `hparams`, the benchmarks time
+it and the preflight compiles it for other machines. Bind its first two arguments, which are
+static, with `functools.partial`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from convstem_jax import optim
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step: nested dicts of arrays."""
+
+    step: jax.Array  # updates made so far, int32
+    params: PyTree
+    batch_stats: PyTree  # BatchNorm's running means and variances
+    opt_state: PyTree
+    ema: PyTree  # {"params", "batch_stats"}: what evaluation uses
+
+
+class HParams(NamedTuple):
+    """What a study varies between trials; arrays, so that all trials share one program."""
+
+    lr: jax.Array  # base learning rate
+    wd: jax.Array  # weight decay
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is fixed when the step is traced."""
+
+    num_classes: int
+    optimizer: str  # a key of `optim.OPTIMIZERS`
+    num_steps: int
+    warmup_steps: int
+    label_smoothing: float
+    ema_rate: float
+    ema_every: int
+    mean: tuple[float, float, float]  # of the images' channels, in [0, 1]
+    std: tuple[float, float, float]
+    accumulate: int = 1  # micro-batches that one update averages
+
+
+def init_state(recipe: Recipe, model: nnx.Module) -> TrainState:
+    """State of an untrained model; call it under `jax.jit` to make the arrays where they belong."""
+    _, params, batch_stats = split(model)
+    # Learning rate and weight decay have no part in the initial state.
+    opt_state = optim.OPTIMIZERS[recipe.optimizer](0.0, 0.0).init(params)
+    # A second set of buffers: donating the state must not donate one buffer twice.
+    ema = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state, ema)
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, PyTree, PyTree]:
+    """Takes a model apart into its graph, parameters and BatchNorm statistics (plain dicts)."""
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+
+
+def train_step(
+    graphdef: nnx.GraphDef, recipe: Recipe, state: TrainState, batch: PyTree, hparams: HParams
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of the parameters, the statistics and the EMA.
+
+    Args:
+        graphdef: the model's structure, from `split`.
+        recipe: what is fixed.
+        state: before the update; donate it.
+        batch: `image` uint8 `[N, H, W, 3]` and `label` int32 `[N]`.
+        hparams: learning rate and weight decay.
+
+    Returns:
+        The state after the update, and scalars: loss, gradient norm, learning rate.
+    """
+
+    def loss_fn(params, batch_stats, images, labels):
+        model = nnx.merge(graphdef, params, batch_stats)
+        model.train()
+        logits = model(normalize(images, recipe))
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(labels, recipe.num_classes), recipe.label_smoothing
+        )
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        return loss, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    def micro_step(carry, micro_batch):
+        batch_stats, loss_sum, grads_sum = carry
+        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, batch_stats, micro_batch["image"], micro_batch["label"]
+        )
+        return (batch_stats, loss_sum + loss, jax.tree.map(jnp.add, grads_sum, grads)), None
+
+    carry = (state.batch_stats, jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    if recipe.accumulate == 1:
+        (batch_stats, loss, grads), _ = micro_step(carry, batch)
+    else:
+        micro_batches = jax.tree.map(lambda x: _interleave(x, recipe.accumulate), batch)
+        (batch_stats, loss, grads), _ = jax.lax.scan(micro_step, carry, micro_batches)
+        loss, grads = jax.tree.map(lambda x: x / recipe.accumulate, (loss, grads))
+
+    lr = hparams.lr * optim.lr_factor(
+        state.step, num_steps=recipe.num_steps, warmup_steps=recipe.warmup_steps
+    )
+    optimizer = optim.OPTIMIZERS[recipe.optimizer](lr, hparams.wd)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = optim.update_ema(
+        state.ema,
+        {"params": params, "batch_stats": batch_stats},
+        state.step,
+        rate=recipe.ema_rate,
+        every=recipe.ema_every,
+        warmup_steps=recipe.warmup_steps,
+    )
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "lr": lr}
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+
+
+def eval_step(
+    graphdef: nnx.GraphDef, recipe: Recipe, params: PyTree, batch_stats: PyTree, batch: PyTree
+) -> dict[str, jax.Array]:
+    """Sums over a batch, exact in float32 up to 16 million examples.
+
+    Args:
+        graphdef: the model's structure, from `split`.
+        recipe: what is fixed.
+        params: parameters to evaluate.
+        batch_stats: BatchNorm statistics to evaluate with.
+        batch: `image`, `label` as in `train_step`, and `mask` bool `[N]`, False for padding.
+
+    Returns:
+        Number of examples, of top-1 and top-5 errors, and the sum of the cross-entropies.
+    """
+    model = nnx.merge(graphdef, params, batch_stats)
+    model.eval()
+    logits = model(normalize(batch["image"], recipe))
+    labels, mask = batch["label"], batch["mask"]
+    # top_k breaks ties by class number, so equal logits do not all count as right; but it takes
+    # NaN for the largest, and a model that has diverged must not count as right by accident.
+    _, best = jax.lax.top_k(logits, min(5, recipe.num_classes))
+    hits = (best == labels[:, None]) & jnp.isfinite(logits).all(axis=-1, keepdims=True)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return {
+        "examples": jnp.sum(mask, dtype=jnp.float32),
+        "top1_errors": jnp.sum(mask & ~hits[:, 0], dtype=jnp.float32),
+        "top5_errors": jnp.sum(mask & ~hits.any(axis=-1), dtype=jnp.float32),
+        "loss_sum": jnp.sum(jnp.where(mask, losses, 0.0)),
+    }
+
+
+def normalize(images: jax.Array, recipe: Recipe) -> jax.Array:
+    """uint8 `[N, H, W, 3]` to float32 with the recipe's mean and standard deviation removed."""
+    mean, std = jnp.array(recipe.mean), jnp.array(recipe.std)
+    return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def _interleave(x: jax.Array, num: int) -> jax.Array:
+    """`[N, ...]` to `[num, N / num, ...]`, taking every num-th row.
+
+    Contiguous slices would each lie on a few devices only; every num-th row leaves an equal part
+    of each micro-batch on every device.
+    """
+    return jnp.moveaxis(x.reshape(x.shape[0] // num, num, *x.shape[1:]), 1, 0)

@@ -1,0 +1,116 @@
+"""Checks a configuration in milliseconds, before data, devices and compilation."""
+
+import difflib
+import math
+import numbers
+
+from convstem_jax.errors import ConfigError
+from convstem_jax.models import MODELS
+from convstem_jax.optim import OPTIMIZERS
+
+
+def unknown_field(name: str, known) -> ConfigError:
+    """An error that names the nearest known field."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else f"fields are {', '.join(known)}"
+    return ConfigError(f"unknown config field '{name}': {hint}")
+
+
+def _one_of(choices):
+    choices = tuple(choices)
+    return lambda v: v in choices, f"one of {', '.join(choices)}"
+
+
+def _at_least(low):
+    return lambda v: v >= low, f"a number of {low} or more"
+
+
+def _between(low, high):
+    return lambda v: low <= v <= high, f"a number from {low} to {high}"
+
+
+_POSITIVE = (lambda v: v > 0, "a number above 0")
+_CHANNELS = (
+    lambda v: len(v) == 3 and all(isinstance(x, numbers.Real) and 0 < x < 1 for x in v),
+    "three numbers between 0 and 1",
+)
+_TEXT = (lambda v: bool(v), "a text that is not empty")
+_FLAG = (lambda v: True, "True or False")
+
+# Field -> what it must satisfy, and the words for it.
+_RULES = {
+    "model": _one_of(MODELS),
+    "dtype": _one_of(["bfloat16", "float32"]),
+    "optimizer": _one_of(OPTIMIZERS),
+    "lr": _POSITIVE,
+    "wd": _at_least(0),
+    "batch_size": _at_least(1),
+    "accumulate": _at_least(1),
+    "epochs": _POSITIVE,
+    "warmup_epochs": _at_least(0),
+    "label_smoothing": (lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    "ema_alpha": _POSITIVE,
+    "ema_every": _at_least(1),
+    "seed": _between(0, 2**32 - 1),
+    "dataset": _TEXT,
+    "data_dir": _TEXT,
+    "train_split": _TEXT,
+    "eval_split": _TEXT,
+    "image_size": _at_least(1),
+    "eval_resize": _at_least(1),
+    "min_crop_area": (lambda v: 0 < v <= 1, "a number above 0, to 1"),
+    "flip": _FLAG,
+    "mean": _CHANNELS,
+    "std": _CHANNELS,
+    "num_workers": _at_least(0),
+    "num_threads": _at_least(0),
+    "read_ahead": _at_least(1),
+    "prefetch": _at_least(1),
+    "eval_batch_size": _at_least(1),
+    "eval_every_epochs": _POSITIVE,
+    "log_every_steps": _at_least(1),
+    "checkpoint_every_steps": _at_least(1),
+    "keep_checkpoints": _at_least(1),
+}
+
+
+def validate(config) -> None:
+    """Checks each field's value, and the fields against each other.
+
+    Raises:
+        ConfigError: naming the field, its value and what it must be.
+    """
+    for name in config:
+        if name not in _RULES:
+            raise unknown_field(name, _RULES)
+    for name, (holds, words) in _RULES.items():
+        if name not in config:
+            raise ConfigError(f"the configuration has no field '{name}': it must be {words}")
+        value = config[name]
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not finite or not holds(value):
+            raise ConfigError(f"config.{name}={value!r}: it must be {words}")
+    if config.warmup_epochs >= config.epochs:
+        raise ConfigError(
+            f"config.warmup_epochs={config.warmup_epochs} is not below config.epochs="
+            f"{config.epochs}: lower the one or raise the other"
+        )
+    if config.eval_resize < config.image_size:
+        raise ConfigError(
+            f"config.eval_resize={config.eval_resize} is below config.image_size="
+            f"{config.image_size}: the centre crop would not fit"
+        )
+
+
+def check_divides(batch_name: str, batch_size: int, divisor: int, what: str) -> None:
+    """Checks that a batch divides evenly.
+
+    Raises:
+        ConfigError: it does not; the message names the nearest batch size that does.
+    """
+    if batch_size % divisor:
+        nearest = max(1, round(batch_size / divisor)) * divisor
+        raise ConfigError(
+            f"config.{batch_name}={batch_size} does not divide by {what}: "
+            f"use {nearest}, or another multiple of {divisor}"
+        )
