@@ -2,7 +2,11 @@
 
 import ml_collections
 
-from convstem_jax.validate import unknown_field
+from convstem_jax.config import set_field
+from convstem_jax.errors import ConfigError
+
+SIZES = ("4gf", "1gf", "18gf", "36gf", "72gf")  # the first is the default
+OPTIMIZERS = ("adamw", "sgd")
 
 # Learning rate and weight decay. AdamW: section 6; SGD: section 5, tuned at 50 epochs (Table 4).
 # The paper trains 36GF and 72GF with AdamW only, and 72GF only on ImageNet-21k.
@@ -33,51 +37,53 @@ def imagenet(family: str, arg: str) -> ml_collections.ConfigDict:
             them: 4gf, adamw.
 
     Raises:
-        ValueError: a word of `arg` means nothing, or the paper has no such setting.
+        ConfigError: a word of `arg` means nothing, or the paper has no such setting.
     """
-    words, fields = parse(arg)
-    size, optimizer = "4gf", "adamw"
-    for word in words:
-        if any(word == key[1] for key in SETTINGS):
-            size = word
-        elif any(word == key[2] for key in SETTINGS):
-            optimizer = word
-        else:
-            sizes = ", ".join(dict.fromkeys(key[1] for key in SETTINGS))
-            raise ValueError(
-                f"'{word}' in the config's argument '{arg}' is neither a size ({sizes}) nor an "
-                "optimiser (adamw, sgd) nor FIELD=VALUE"
-            )
+    (size, optimizer), fields = parse(arg, SIZES, OPTIMIZERS)
     config = base()
     config.model = f"{family}_{size}"
     config.optimizer = optimizer
     if (family, size, optimizer) in SETTINGS:
         config.lr, config.wd = SETTINGS[family, size, optimizer]
     elif not {"lr", "wd"} <= fields.keys():
-        raise ValueError(
+        raise ConfigError(
             f"the paper has no {optimizer} setting for {family} {size}: give both, as in "
             f"'{size},{optimizer},lr=1.1,wd=2e-5'"
         )
-    set_fields(config, fields)
+    for name, text in fields.items():
+        set_field(config, name, text)
     return config
 
 
-def parse(arg: str) -> tuple[list[str], dict[str, str]]:
-    """Splits `a,b,x=1` into the words and the fields."""
-    parts = [part.strip() for part in arg.split(",") if part.strip()]
-    fields = dict(part.split("=", 1) for part in parts if "=" in part)
-    return [part for part in parts if "=" not in part], fields
+def parse(arg: str, *choices: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """Splits an argument such as `18gf,sgd,epochs=50`.
 
+    Args:
+        arg: words and FIELD=VALUE, in any order.
+        choices: groups of words; of each group one may stand in `arg`, by default the first.
 
-def set_fields(config: ml_collections.ConfigDict, fields: dict[str, str]) -> None:
-    """Sets numbers, flags and words from an argument string; the types stay what they are."""
-    for name, text in fields.items():
-        if name not in config:
-            raise unknown_field(name, config)
-        kind = type(config[name])
-        if kind not in (int, float, str):
-            raise ValueError(f"'{name}' cannot be set here: use --config.{name}={text}")
-        config[name] = kind(text)
+    Returns:
+        The chosen word of each group, and the fields.
+
+    Raises:
+        ConfigError: a word is in no group.
+    """
+    chosen, fields = [group[0] for group in choices], {}
+    for part in filter(None, (part.strip() for part in arg.split(","))):
+        name, equals, value = part.partition("=")
+        if equals:
+            fields[name] = value
+            continue
+        for i, group in enumerate(choices):
+            if part in group:
+                chosen[i] = part
+                break
+        else:
+            known = ", ".join(word for group in choices for word in group)
+            raise ConfigError(
+                f"'{part}' in the config's argument '{arg}' is none of {known}, nor FIELD=VALUE"
+            )
+    return chosen, fields
 
 
 def base() -> ml_collections.ConfigDict:
@@ -114,9 +120,9 @@ def base() -> ml_collections.ConfigDict:
     config.std = (0.229, 0.224, 0.225)
 
     # Input speed; no batch depends on it
-    config.num_workers = 8  # processes that decode; 0 for threads of the main process
-    config.num_threads = 4  # reading threads in each of them
-    config.read_ahead = 2  # batches ready on the host, for each worker
+    config.num_workers = 16  # processes that decode: about one a core; 0 for threads instead
+    config.num_threads = 1  # batches made at the same time in each of them
+    config.read_ahead = 1  # batches ready on the host, for each of them
     config.prefetch = 2  # batches ready on the devices
 
     # Evaluation and records

@@ -7,24 +7,14 @@ python -m convstem_jax.main --config configs/quickstart.py:vitp,sgd     the othe
 import os
 
 from configs import common
+from convstem_jax.config import set_field
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def get_config(arg: str = ""):
     """`arg` holds a stem (vitc, vitp), an optimiser (adamw, sgd) and FIELD=VALUE, in any order."""
-    words, fields = common.parse(arg)
-    stem, optimizer = "vitc", "adamw"
-    for word in words:
-        if word in ("vitc", "vitp"):
-            stem = word
-        elif word in ("adamw", "sgd"):
-            optimizer = word
-        else:
-            raise ValueError(
-                f"'{word}' in the config's argument '{arg}' is neither a stem (vitc, vitp) nor an "
-                "optimiser (adamw, sgd) nor FIELD=VALUE"
-            )
+    (stem, optimizer), fields = common.parse(arg, ("vitc", "vitp"), common.OPTIMIZERS)
     config = common.base()
     config.model = f"{stem}_tiny"
     config.dtype = "float32"  # bfloat16 is slower on most CPUs
@@ -52,5 +42,6 @@ def get_config(arg: str = ""):
     config.eval_every_epochs = 2.0
     config.log_every_steps = 100
     config.checkpoint_every_steps = 1000
-    common.set_fields(config, fields)
+    for name, text in fields.items():
+        set_field(config, name, text)
     return config

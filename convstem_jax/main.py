@@ -1,104 +1,102 @@
-"""Trains a model: python -m convstem_jax.main --config configs/quickstart.py
+"""Trains a model, or goes on with an interrupted run."""
 
-Exit status: 0 done · 2 configuration · 3 data · 4 checkpoint · 5 loss not finite · 75 asked to stop,
-and saved.
-"""
-
+import argparse
 import os
 import re
 import sys
 
-from absl import flags, logging
+# TensorFlow only writes our TensorBoard files; it need not greet.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+from absl import logging
 import jax
-from ml_collections import config_flags
 
-from convstem_jax.errors import ConfigError, UserError
+from convstem_jax.config import load_config, set_field, validate
+from convstem_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Configuration file, with its argument after a colon: configs/vitc.py:1gf,sgd. "
-    "Any field is overridden by --config.FIELD=VALUE; configs/common.py lists them.",
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Folder of the run; an interrupted run there is resumed. By default a folder "
-    "under runs/ named after the configuration.",
-)
-_COMPILATION_CACHE = flags.DEFINE_string(
-    "compilation_cache",
-    "~/.cache/convstem_jax",
-    "Folder that keeps compiled programs from run to run; empty for none.",
-)
-_TRACEBACK = flags.DEFINE_boolean("traceback", False, "Show the traceback of an error.")
+_EPILOG = """\
+examples:
+  python -m convstem_jax.main --config configs/quickstart.py
+  python -m convstem_jax.main --config configs/vitc.py:18gf,sgd --workdir runs/first
+  python -m convstem_jax.main --config configs/vitc.py --config.lr=5e-4 --config.epochs=50
 
-_OVERRIDE = re.compile(r"--?config\.([^=]+)")
+configs/common.py lists the fields. The same command run again resumes an interrupted run.
+
+exit status:
+  0 done · 2 configuration · 3 data · 4 checkpoint · 5 loss not finite · 75 asked to stop, and saved
+"""
+_OVERRIDE = re.compile(r"--config\.([^=]+)(=?)(.*)", re.DOTALL)
 
 
 def main(argv: list[str]) -> int:
-    """Reads the flags, starts JAX and trains; returns the exit status."""
+    """Reads the command line and trains; returns the exit status."""
+    args, overrides = _parse_command_line(argv)
     try:
-        _read_flags(argv)
-        if _COMPILATION_CACHE.value:
-            cache = os.path.expanduser(_COMPILATION_CACHE.value)
+        config = load_config(args.config)
+        for name, text in overrides.items():
+            set_field(config, name, text)
+        validate(config)
+        if args.compilation_cache:
+            cache = os.path.expanduser(args.compilation_cache)
             jax.config.update("jax_compilation_cache_dir", cache)
-        from convstem_jax import train  # loads TensorFlow, seconds that a wrong flag need not wait
+        from convstem_jax import train  # seconds that a wrong field need not wait
 
-        train.train(_CONFIG.value, _WORKDIR.value or _default_workdir(argv))
+        train.train(config, args.workdir or _default_workdir(args.config, overrides))
     except UserError as error:
-        if _TRACEBACK.value:
+        if args.traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     return 0
 
 
-def _read_flags(argv: list[str]) -> None:
-    """Parses the flags, and turns every way to get them wrong into a `ConfigError`."""
-    if any(arg in ("-h", "-help", "--help", "--helpfull", "--helpshort") for arg in argv[1:]):
-        print(__doc__ + "\n" + flags.FLAGS.module_help(sys.modules[__name__]))
-        raise SystemExit(0)
-    try:
-        rest = flags.FLAGS(argv)[1:]
-    except (AttributeError, KeyError) as error:  # ml_collections, for a field that is not there
-        raise _unknown_field(argv) from error
-    except flags.Error as error:
-        # A configuration's own error arrives as the last line of a printed traceback.
-        raised = re.findall(r"^\s*(?:\w+\.)*\w+(?:Error|Exception): (.+)$", str(error), re.M)
-        raise ConfigError(raised[-1] if raised else str(error).splitlines()[0]) from error
-    if rest:
-        raise ConfigError(f"unexpected argument '{rest[0]}': flags begin with -- (see --help)")
-    path = _config_path()
-    if not path:
-        raise ConfigError("no --config: try --config configs/quickstart.py (see --help)")
-    if not os.path.isfile(path):
-        raise ConfigError(f"--config {path} is not a file: configs/ holds those of this project")
+def _parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m convstem_jax.main",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]",
+        help="configuration file, with its argument after a colon: configs/vitc.py:18gf,sgd",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config.FIELD", dest="_", metavar="VALUE", help="override a field of the configuration"
+    )
+    parser.add_argument(
+        "--workdir", help="folder of the run (default: under runs/, named after the configuration)"
+    )
+    parser.add_argument(
+        "--compilation_cache", default="~/.cache/convstem_jax", metavar="DIR",
+        help="folder that keeps compiled programs between runs, or '' (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--traceback", action="store_true", help="show the whole traceback of an error"
+    )
+    args, rest = parser.parse_known_args(argv)
+    overrides = {}
+    for arg in rest:
+        match = _OVERRIDE.fullmatch(arg)
+        if not match:
+            parser.error(f"unexpected argument '{arg}'")
+        name, equals, text = match.groups()
+        if not equals:
+            parser.error(f"{arg} has no value: write {arg}=VALUE")
+        overrides[name] = text
+    return args, overrides
 
 
-def _config_path() -> str:
-    return (flags.FLAGS["config"].config_filename or "").split(":", 1)[0]
-
-
-def _unknown_field(argv: list[str]) -> ConfigError:
-    from convstem_jax.validate import unknown_field
-
-    # Once more without the overrides, to know the fields.
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS([arg for arg in argv if not _OVERRIDE.match(arg)])
-    known = list(_CONFIG.value)
-    wrong = [m[1] for m in map(_OVERRIDE.match, argv) if m and m[1] not in known]
-    return unknown_field(wrong[0] if wrong else "", known)
-
-
-def _default_workdir(argv: list[str]) -> str:
-    """runs/ and the configuration's name, its argument and the overridden fields."""
-    name, _, arg = flags.FLAGS["config"].config_filename.partition(":")
-    parts = [os.path.splitext(os.path.basename(name))[0], arg]
-    parts += [re.sub(r"--?config\.", "", a) for a in sorted(argv) if _OVERRIDE.match(a)]
+def _default_workdir(config: str, overrides: dict[str, str]) -> str:
+    """runs/ and the configuration's name, argument and overridden fields."""
+    path, _, arg = config.partition(":")
+    name = os.path.splitext(os.path.basename(path))[0]
+    parts = [name, arg, *(f"{key}={value}" for key, value in sorted(overrides.items()))]
     return os.path.join("runs", re.sub(r"[^\w.=-]+", "_", "_".join(filter(None, parts))))
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)
-    sys.exit(main(sys.argv))
+    logging.set_verbosity(logging.ERROR)
+    sys.exit(main(sys.argv[1:]))

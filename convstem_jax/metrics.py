@@ -1,15 +1,10 @@
-"""What a run leaves behind: metrics.jsonl, TensorBoard, curves.png, progress on the terminal.
-
-Importing this module loads TensorFlow, by way of clu's writers.
-"""
+"""Metrics of a run: metrics.jsonl, TensorBoard, and lines of progress on the terminal."""
 
 import json
 import os
 import time
 
-from clu import metric_writers
 import jax
-import matplotlib.figure
 
 from convstem_jax.errors import NotFiniteError
 
@@ -49,6 +44,8 @@ class Records:
             self._file = open(self.path, "w", buffering=1)  # noqa: SIM115, closed in close()
             for record in kept:
                 self._file.write(json.dumps(record) + "\n")
+            from clu import metric_writers  # loads TensorFlow: seconds that errors need not wait
+
             self._tensorboard = metric_writers.SummaryWriter(workdir)
 
     def train(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -175,23 +172,3 @@ def read_jsonl(path: str) -> list[dict]:
                 except json.JSONDecodeError:
                     break
     return records
-
-
-def plot_curves(records: list[dict], path: str, title: str) -> None:
-    """Draws the training loss and the evaluation error over the epochs into a PNG file."""
-    figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
-    loss_axes, error_axes = figure.subplots(1, 2)
-    train = [r for r in records if r["kind"] == "train"]
-    evals = [r for r in records if r["kind"] != "train"]
-    loss_axes.plot([r["epoch"] for r in train], [r["loss"] for r in train], lw=1, color="C0")
-    loss_axes.set(xlabel="epoch", ylabel="training loss")
-    for weights, style in (("ema", "C3-"), ("raw", "C7--")):
-        errors = [r[f"{weights}_top1_error"] for r in evals]
-        label = f"{weights.upper() if weights == 'ema' else 'without EMA'}: {errors[-1]:.2f} %"
-        error_axes.plot([r["epoch"] for r in evals], errors, style, marker=".", label=label)
-    error_axes.set(xlabel="epoch", ylabel="top-1 error (%)", ylim=(0, None))
-    error_axes.legend()
-    for axes in (loss_axes, error_axes):
-        axes.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)

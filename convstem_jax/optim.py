@@ -5,8 +5,6 @@ they mean there. Both take the learning rate and the weight decay as numbers or 
 that a study can vary them inside one compiled program.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -80,8 +78,3 @@ def update_ema(ema, new, step, *, rate: float, every: int, warmup_steps: int):
         return jax.tree.map(lambda e, n: (1 - rate) * e + rate * n, ema, new)
 
     return jax.lax.cond(step % every == 0, move, lambda: ema)
-
-
-def num_steps(epochs: float, *, num_examples: int, batch_size: int) -> int:
-    """Optimiser steps of `epochs` passes; batches run across the boundaries between epochs."""
-    return max(1, math.floor(epochs * num_examples / batch_size + 1e-6))

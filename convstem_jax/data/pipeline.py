@@ -4,8 +4,10 @@ Grain addresses every batch by its number, so the order depends on the seed alon
 of processes, workers or threads, nor on where a run was interrupted.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import functools
+import itertools
 
 from absl import flags
 import grain
@@ -20,9 +22,9 @@ from convstem_jax.data.sources import Split
 class Reading:
     """How hard the host works: none of it changes a batch."""
 
-    num_workers: int  # processes that decode and augment; 0 for threads of this process only
-    num_threads: int  # reading threads, in each worker
-    read_ahead: int  # batches that are ready on the host
+    num_workers: int  # processes that read, decode and augment; 0 for threads of this process
+    num_threads: int  # batches that are made at the same time, in each worker
+    read_ahead: int  # batches that are ready on the host, for each worker
     prefetch: int  # batches that are on the devices ahead of the step
 
 
@@ -80,24 +82,44 @@ def train_batches(
     )
 
 
-def eval_batches(
-    split: Split,
-    *,
-    resize: int,
-    image_size: int,
-    batch_size: int,
-    sharding: jax.sharding.Sharding,
-    reading: Reading,
-) -> grain.IterDataset:
-    """Batches that hold every record exactly once, in order.
+class EvalBatches:
+    """Batches that hold every record exactly once, in order, each time they are iterated over.
 
-    The last batch is filled up with the last record; `mask` bool `[N]` is False there. Without
-    the filling, the number of examples would have to divide by the batch and the devices.
+    The last batch is filled up with the last record; `mask` bool `[N]` is False there. Without the
+    filling, the number of examples would have to divide by the batch and the devices.
+
+    One endless stream feeds all the passes, so that worker processes start once and the first
+    batches of the next pass are ready when it begins. A pass has to be finished.
+
+    Args:
+        split: the records.
+        resize: short side before the centre crop.
+        image_size: of the centre crop.
+        batch_size: of all processes together.
+        sharding: of the batch over the devices.
+        reading: how hard the host works.
     """
-    num_padded = -len(split) % batch_size + len(split)
-    read = functools.partial(_eval_example, split, resize, image_size)
-    examples = grain.MapDataset.range(num_padded).map(read)
-    return _to_devices(examples, batch_size, sharding, reading)
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        resize: int,
+        image_size: int,
+        batch_size: int,
+        sharding: jax.sharding.Sharding,
+        reading: Reading,
+    ):
+        self._num_batches = -(-len(split) // batch_size)
+        read = functools.partial(_eval_example, split, resize, image_size)
+        examples = grain.MapDataset.range(self._num_batches * batch_size).map(read).repeat()
+        self._batches = _to_devices(examples, batch_size, sharding, reading)
+        self._stream = None
+
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        if self._stream is None:
+            self._stream = iter(self._batches)
+        return itertools.islice(self._stream, self._num_batches)
 
 
 def _eval_example(split: Split, resize: int, image_size: int, index: int) -> dict:
@@ -119,7 +141,8 @@ def _to_devices(
     # devices whatever the number of processes.
     local = examples.batch(local_size)[jax.process_index() :: num_processes][first_batch:]
     options = grain.ReadOptions(
-        num_threads=reading.num_threads, prefetch_buffer_size=max(1, reading.read_ahead)
+        num_threads=reading.num_threads,
+        prefetch_buffer_size=max(reading.num_threads, reading.read_ahead),
     )
     batches = local.to_iter_dataset(options)
     if reading.num_workers:
@@ -127,7 +150,7 @@ def _to_devices(
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(
             grain.MultiprocessingOptions(
-                num_workers=reading.num_workers, per_worker_buffer_size=max(1, reading.read_ahead)
+                num_workers=reading.num_workers, per_worker_buffer_size=reading.read_ahead
             )
         )
 

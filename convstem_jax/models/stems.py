@@ -63,8 +63,8 @@ class ConvStem(nnx.Module):
     ):
         if len(channels) != len(strides):
             raise ValueError(
-                f"the stem has {len(channels)} channels {tuple(channels)} but {len(strides)} strides "
-                f"{tuple(strides)}: give one stride for each 3x3 convolution"
+                f"the stem has channels {tuple(channels)} but strides {tuple(strides)}: "
+                "give one of each for every 3x3 convolution"
             )
         convs, norms = [], []
         for num_in, num_out, stride in zip((3, *channels), channels, strides, strict=False):
@@ -74,7 +74,7 @@ class ConvStem(nnx.Module):
                     num_out,
                     kernel_size=(3, 3),
                     strides=stride,
-                    # Not "SAME": at stride 2 that pads (0, 1), which gives equal shapes and other values.
+                    # Not "SAME": at stride 2 that pads (0, 1): equal shapes, other values.
                     padding=((1, 1), (1, 1)),
                     use_bias=False,
                     kernel_init=torch_uniform,

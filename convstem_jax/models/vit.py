@@ -45,8 +45,8 @@ VITS = {
     "vitc_72gf": ViTSpec(1152, 4608, 18, 22, **_STEM_18GF),
     # Not in the paper: 1GF's rules at 32x32. MLP ratio 3, channels that double up to the width at
     # stride 2 down to the patchify stem's grid, a stem of about one block's cost, one block fewer.
-    "vitp_tiny": ViTSpec(64, 192, 2, 6, patch_size=8, image_size=32),
-    "vitc_tiny": ViTSpec(64, 192, 2, 5, (16, 32, 64), (2, 2, 2), patch_size=8, image_size=32),
+    "vitp_tiny": ViTSpec(64, 192, 1, 6, patch_size=8, image_size=32),
+    "vitc_tiny": ViTSpec(64, 192, 1, 5, (16, 32, 64), (2, 2, 2), patch_size=8, image_size=32),
 }
 
 
@@ -155,9 +155,10 @@ def _check(spec: ViTSpec) -> None:
     if spec.width % spec.num_heads:
         raise ValueError(f"width {spec.width} is not a multiple of {spec.num_heads} heads")
     if spec.image_size % spec.patch_size:
+        nearest = max(1, round(spec.image_size / spec.patch_size)) * spec.patch_size
         raise ValueError(
             f"image size {spec.image_size} is not a multiple of patch size {spec.patch_size}: "
-            f"the nearest that is one is {round(spec.image_size / spec.patch_size) * spec.patch_size}"
+            f"the nearest that is one is {nearest}"
         )
     stride = math.prod(spec.stem_strides)
     if spec.stem_channels and stride != spec.patch_size:

@@ -1,16 +1,71 @@
-"""Checks a configuration in milliseconds, before data, devices and compilation."""
+"""Reads a configuration file, sets its fields from text, and checks it, in milliseconds.
 
+A configuration is a Python file with `get_config(arg)` that returns a flat ConfigDict.
+"""
+
+import ast
 import difflib
+import importlib.util
 import math
 import numbers
+import os
+import sys
+
+import ml_collections
 
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
 from convstem_jax.optim import OPTIMIZERS
 
 
-def unknown_field(name: str, known) -> ConfigError:
-    """An error that names the nearest known field."""
+def load_config(spec: str) -> ml_collections.ConfigDict:
+    """Loads `FILE.py` or `FILE.py:ARGUMENT`.
+
+    Raises:
+        ConfigError: the file is not there, or does not accept the argument.
+    """
+    path, _, arg = spec.partition(":")
+    if not os.path.isfile(path):
+        raise ConfigError(f"--config {path} is not a file: configs/ holds those of this project")
+    name = f"config_{os.path.splitext(os.path.basename(path))[0]}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(path))))  # `import configs`
+    try:
+        module_spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    config = module.get_config(arg)
+    config.lock()
+    return config
+
+
+def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
+    """Sets a field from text, as the type that it has.
+
+    Raises:
+        ConfigError: there is no such field, or the text is not of its type.
+    """
+    if name not in config:
+        raise _unknown_field(name, config)
+    kind = type(config[name])
+    try:
+        if kind is bool:
+            value = {"true": True, "false": False}[text.lower()]
+        elif kind is tuple:
+            value = tuple(ast.literal_eval(text))
+        else:
+            value = kind(text)
+    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        words = {bool: "true or false", int: "a whole number", float: "a number"}
+        raise ConfigError(
+            f"config.{name}={text}: it must be {words.get(kind, 'such as')}"
+            + ("" if kind in words else f" {config[name]}")
+        ) from error
+    config[name] = value
+
+
+def _unknown_field(name: str, known) -> ConfigError:
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     hint = f"did you mean '{nearest[0]}'?" if nearest else f"fields are {', '.join(known)}"
     return ConfigError(f"unknown config field '{name}': {hint}")
@@ -82,7 +137,7 @@ def validate(config) -> None:
     """
     for name in config:
         if name not in _RULES:
-            raise unknown_field(name, _RULES)
+            raise _unknown_field(name, _RULES)
     for name, (holds, words) in _RULES.items():
         if name not in config:
             raise ConfigError(f"the configuration has no field '{name}': it must be {words}")

@@ -1,0 +1,28 @@
+"""Notices that the machine asks the run to stop, so that it can save first."""
+
+import contextlib
+import signal
+import threading
+
+
+@contextlib.contextmanager
+def stop_requested():
+    """Catches SIGTERM and Ctrl-C inside the block, and yields an event that they set.
+
+    A second signal of the same kind acts as if nothing caught it. Outside the main thread, where
+    Python allows no handlers, the event is never set.
+    """
+    event, old = threading.Event(), {}
+
+    def handle(signum, unused_frame):
+        event.set()
+        signal.signal(signum, old[signum])
+
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            old[signum] = signal.signal(signum, handle)
+    try:
+        yield event
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)

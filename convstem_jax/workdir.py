@@ -1,0 +1,133 @@
+"""The folder of a run: config.json, parameters.txt, result.json and curves.png."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+
+from clu import parameter_overview
+import jax
+import matplotlib.figure
+import ml_collections
+
+from convstem_jax.errors import ConfigError
+from convstem_jax.step import PyTree
+
+# Fields that may change when a run is resumed, since no result depends on them.
+_FREE_FIELDS = (
+    "data_dir",
+    "num_workers",
+    "num_threads",
+    "read_ahead",
+    "prefetch",
+    "eval_batch_size",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+)
+
+
+def prepare(workdir: str, config: ml_collections.ConfigDict) -> str:
+    """Makes the folder, or checks that it holds a run of the same configuration.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        ConfigError: it cannot be written, or belongs to another configuration.
+    """
+    workdir = os.path.abspath(os.path.expanduser(workdir))
+    path = os.path.join(workdir, "config.json")
+    new = json.loads(config.to_json())
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        if os.path.exists(path):
+            with open(path) as file:
+                _check_same(json.load(file), new, workdir)
+        _write_json(path, new)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--workdir {workdir} cannot be used: {error}; name another") from error
+    return workdir
+
+
+def _check_same(old: dict, new: dict, workdir: str) -> None:
+    differ = [
+        f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
+        for name in sorted(old.keys() | new.keys())
+        if name not in _FREE_FIELDS and old.get(name) != new.get(name)
+    ]
+    if differ:
+        raise ConfigError(
+            f"{workdir} holds a run of another configuration ({'; '.join(differ)}): "
+            "name another --workdir, or delete that folder"
+        )
+
+
+def write_overview(workdir: str, params: PyTree, decayed: PyTree) -> str:
+    """Writes the parameters and the decay mask to parameters.txt, and returns its path."""
+    path = os.path.join(workdir, "parameters.txt")
+    with open(path, "w") as file:
+        file.write(parameter_overview.get_parameter_overview(params, include_stats="global"))
+        file.write("\n\nWeight decay acts on\n")
+        for key, yes in jax.tree.leaves_with_path(decayed):
+            name = jax.tree_util.keystr(key, simple=True, separator="/")
+            file.write(f"{'yes' if yes else 'no':4}{name}\n")
+    return path
+
+
+def write_result(workdir: str, result: dict) -> str:
+    """Writes result.json, with the versions and the commit, and returns its path."""
+    path = os.path.join(workdir, "result.json")
+    _write_json(path, result | {"versions": _versions(), "commit": _commit()})
+    return path
+
+
+def plot_curves(workdir: str, records: list[dict], title: str) -> str:
+    """Draws the training loss and the top-1 errors into curves.png, and returns its path."""
+    path = os.path.join(workdir, "curves.png")
+    figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
+    loss_axes, error_axes = figure.subplots(1, 2)
+    train = [r for r in records if r["kind"] == "train"]
+    evals = [r for r in records if r["kind"] != "train"]
+    loss_axes.plot([r["epoch"] for r in train], [r["loss"] for r in train], lw=1)
+    loss_axes.set(xlabel="epoch", ylabel="training loss")
+    for key, style, label in (
+        ("ema_top1_error", "C3.-", "EMA"),
+        ("raw_top1_error", "C7.--", "without EMA"),
+    ):
+        errors = [r[key] for r in evals]
+        label = f"{label}: {errors[-1]:.2f} %"
+        error_axes.plot([r["epoch"] for r in evals], errors, style, label=label)
+    error_axes.set(xlabel="epoch", ylabel="top-1 error (%)", xlim=(0, None), ylim=(0, None))
+    error_axes.legend()
+    for axes in (loss_axes, error_axes):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _write_json(path: str, content: dict) -> None:
+    # Written aside and renamed: a run that is killed here leaves the old file or the new one.
+    with open(path + ".tmp", "w") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version()} | versions
+
+
+def _commit() -> str | None:
+    """Commit of the code that runs, with "-dirty" where files differ from it; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
