@@ -122,7 +122,7 @@ def train_step(
         every=recipe.ema_every,
         warmup_steps=recipe.warmup_steps,
     )
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "lr": lr}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "lr": lr}
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
 

@@ -1,5 +1,6 @@
 """The training loop, from a configuration to result.json."""
 
+import contextlib
 import functools
 import os
 import time
@@ -50,7 +51,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     divisor = num_devices * config.accumulate
     what = f"{num_devices} devices x {config.accumulate} micro-batches (config.accumulate)"
     check_divides("batch_size", config.batch_size, divisor, what)
-    check_divides("eval_batch_size", config.eval_batch_size, num_devices, f"{num_devices} devices")
 
     # ---------------------------------------------------------------------------------- data
 
@@ -161,7 +161,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         reading=reading,
         first_step=first_step,
     )
-    with preemption.stop_requested() as stop:
+    with (
+        contextlib.closing(records),
+        contextlib.closing(checkpoints),
+        preemption.stop_requested() as stop,
+    ):
         for step in range(first_step + 1, num_steps + 1):  # `step` updates made, after this one
             batch = next(batches)
             # Anything that went between host and devices unasked would stall every step.
@@ -177,17 +181,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             elif step % config.checkpoint_every_steps == 0 or stop.is_set():
                 save(step)
             if stop.is_set() and not is_last:
-                checkpoints.close()
-                records.close()
                 raise Preempted(
                     f"stopped at step {step} of {num_steps}, which is saved in {workdir}: "
                     "the same command goes on from there"
                 )
 
+        results = results or evaluate_weights(num_steps)  # where nothing was left to train
+
     # -------------------------------------------------------------------------------- result
 
-    checkpoints.close()
-    results = results or evaluate_weights(num_steps)  # where nothing was left to train
     result = {
         "model": config.model,
         "dataset": f"{config.dataset}/{config.eval_split}",
@@ -199,10 +201,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         "seconds": round(time.perf_counter() - start, 1),
         "images_per_second": round(records.images_per_second, 1),
         "device": f"{num_devices} x {jax.devices()[0].device_kind}",
+        "versions": folder.versions(),
+        "commit": folder.commit(),
     }
-    records.close()
     if jax.process_index() == 0:
-        _print_result(workdir, result, folder.write_result(workdir, result))
+        folder.write_result(workdir, result)
+        _print_result(workdir, result)
     return result
 
 
@@ -224,14 +228,14 @@ def _print_overview(config, workdir: str, params, num_images: int, num_steps: in
     )
 
 
-def _print_result(workdir: str, result: dict, path: str) -> None:
+def _print_result(workdir: str, result: dict) -> None:
     records = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
     curves = folder.plot_curves(workdir, records, f"{result['model']} on {result['dataset']}")
     print(
         f"\ntop-1 error {result['top1_error']:.2f} % on the {result['examples']:,} images of "
         f"{result['dataset']} (without EMA {result['raw_top1_error']:.2f} %), "
         f"after {result['seconds']:.0f} s\n"
-        f"  result       {path}\n"
+        f"  result       {workdir}/result.json\n"
         f"  metrics      {workdir}/metrics.jsonl, or: tensorboard --logdir {workdir}\n"
         f"  curves       {curves}\n"
         f"  checkpoints  {workdir}/checkpoints",

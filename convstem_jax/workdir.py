@@ -75,11 +75,9 @@ def write_overview(workdir: str, params: PyTree, decayed: PyTree) -> str:
     return path
 
 
-def write_result(workdir: str, result: dict) -> str:
-    """Writes result.json, with the versions and the commit, and returns its path."""
-    path = os.path.join(workdir, "result.json")
-    _write_json(path, result | {"versions": _versions(), "commit": _commit()})
-    return path
+def write_result(workdir: str, result: dict) -> None:
+    """Writes result.json."""
+    _write_json(os.path.join(workdir, "result.json"), result)
 
 
 def plot_curves(workdir: str, records: list[dict], title: str) -> str:
@@ -115,13 +113,14 @@ def _write_json(path: str, content: dict) -> None:
     os.replace(path + ".tmp", path)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version()} | versions
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version()} | found
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the code that runs, with "-dirty" where files differ from it; None outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -95,7 +95,7 @@ class EvalBatches:
         split: the records.
         resize: short side before the centre crop.
         image_size: of the centre crop.
-        batch_size: of all processes together.
+        batch_size: of all processes together; raised to a multiple of the devices.
         sharding: of the batch over the devices.
         reading: how hard the host works.
     """
@@ -110,6 +110,7 @@ class EvalBatches:
         sharding: jax.sharding.Sharding,
         reading: Reading,
     ):
+        batch_size += -batch_size % sharding.num_devices
         self._num_batches = -(-len(split) // batch_size)
         read = functools.partial(_eval_example, split, resize, image_size)
         examples = grain.MapDataset.range(self._num_batches * batch_size).map(read).repeat()
@@ -128,6 +129,17 @@ def _eval_example(split: Split, resize: int, image_size: int, index: int) -> dic
     return example | {"image": image, "mask": np.bool_(index < len(split))}
 
 
+def local_batches(
+    examples: grain.MapDataset, batch_size: int, *, process: int, num_processes: int
+) -> grain.MapDataset:
+    """The rows of every global batch that belong to one process.
+
+    They are contiguous, and their concatenation in the order of the processes is the global batch:
+    the same rows reach the same devices whatever the number of processes.
+    """
+    return examples.batch(batch_size // num_processes)[process::num_processes]
+
+
 def _to_devices(
     examples: grain.MapDataset,
     batch_size: int,
@@ -135,11 +147,9 @@ def _to_devices(
     reading: Reading,
     first_batch: int = 0,
 ) -> grain.IterDataset:
-    num_processes = jax.process_count()
-    local_size = batch_size // num_processes
-    # Each process takes its contiguous rows of every global batch: the same rows on the same
-    # devices whatever the number of processes.
-    local = examples.batch(local_size)[jax.process_index() :: num_processes][first_batch:]
+    local = local_batches(
+        examples, batch_size, process=jax.process_index(), num_processes=jax.process_count()
+    )[first_batch:]
     options = grain.ReadOptions(
         num_threads=reading.num_threads,
         prefetch_buffer_size=max(reading.num_threads, reading.read_ahead),

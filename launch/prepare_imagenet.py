@@ -1,0 +1,97 @@
+"""Prepares ImageNet-1k for training: the two official tar files into an ArrayRecord directory.
+
+    python launch/prepare_imagenet.py --manual_dir FOLDER_WITH_THE_TWO_TARS
+
+The folder holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as image-net.org gives them.
+Takes hours and another 150 GB.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+import tarfile
+
+from tqdm import tqdm
+
+# name -> MD5, what its members are called, how many images there are in the end
+TARS = {
+    "ILSVRC2012_img_train.tar": ("1d675b47d978889d74fa0da5fadfb00e", r"n\d{8}\.tar", 1_281_167),
+    "ILSVRC2012_img_val.tar": (
+        "29b22e2961454d5413ddabcf34fc5622",
+        r"ILSVRC2012_val_\d{8}\.JPEG",
+        50_000,
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks the tar files, builds the data set and counts it; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--manual_dir", required=True, help="folder of the two tar files")
+    parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="default: %(default)s")
+    parser.add_argument(
+        "--any_content",
+        action="store_true",
+        help="accept tar files of the right form but other content: a subset, for a trial",
+    )
+    args = parser.parse_args(argv)
+    manual_dir, data_dir = map(os.path.expanduser, (args.manual_dir, args.data_dir))
+    try:
+        for name, (md5, member, _) in TARS.items():
+            check_tar(os.path.join(manual_dir, name), member, None if args.any_content else md5)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+
+    import tensorflow_datasets as tfds  # loads TensorFlow when it writes
+
+    builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
+    )
+    for split, (_, _, expected) in zip(("train", "validation"), TARS.values(), strict=True):
+        found = builder.info.splits[split].num_examples
+        print(f"{split}: {found:,} images")
+        if found != expected and not args.any_content:
+            print(f"error: {split} should have {expected:,}: delete {data_dir}", file=sys.stderr)
+            return 3
+    print(f"done: {builder.data_path}; train with --config.data_dir={data_dir}")
+    return 0
+
+
+def check_tar(path: str, member: str, md5: str | None) -> None:
+    """Checks that a tar file is flat, named as expected, and has the given MD5.
+
+    tfds reads the members in their order and trusts it: a folder entry in the validation file, for
+    one, shifts every label.
+
+    Raises:
+        ValueError: naming the file and what is wrong.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is missing: get it from https://image-net.org/download-images")
+    if md5:
+        found = hashlib.md5(usedforsecurity=False)
+        size = os.path.getsize(path)
+        with open(path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True) as progress:
+            progress.set_description(f"checking {os.path.basename(path)}")
+            while chunk := file.read(1 << 24):
+                found.update(chunk)
+                progress.update(len(chunk))
+        if found.hexdigest() != md5:
+            raise ValueError(f"{path} has MD5 {found.hexdigest()}, not {md5}: download it again")
+    with tarfile.open(path) as tar:
+        for info in tar:
+            if not (info.isfile() and re.fullmatch(member, info.name)):
+                raise ValueError(
+                    f"{path} holds '{info.name}', where only files named {member} may be, without "
+                    "folders: use the original file, or pack it again from inside its folder"
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Checkpoints: exact, complete, and never silently wrong."""
+
+import os
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convstem_jax.checkpoint import Checkpoints
+from convstem_jax.errors import CheckpointError
+from convstem_jax.step import TrainState
+
+
+def make_state(seed=0):
+    rng = np.random.default_rng(seed)
+    params = {
+        "blocks": {i: {"kernel": jnp.array(rng.normal(size=(17, 9)), jnp.float32)} for i in (0, 1)},
+        "bias": jnp.array(rng.normal(size=5), jnp.float32),
+    }
+    stats = {"mean": jnp.array(rng.normal(size=5), jnp.float32)}
+    ema = {"params": params, "batch_stats": stats}
+    return TrainState(jnp.array(seed, jnp.int32), params, stats, {"mu": params}, ema)
+
+
+# When a read fails, Orbax leaves TensorStore's other reads without an event loop to report to.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def same(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        (np.asarray(x) == np.asarray(y)).all()
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def write(directory, errors, keep=2):
+    checkpoints = Checkpoints(str(directory), keep=keep)
+    for step, error in errors.items():
+        metrics = None if error is None else {"top1_error": error}
+        checkpoints.save(step, make_state(step), {"next_batch": step, "seconds": 1.5}, metrics)
+    checkpoints.close()
+
+
+def test_round_trip_is_exact(tmp_path):
+    write(tmp_path / "c", {3: 50.0})
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    state, loop = checkpoints.restore(make_state(0))
+    assert same(state, make_state(3)), "the restored arrays, types or tree differ"
+    assert loop == {"next_batch": 3, "seconds": 1.5}
+    checkpoints.close()
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path):
+    write(tmp_path / "c", {1: 50.0, 2: 30.0, 3: None, 4: 40.0, 5: 45.0, 6: None})
+    kept = sorted(int(name) for name in os.listdir(tmp_path / "c") if name.isdigit())
+    assert kept == [2, 5, 6], "expected the best (2) and the two latest (5, 6)"
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    assert checkpoints.latest_step() == 6
+    assert same(checkpoints.restore(make_state(0), step=2)[0], make_state(2))
+    checkpoints.close()
+
+
+def test_saving_does_not_see_later_updates(tmp_path):
+    """The step donates the state at once; the save must have taken its copy."""
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    state = make_state(1)
+    update = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    checkpoints.save(1, jax.tree.map(jnp.copy, state), {})
+    to_donate = jax.tree.map(jnp.copy, state)
+    checkpoints.save(2, to_donate, {})
+    update(to_donate)
+    checkpoints.close()
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    assert same(checkpoints.restore(state, step=2)[0], state)
+    checkpoints.close()
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    write(tmp_path / "c", {1: 1.0, 2: 2.0})
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    state = make_state(2)
+    (path,) = (tmp_path / "c" / "2" / "state" / "d").iterdir()  # all arrays
+    rng, noticed = random.Random(0), 0
+    for _ in range(25):
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            restored, _ = checkpoints.restore(state)
+            assert same(restored, state), "a flipped bit was restored silently"
+        except CheckpointError as error:
+            noticed += 1
+            assert "2 is damaged" in str(error) and "go on from step 1" in str(error)
+        path.write_bytes(content)
+    assert noticed > 10, "the flips did not reach the arrays: the test tests nothing"
+    checkpoints.close()
+
+
+def test_cut_off_files_are_noticed(tmp_path):
+    write(tmp_path / "c", {1: 1.0})
+    (path,) = (tmp_path / "c" / "1" / "state" / "d").iterdir()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    with pytest.raises(CheckpointError, match="1 is damaged: delete that folder to start again"):
+        checkpoints.restore(make_state(0))
+    checkpoints.close()
+
+
+def test_another_type_or_shape_is_refused(tmp_path):
+    write(tmp_path / "c", {1: 1.0})
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    like = make_state(0)
+    for wrong in (
+        like._replace(step=jnp.zeros((), jnp.float32)),
+        like._replace(batch_stats={"mean": jnp.zeros(6)}),
+        like._replace(batch_stats={"average": jnp.zeros(5)}),
+    ):
+        with pytest.raises(CheckpointError, match="does not fit this configuration"):
+            checkpoints.restore(wrong)
+    checkpoints.close()
+
+
+def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
+    write(tmp_path / "c", {1: 1.0})
+    unfinished = tmp_path / "c" / "2.orbax-checkpoint-tmp"  # renamed when it is complete
+    shutil.copytree(tmp_path / "c" / "1", unfinished)
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    assert checkpoints.latest_step() == 1
+    checkpoints.save(3, make_state(3), {})
+    checkpoints.close()
+    assert not unfinished.exists(), "leftovers of a killed save pile up"

@@ -1,0 +1,113 @@
+"""Configurations: the paper's values, the argument string, and every refusal."""
+
+import pytest
+
+from convstem_jax.config import check_divides, load_config, set_field, validate
+from convstem_jax.errors import ConfigError
+from convstem_jax.models import MODELS
+
+
+@pytest.mark.parametrize(
+    "spec, model, optimizer, lr, wd",
+    [
+        ("vitc", "vitc_4gf", "adamw", 1e-3, 0.24),
+        ("vitc:1gf", "vitc_1gf", "adamw", 1e-3, 0.24),
+        ("vitc:18gf,sgd", "vitc_18gf", "sgd", 1.1, 2.7e-5),
+        ("vitc:36gf", "vitc_36gf", "adamw", 6e-4, 0.28),
+        ("vitp:sgd", "vitp_4gf", "sgd", 1.9, 1.3e-5),
+        ("vitp:18gf,sgd", "vitp_18gf", "sgd", 1.1, 1.2e-5),
+        ("vitc:72gf,lr=1e-4,wd=0.15", "vitc_72gf", "adamw", 1e-4, 0.15),
+    ],
+)
+def test_configs_hold_the_settings_of_the_paper(spec, model, optimizer, lr, wd):
+    name, _, arg = spec.partition(":")
+    config = load_config(f"configs/{name}.py:{arg}")
+    validate(config)
+    assert (config.model, config.optimizer, config.lr, config.wd) == (model, optimizer, lr, wd)
+    assert config.model in MODELS
+    assert (config.batch_size, config.epochs, config.warmup_epochs) == (2048, 100, 5)
+    assert (config.label_smoothing, config.ema_alpha, config.ema_every) == (0.1, 1e-5, 32)
+    assert (config.image_size, config.eval_resize, config.min_crop_area) == (224, 256, 0.08)
+
+
+def test_fields_in_the_argument():
+    config = load_config("configs/vitc.py:4gf,epochs=50,sgd,lr=0.5")
+    assert (config.epochs, config.optimizer, config.lr) == (50.0, "sgd", 0.5)
+    assert load_config("configs/quickstart.py:sgd,vitp").model == "vitp_tiny"
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("configs/vitc.py:17gf", "'17gf' .* is none of 4gf, 1gf"),
+        ("configs/vitc.py:epocs=3", "unknown config field 'epocs': did you mean 'epochs'"),
+        ("configs/vitc.py:epochs=many", "config.epochs=many: it must be a number"),
+        ("configs/vitc.py:36gf,sgd", "the paper has no sgd setting for vitc 36gf"),
+        ("configs/none.py", "configs/none.py is not a file"),
+    ],
+)
+def test_wrong_arguments_are_refused(spec, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(spec)
+
+
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("lr", "5e-4", 5e-4),
+        ("epochs", "3", 3.0),
+        ("batch_size", "96", 96),
+        ("flip", "False", False),
+        ("model", "vitp_1gf", "vitp_1gf"),
+        ("mean", "(0.1, 0.2, 0.3)", (0.1, 0.2, 0.3)),
+    ],
+)
+def test_text_takes_the_type_of_the_field(name, text, value):
+    config = load_config("configs/quickstart.py")
+    set_field(config, name, text)
+    assert config[name] == value and type(config[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("lrr", "1", "unknown config field 'lrr': did you mean 'lr'"),
+        ("a.b", "1", "unknown config field 'a.b'"),
+        ("batch_size", "1.5", "config.batch_size=1.5: it must be a whole number"),
+        ("batch_size", "0", "config.batch_size=0: it must be a number of 1 or more"),
+        ("lr", "nan", "config.lr=nan: it must be a number above 0"),
+        ("lr", "inf", "config.lr=inf: it must be a number above 0"),
+        ("lr", "-1", "config.lr=-1.0: it must be a number above 0"),
+        ("lr", "fast", "config.lr=fast: it must be a number"),
+        ("flip", "maybe", "config.flip=maybe: it must be true or false"),
+        ("mean", "(3, 'a', 1)", "config.mean=.*three numbers between 0 and 1"),
+        ("mean", "(0.1, 0.2)", "config.mean=.*three numbers between 0 and 1"),
+        ("mean", "0.5", "config.mean=0.5: it must be such as"),
+        ("optimizer", "lion", "config.optimizer='lion': it must be one of adamw, sgd"),
+        ("model", "vit_b", "config.model='vit_b': it must be one of vitp_1gf"),
+        ("warmup_epochs", "500", "config.warmup_epochs=500.0 is not below config.epochs"),
+        ("eval_resize", "8", "config.eval_resize=8 is below config.image_size=32"),
+        ("seed", "-1", "config.seed=-1: it must be a number from 0"),
+    ],
+)
+def test_wrong_values_are_refused(name, text, message):
+    config = load_config("configs/quickstart.py")
+    with pytest.raises(ConfigError, match=message):
+        set_field(config, name, text)
+        validate(config)
+
+
+def test_a_configuration_without_a_field_or_with_an_unknown_one_is_refused():
+    config = load_config("configs/quickstart.py").unlock()
+    del config.lr
+    with pytest.raises(ConfigError, match="has no field 'lr'"):
+        validate(config)
+    config.lr, config.learning_rate = 1e-3, 1e-3
+    with pytest.raises(ConfigError, match="unknown config field 'learning_rate'"):
+        validate(config)
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
+    with pytest.raises(ConfigError, match="config.batch_size=100 .* 8 devices: use 96"):
+        check_divides("batch_size", 100, 8, "8 devices")
+    check_divides("batch_size", 96, 8, "8 devices")

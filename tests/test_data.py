@@ -1,0 +1,264 @@
+"""From a tfds directory to batches: order, exactness, damage."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import cv2
+import grain
+import jax
+import numpy as np
+import pytest
+
+from convstem_jax.data import augment, pipeline, sources
+from convstem_jax.errors import ConfigError, DataError
+
+ROOT = pathlib.Path(__file__).parent.parent
+DATASETS = ROOT / "datasets"
+NAME = "fashion_mnist_10k"
+THREADS = pipeline.Reading(num_workers=0, num_threads=2, read_ahead=2, prefetch=2)
+TRANSFORM = pipeline.TrainTransform(image_size=32, min_area=0.5, flip=True)
+
+
+@pytest.fixture(scope="module")
+def train_split():
+    return sources.open_split(str(DATASETS), NAME, "train")
+
+
+@pytest.fixture(scope="module")
+def test_split():
+    return sources.open_split(str(DATASETS), NAME, "test")
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the embedded data set to damage."""
+    shutil.copytree(DATASETS / NAME, tmp_path / NAME)
+    return tmp_path
+
+
+def sharding(num_devices=1):
+    mesh = jax.make_mesh(
+        (num_devices,),
+        ("data",),
+        devices=jax.devices()[:num_devices],
+        axis_types=(jax.sharding.AxisType.Auto,),
+    )
+    return jax.NamedSharding(mesh, jax.P("data"))
+
+
+def train_batches(split, *, seed=0, first_step=0, reading=THREADS, transform=TRANSFORM):
+    return pipeline.train_batches(
+        split,
+        transform,
+        batch_size=64,
+        seed=seed,
+        sharding=sharding(),
+        reading=reading,
+        first_step=first_step,
+    )
+
+
+def take(batches, num):
+    return [jax.device_get(next(batches)) for _ in range(num)]
+
+
+def same(a, b):
+    return (a["image"] == b["image"]).all() and (a["label"] == b["label"]).all()
+
+
+def test_embedded_data(train_split, test_split):
+    assert (len(train_split), len(test_split)) == (10_000, 2_000)
+    assert train_split.num_classes == 10
+    record = train_split[7]
+    assert record["image"].shape == (28, 28, 3) and record["image"].dtype == np.uint8
+    labels = [test_split.records[i]["label"] for i in range(2_000)]
+    assert np.bincount(labels).tolist() == [200] * 10
+    assert "MIT" in (DATASETS / NAME / "LICENSE").read_text()
+    size = sum(f.stat().st_size for f in (DATASETS / NAME).rglob("*"))
+    assert size <= 8e6, "the embedded data must stay under 8 MB"
+
+
+def test_every_epoch_is_another_permutation_of_the_whole_split():
+    class Numbers:
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, i):
+            return {"image": np.full((4, 4, 3), 0, np.uint8), "label": np.int32(i)}
+
+    plain = pipeline.TrainTransform(image_size=4, min_area=1.0, flip=False)
+
+    def epochs(seed):
+        batches = train_batches(Numbers(), seed=seed, transform=plain)
+        labels = np.concatenate([b["label"] for b in take(batches, 32)])[:2000]
+        return labels[:1000], labels[1000:]
+
+    first, second = epochs(seed=0)
+    assert sorted(first) == sorted(second) == list(range(1000))
+    assert (first != second).mean() > 0.9, "the second epoch repeats the order of the first"
+    assert (first != epochs(seed=1)[0]).mean() > 0.9, "the seed does not change the order"
+    # A shuffle in a buffer would leave early records early.
+    assert abs(np.corrcoef(first, np.arange(1000))[0, 1]) < 0.15
+
+
+def test_resuming_and_worker_processes_change_no_bit(train_split):
+    reference = take(train_batches(train_split), 6)
+    resumed = take(train_batches(train_split, first_step=4), 2)
+    workers = pipeline.Reading(num_workers=2, num_threads=1, read_ahead=1, prefetch=1)
+    worked = take(train_batches(train_split, first_step=3, reading=workers), 3)
+    assert same(reference[4], resumed[0]) and same(reference[5], resumed[1])
+    assert all(same(a, b) for a, b in zip(reference[3:], worked, strict=True))
+    assert not same(reference[0], reference[1])
+
+
+def test_processes_share_out_each_global_batch_in_order():
+    numbers = grain.MapDataset.range(96)
+    whole = pipeline.local_batches(numbers, 24, process=0, num_processes=1)
+    parts = [pipeline.local_batches(numbers, 24, process=p, num_processes=4) for p in range(4)]
+    assert len(parts[0]) == len(whole) == 4
+    for k in range(4):
+        assert np.concatenate([part[k] for part in parts]).tolist() == whole[k].tolist()
+
+
+@pytest.mark.parametrize("num_devices, batch_size", [(1, 300), (8, 7), (8, 500), (8, 3000)])
+def test_evaluation_covers_every_example_once(test_split, num_devices, batch_size):
+    batches = pipeline.EvalBatches(
+        test_split,
+        resize=32,
+        image_size=32,
+        batch_size=batch_size,
+        sharding=sharding(num_devices),
+        reading=THREADS,
+    )
+    expected = [test_split.records[i]["label"] for i in range(2_000)]
+    for _ in range(2):  # and again the next time
+        seen = [(np.asarray(b["label"]), np.asarray(b["mask"])) for b in batches]
+        assert {len(label) for label, _ in seen} == {batch_size + -batch_size % num_devices}
+        assert np.concatenate([label[mask] for label, mask in seen]).tolist() == expected
+
+
+def test_random_resized_crop_draws_areas_and_ratios_of_the_paper():
+    rng = np.random.default_rng(0)
+    # The pixel's value is its position, so that the crop's corners can be read off.
+    y, x = np.mgrid[:240, :240].astype(np.float32)
+    image = np.stack([y, x, y], axis=-1)
+    areas, ratios = [], []
+    for _ in range(2000):
+        crop = augment.random_resized_crop(image, rng, size=64, min_area=0.08)
+        h = (crop[-1, 0, 0] - crop[0, 0, 0]) * 64 / 63
+        w = (crop[0, -1, 1] - crop[0, 0, 1]) * 64 / 63
+        areas.append(h * w / 240**2)
+        ratios.append(w / h)
+    assert 0.07 < min(areas) < 0.1 and 0.85 < max(areas) <= 1.02
+    assert 0.73 < min(ratios) < 0.77 and 1.3 < max(ratios) < 1.36
+    # Inverted in half of the cases: otherwise the ratios would be uniform and their mean above 1.
+    assert abs(np.mean(np.log(ratios))) < 0.02
+
+
+def test_flip_mirrors_half_of_the_images():
+    rng = np.random.default_rng(0)
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    flipped = [augment.random_flip(image, rng) for _ in range(1000)]
+    mirrored = sum((f == image[:, ::-1]).all() for f in flipped)
+    assert 450 < mirrored < 550
+    assert all((f == image).all() or (f == image[:, ::-1]).all() for f in flipped)
+
+
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300), (256, 256), (100, 90)])
+def test_center_crop_is_the_middle_of_the_resized_image(shape):
+    h, w = shape
+    image = np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)
+    crop = augment.center_crop(image, resize=256, size=224)
+    assert crop.shape == (224, 224, 3)
+    scale = 256 / min(h, w)
+    resized = cv2.resize(image, (max(256, int(w * scale)), max(256, int(h * scale))))
+    top, left = -(-(resized.shape[0] - 224) // 2), -(-(resized.shape[1] - 224) // 2)
+    assert (crop == resized[top : top + 224, left : left + 224]).all()
+
+
+def test_colours_arrive_as_rgb():
+    red = np.zeros((8, 8, 3), np.uint8)
+    red[..., 0] = 255
+    encoded = cv2.imencode(".png", red[..., ::-1])[1].tobytes()
+    split = sources.Split("x/train", 1, [{"image": encoded, "label": 0}])
+    assert (split[0]["image"] == red).all()
+
+
+def test_a_label_outside_the_classes_names_split_record_and_label(copied):
+    path = copied / NAME / "1.0.0" / "features.json"
+    features = json.loads(path.read_text())
+    label = features["featuresDict"]["features"]["label"]["classLabel"]
+    label["numClasses"] = "7"
+    path.write_text(json.dumps(features))
+    (path.parent / "label.labels.txt").unlink()
+    split = sources.open_split(str(copied), NAME, "train")
+    assert split.num_classes == 7
+    with pytest.raises(DataError, match=r"fashion_mnist_10k/train, record \d+: label [789] is"):
+        take(train_batches(split), 5)
+
+
+def test_an_image_that_cannot_be_decoded_names_its_record():
+    split = sources.Split("x/train", 2, [{"image": b"no image", "label": 1}])
+    with pytest.raises(DataError, match=r"x/train, record 0: the image cannot be decoded"):
+        split[0]
+
+
+def test_a_file_cut_in_half_is_noticed_before_training(copied):
+    path = next((copied / NAME).rglob("*train.array_record*"))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=r"train\.array_record.*(10000|cannot be read)"):
+        sources.open_split(str(copied), NAME, "train")
+
+
+def test_another_count_than_described_is_noticed(copied):
+    path = copied / NAME / "1.0.0" / "dataset_info.json"
+    info = json.loads(path.read_text())
+    split = next(s for s in info["splits"] if s["name"] == "test")
+    split["shardLengths"] = ["2001"]
+    path.write_text(json.dumps(info))
+    with pytest.raises(DataError, match="holds 2000 records, but dataset_info.json says 2001"):
+        sources.open_split(str(copied), NAME, "test")
+
+
+def test_files_in_another_format_name_the_conversion(copied):
+    path = copied / NAME / "1.0.0" / "dataset_info.json"
+    info = json.loads(path.read_text()) | {"fileFormat": "tfrecord"}
+    path.write_text(json.dumps(info))
+    with pytest.raises(ConfigError, match="tfds convert_format"):
+        sources.open_split(str(copied), NAME, "train")
+
+
+def test_missing_data_names_the_remedy(tmp_path):
+    with pytest.raises(ConfigError, match="tfds build imagenet2012 .*--manual_dir") as error:
+        sources.open_split(str(tmp_path), "imagenet2012", "train")
+    assert "configs/quickstart.py" in str(error.value)
+    with pytest.raises(ConfigError, match="no split 'val': it has test, train"):
+        sources.open_split(str(DATASETS), NAME, "val")
+    (tmp_path / NAME / "1.0.0").mkdir(parents=True)
+    (tmp_path / NAME / "1.0.0" / "dataset_info.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read as a tfds directory"):
+        sources.open_split(str(tmp_path), NAME, "train")
+
+
+def test_the_highest_version_is_taken(copied):
+    shutil.copytree(copied / NAME / "1.0.0", copied / NAME / "1.0.0.incomplete")
+    assert len(sources.open_split(str(copied), NAME, "test")) == 2_000
+    (copied / NAME / "10.0.0").mkdir()
+    (copied / NAME / "9.0.0").mkdir()
+    for version in ("9.0.0", "10.0.0"):
+        (copied / NAME / version / "dataset_info.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"10\.0\.0 cannot be read"):
+        sources.open_split(str(copied), NAME, "test")
+
+
+def test_reading_model_and_step_need_neither_tensorflow_nor_clu():
+    code = (
+        "import sys, convstem_jax.step, convstem_jax.data.pipeline\n"
+        "from convstem_jax.data import sources\n"
+        f"sources.open_split({str(DATASETS)!r}, {NAME!r}, 'test')[0]\n"
+        "assert not {'tensorflow', 'clu'} & set(sys.modules), 'loaded'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

@@ -1,0 +1,120 @@
+"""The command line: what it accepts, and that it refuses the rest before compiling anything."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from convstem_jax import main as main_module
+from convstem_jax import train
+from convstem_jax.main import main
+
+QUICK = ["--config", "configs/quickstart.py"]
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails the test where a model is built: errors must come before that."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a model was built before the error")
+
+    monkeypatch.setattr(train, "create_model", fail)
+
+
+def one_error(capsys):
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[0].startswith("error: ") and "Traceback" not in "".join(lines)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config.lrr=1"], "unknown config field 'lrr': did you mean 'lr'"),
+        (["--config.lr=nan"], "config.lr=nan: it must be a number above 0"),
+        (["--config.batch_size=ten"], "config.batch_size=ten: it must be a whole number"),
+        (["--config.batch_size=100"], "config.batch_size=100 does not divide by 8 devices"),
+        (["--config.data_dir=/nonexistent"], "tfds build fashion_mnist_10k"),
+        (["--config.eval_split=validation"], "has no split 'validation': it has test, train"),
+        (["--workdir=/proc/nowhere"], "--workdir /proc/nowhere cannot be used"),
+    ],
+)
+def test_errors_are_one_line_with_status_2(flags, message, no_model, capsys, tmp_path):
+    assert main([*QUICK, f"--workdir={tmp_path}/run", "--compilation_cache=", *flags]) == 2
+    assert message in one_error(capsys)
+
+
+def test_a_work_directory_that_cannot_be_written(no_model, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main([*QUICK, f"--workdir={tmp_path}/file", "--compilation_cache="]) == 2
+    assert "cannot be used" in one_error(capsys)
+
+
+def test_imagenet_that_is_not_there_names_the_remedy(no_model, capsys, tmp_path):
+    flags = [f"--config.data_dir={tmp_path}", f"--workdir={tmp_path}/run"]
+    assert main(["--config", "configs/vitc.py", "--compilation_cache=", *flags]) == 2
+    message = one_error(capsys)
+    assert "'imagenet2012' is not in" in message
+    assert "tfds build imagenet2012 --file_format=array_record" in message
+    assert "--config configs/quickstart.py" in message
+
+
+def test_an_image_size_that_does_not_fit_the_model(capsys, tmp_path):
+    flags = ["--config.image_size=30", f"--workdir={tmp_path}/run", "--compilation_cache="]
+    assert main([*QUICK, *flags]) == 2
+    assert "image size 30 is not a multiple of patch size 8" in one_error(capsys)
+
+
+def test_damaged_data_has_status_3(no_model, capsys, tmp_path):
+    shutil.copytree("datasets/fashion_mnist_10k", tmp_path / "fashion_mnist_10k")
+    file = next(tmp_path.rglob("*test.array_record*"))
+    file.write_bytes(file.read_bytes()[: 1 << 16])
+    flags = [f"--config.data_dir={tmp_path}", f"--workdir={tmp_path}/run", "--compilation_cache="]
+    assert main([*QUICK, *flags]) == 3
+    assert file.name in one_error(capsys)
+
+
+def test_the_folder_of_another_run_is_refused(no_model, capsys, tmp_path):
+    config = json.loads(main_module.load_config("configs/quickstart.py").to_json())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"lr": 7.0, "num_threads": 5}))
+    assert main([*QUICK, f"--workdir={tmp_path}", "--compilation_cache="]) == 2
+    message = one_error(capsys)
+    assert "another configuration (lr is 7.0 there and" in message
+    assert "num_threads" not in message, "a field that changes no result must not count"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "--config"),
+        ([*QUICK, "extra"], "unexpected argument 'extra'"),
+        ([*QUICK, "--learning_rate=1"], "unexpected argument '--learning_rate=1'"),
+        ([*QUICK, "--config.lr"], "--config.lr has no value"),
+    ],
+)
+def test_wrong_flags_have_status_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_shows_examples_and_exit_status(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "configs/quickstart.py" in text and "exit status" in text and "--workdir" in text
+
+
+def test_a_traceback_is_shown_when_asked_for(no_model, tmp_path):
+    flags = ["--config.lr=nan", "--traceback", f"--workdir={tmp_path}/run"]
+    with pytest.raises(main_module.UserError):
+        main([*QUICK, *flags])
+
+
+def test_the_run_is_named_after_the_configuration():
+    name = main_module._default_workdir("configs/vitc.py:18gf,sgd", {"lr": "1e-3", "dtype": "x/y"})
+    assert pathlib.PurePath(name).parts == ("runs", "vitc_18gf_sgd_dtype=x_y_lr=1e-3")

@@ -1,0 +1,320 @@
+"""Training and evaluation step: what they change, on any number of devices, and at what cost."""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+from jax._src.array import ArrayImpl
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convstem_jax.models import create_model
+from convstem_jax.step import (
+    HParams,
+    Recipe,
+    TrainState,
+    _interleave,
+    eval_step,
+    init_state,
+    normalize,
+    split,
+    train_step,
+)
+
+RECIPE = Recipe(
+    num_classes=10,
+    optimizer="sgd",
+    num_steps=100,
+    warmup_steps=0,
+    label_smoothing=0.1,
+    ema_rate=0.25,
+    ema_every=2,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
+
+
+class Run(NamedTuple):
+    step: object  # train_step, jitted; the state is donated
+    state: TrainState
+    batch: dict
+    hparams: HParams
+    sharding: jax.sharding.NamedSharding
+
+
+@functools.cache
+def tiny(name):
+    """A small network whose head is not zero: with a zero head no gradient reaches the rest."""
+    model = create_model(
+        name, depth=1, image_size=16, num_classes=10, dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    model.head.kernel[...] = 0.1 * jax.random.normal(jax.random.key(1), model.head.kernel.shape)
+    return model
+
+
+def make_batch(n=32):
+    rng = np.random.default_rng(0)
+    # Brighter from row to row: the statistics of one device's part are not those of the batch.
+    images = rng.integers(0, 128, (n, 16, 16, 3)) + np.linspace(0, 127, n)[:, None, None, None]
+    return {"image": images.astype(np.uint8), "label": rng.integers(0, 10, n).astype(np.int32)}
+
+
+@functools.cache
+def jit_step(name, recipe, sharding):
+    graphdef, _, _ = split(tiny(name))
+    step = functools.partial(train_step, graphdef, recipe)
+    return jax.jit(step, donate_argnums=0, out_shardings=sharding)
+
+
+def make_run(name="vitc_tiny", *, num_devices=1, lr=0.1, **recipe_changes):
+    recipe = dataclasses.replace(RECIPE, **recipe_changes)
+    mesh = jax.make_mesh(
+        (num_devices,),
+        ("data",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=jax.devices()[:num_devices],
+    )
+    sharded, replicated = (jax.sharding.NamedSharding(mesh, p) for p in (jax.P("data"), jax.P()))
+    # Copies: the model's own arrays must survive the donation.
+    state = jax.tree.map(jnp.copy, init_state(recipe, tiny(name)))
+    hparams = HParams(jnp.float32(lr), jnp.float32(1e-4))
+    state, hparams = jax.device_put((state, hparams), replicated)
+    batch = jax.device_put(make_batch(), sharded)
+    return Run(jit_step(name, recipe, replicated), state, batch, hparams, sharded)
+
+
+def fetch(tree):
+    return jax.tree.map(lambda x: np.array(x, copy=True), tree)
+
+
+def distance(a, b):
+    """Norm of the difference of two trees relative to the norm of `b`."""
+    norm = lambda tree: math.sqrt(sum(np.sum(np.square(x, dtype=float)) for x in tree))  # noqa: E731
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    return norm([x - y for x, y in zip(a, b, strict=True)]) / norm(b)
+
+
+def moved(old, new):
+    """How far each parameter and statistic went."""
+    return jax.tree.map(np.subtract, (new.params, new.batch_stats), (old.params, old.batch_stats))
+
+
+# ----------------------------------------------------------------------------------- learning
+
+
+def test_loss_falls_and_the_ema_follows_parameters_and_statistics():
+    run = make_run(label_smoothing=0.0, warmup_steps=4)
+    state, ema, losses = run.state, fetch(run.state.ema), []
+    first = fetch(state)
+    for i in range(20):
+        state, metrics = run.step(state, run.batch, run.hparams)
+        losses.append(float(metrics["loss"]))
+        new = fetch({"params": state.params, "batch_stats": state.batch_stats})
+        if i % 2 == 0:
+            rate = 1.0 if i < 4 else 0.25
+            ema = jax.tree.map(lambda e, n, rate=rate: (1 - rate) * e + rate * n, ema, new)
+        assert distance(state.ema, ema) < 1e-6, f"EMA after step {i}"
+        assert int(state.step) == i + 1
+    assert losses[-1] < 0.3 * losses[0], losses
+    for old, new in zip(*map(jax.tree.leaves, (first[1:3], fetch(state)[1:3])), strict=True):
+        assert np.isfinite(new).all()
+        assert not np.array_equal(old, new), "every parameter and statistic must move"
+
+
+def test_first_loss_and_label_smoothing():
+    """Cross-entropy against smoothed targets; with a zero head it is log(num_classes)."""
+    model, batch = tiny("vitp_tiny"), make_batch()
+    logits = np.array(model(normalize(batch["image"], RECIPE)), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    targets = 0.9 * np.eye(10)[batch["label"]] + 0.1 / 10
+
+    run = make_run("vitp_tiny")
+    _, metrics = run.step(run.state, run.batch, run.hparams)
+    assert float(metrics["loss"]) == pytest.approx(-(targets * log_p).sum(axis=1).mean(), rel=1e-5)
+
+    run = make_run("vitp_tiny")
+    run.state.params["head"] = jax.tree.map(jnp.zeros_like, run.state.params["head"])
+    _, metrics = run.step(run.state, run.batch, run.hparams)
+    assert float(metrics["loss"]) == pytest.approx(math.log(10), rel=1e-6)
+
+
+def test_normalize():
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype(np.uint8)
+    expected = (images / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(normalize(images, RECIPE), expected, rtol=1e-5, atol=1e-6)
+    assert normalize(images, RECIPE).dtype == jnp.float32
+
+
+# ------------------------------------------------------------------- devices and micro-batches
+
+
+def one_step(name, **changes):
+    run = make_run(name, **changes)
+    old = fetch(run.state)
+    new, metrics = run.step(run.state, run.batch, run.hparams)
+    return moved(old, fetch(new)), fetch(metrics)
+
+
+def assert_same_step(a, b, tolerance):
+    (moved_a, metrics_a), (moved_b, metrics_b) = a, b
+    assert distance(moved_a[0], moved_b[0]) < tolerance, "update of the parameters"
+    if jax.tree.leaves(moved_b[1]):
+        assert distance(moved_a[1], moved_b[1]) < tolerance, "update of BatchNorm's statistics"
+    for key in "loss", "grad_norm", "lr":
+        assert metrics_a[key] == pytest.approx(metrics_b[key], rel=tolerance), key
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_8_devices_do_what_1_device_does(accumulate):
+    """BatchNorm's statistics included: they are over the whole (micro-)batch."""
+    one = one_step("vitc_tiny", num_devices=1, accumulate=accumulate)
+    eight = one_step("vitc_tiny", num_devices=8, accumulate=accumulate)
+    assert_same_step(eight, one, 1e-4)
+
+
+def test_accumulated_micro_batches_make_the_same_update():
+    """Without BatchNorm, whose statistics differ between a micro-batch and the batch."""
+    assert_same_step(one_step("vitp_tiny", accumulate=4), one_step("vitp_tiny"), 1e-5)
+
+
+def test_each_micro_batch_lies_on_every_device_and_nothing_is_sent():
+    run = make_run(num_devices=8)
+    rows = jax.device_put(np.arange(64), run.sharding)  # 8 on each device
+    interleave = jax.jit(lambda x: _interleave(x, 4)).lower(rows).compile()
+    micro_batches = np.array(interleave(rows))
+    assert sorted(micro_batches.ravel()) == list(range(64))
+    for micro_batch in micro_batches:
+        np.testing.assert_array_equal(np.bincount(micro_batch // 8), np.full(8, 2))
+    hlo = interleave.as_text()
+    assert not [op for op in ("all-to-all", "all-gather", "permute", "all-reduce") if op in hlo]
+
+
+def test_learning_rates_can_be_vmapped():
+    """What the study does: trials that differ in `hparams` are one program."""
+    lrs = [0.01, 0.03, 0.1]
+    graphdef, _, _ = split(tiny("vitp_tiny"))
+    step = functools.partial(train_step, graphdef, RECIPE)
+    run = make_run("vitp_tiny")
+    trials = jax.jit(jax.vmap(step, in_axes=(0, None, HParams(0, None))))
+    states = jax.tree.map(lambda x: jnp.stack([x] * len(lrs)), run.state)
+    hparams = HParams(jnp.array(lrs), run.hparams.wd)
+    for _ in range(2):
+        states, _ = trials(states, run.batch, hparams)
+    for i, lr in enumerate(lrs):
+        run = make_run("vitp_tiny", lr=lr)
+        old, state = fetch(run.state), run.state
+        for _ in range(2):
+            state, _ = run.step(state, run.batch, run.hparams)
+        trial = jax.tree.map(lambda x, i=i: x[i], fetch(states))
+        assert distance(moved(old, trial)[0], moved(old, fetch(state))[0]) < 1e-4, lr
+        assert int(trial.step) == 2
+
+
+# --------------------------------------------------------------------------------------- cost
+
+
+@pytest.fixture
+def fetches(monkeypatch):
+    """Shapes of the arrays that were read back to the host."""
+    # The property that float(), bool(), np.asarray() and jax.device_get() all go through. An array
+    # on one CPU device can be read past it; one on several devices cannot.
+    shapes, value = [], ArrayImpl._value
+    monkeypatch.setattr(
+        ArrayImpl, "_value", property(lambda x: shapes.append(x.shape) or value.fget(x))
+    )
+    return shapes
+
+
+def test_steps_compile_once_and_leave_the_host_alone(fetches):
+    run = make_run(num_devices=8)
+    state = run.state
+    with jax.transfer_guard("disallow"):
+        for _ in range(4):
+            state, metrics = run.step(state, run.batch, run.hparams)
+    assert not fetches, "a step waits for the device where it reads an array"
+    assert run.step._cache_size() == 1
+    # Both guards can fail.
+    float(metrics["loss"])
+    assert fetches == [()]
+    with jax.transfer_guard("disallow"), pytest.raises(jax.errors.JaxRuntimeError, match="isallow"):
+        run.step(state, make_batch(), run.hparams)
+
+
+def test_donated_state_is_reused():
+    run = make_run()
+    state, _ = run.step(run.state, run.batch, run.hparams)
+    kept = [p for p, x in jax.tree.leaves_with_path(run.state) if not x.is_deleted()]
+    assert not kept, "these need memory twice"
+    assert not any(x.is_deleted() for x in jax.tree.leaves((state, run.batch, run.hparams)))
+
+
+# --------------------------------------------------------------------------------- evaluation
+
+
+class Echo(nnx.Module):
+    """Takes the first pixels' red channel for logits."""
+
+    def __call__(self, images):
+        return images[:, 0, :, 0]
+
+
+def jit_eval_step(model, **recipe_changes):
+    recipe = dataclasses.replace(RECIPE, **recipe_changes)
+    graphdef, params, batch_stats = split(model)
+    step = jax.jit(functools.partial(eval_step, graphdef, recipe))
+    return lambda batch, params=params: jax.device_get(step(params, batch_stats, batch))
+
+
+@pytest.mark.parametrize("num_classes", [3, 10])
+def test_errors_are_counted_exactly_and_padding_is_not(num_classes):
+    rng = np.random.default_rng(0)
+    pixels = np.stack([rng.permutation(num_classes) for _ in range(64)])
+    labels = rng.integers(0, num_classes, 64)
+    mask = np.arange(64) < 50
+    labels[~mask] = pixels[~mask].argmax(axis=1)  # padding that would count as right
+    eval_batch = jit_eval_step(Echo(), num_classes=num_classes, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    images = np.zeros((64, 1, num_classes, 3), np.uint8)
+    images[..., 0] = pixels[:, None]
+    sums = eval_batch({"image": images, "label": labels, "mask": mask})
+
+    pixels, labels = pixels[mask], labels[mask]
+    ranks = np.sum(pixels > np.take_along_axis(pixels, labels[:, None], axis=1), axis=1)
+    p = np.exp(pixels - pixels.max(axis=1, keepdims=True))
+    p = np.take_along_axis(p, labels[:, None], axis=1)[:, 0] / p.sum(axis=1)
+    assert sums["examples"] == 50
+    assert sums["top1_errors"] == np.sum(ranks >= 1)
+    assert sums["top5_errors"] == np.sum(ranks >= 5)  # none of 3 classes
+    assert sums["loss_sum"] == pytest.approx(-np.log(p).sum(), rel=1e-5)
+
+
+def test_models_that_have_learnt_nothing_or_diverged_are_not_right():
+    model = tiny("vitc_tiny")
+    eval_batch = jit_eval_step(model)
+    batch = make_batch() | {"label": np.arange(32, dtype=np.int32) % 10, "mask": np.ones(32, bool)}
+    params = split(model)[1]
+
+    fresh = eval_batch(batch, params | {"head": jax.tree.map(jnp.zeros_like, params["head"])})
+    assert fresh["top1_errors"] >= 28, "with 10 equal logits at most one class can be right"
+    assert fresh["top5_errors"] >= 15
+    assert fresh["loss_sum"] == pytest.approx(32 * math.log(10), rel=1e-6)
+
+    diverged = eval_batch(batch, jax.tree.map(lambda x: x * jnp.nan, params))
+    assert (diverged["top1_errors"], diverged["top5_errors"]) == (32, 32)
+    assert math.isnan(diverged["loss_sum"])
+
+
+def test_evaluation_uses_running_statistics():
+    """So that a prediction does not depend on the other images of the batch."""
+    eval_batch = jit_eval_step(tiny("vitc_tiny"))
+    batch = make_batch() | {"mask": np.ones(32, bool)}
+    whole = eval_batch(batch)
+    parts = [eval_batch(batch | {"mask": np.arange(32) // 16 == i}) for i in range(2)]
+    for key in whole:
+        assert whole[key] == pytest.approx(sum(part[key] for part in parts), rel=1e-5), key
+    bright = batch["image"] // np.where(np.arange(32) < 16, 1, 2)[:, None, None, None]
+    part = eval_batch(batch | {"image": bright.astype(np.uint8), "mask": np.arange(32) < 16})
+    assert part["loss_sum"] == pytest.approx(parts[0]["loss_sum"], rel=1e-5)

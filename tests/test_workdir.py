@@ -1,0 +1,41 @@
+"""The folder of a run."""
+
+import contextlib
+import os
+
+import pytest
+
+from convstem_jax import workdir
+from convstem_jax.config import load_config
+from convstem_jax.errors import ConfigError
+
+
+@contextlib.contextmanager
+def without_root():
+    """Gives up root's right to write everywhere, where the tests run as root."""
+    user = os.geteuid()
+    os.seteuid(65534 if user == 0 else user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_folder_that_may_not_be_written_is_refused(tmp_path):
+    config = load_config("configs/quickstart.py")
+    tmp_path.chmod(0o500)
+    with without_root(), pytest.raises(ConfigError, match="Permission denied.*name another"):
+        workdir.prepare(str(tmp_path), config)
+
+
+def test_a_folder_of_the_same_run_is_accepted(tmp_path):
+    config = load_config("configs/quickstart.py")
+    path = workdir.prepare(str(tmp_path / "a" / "b"), config)
+    assert path == workdir.prepare(str(tmp_path / "a" / "b"), config)
+    assert sorted(os.listdir(path)) == ["config.json"]
+
+
+def test_a_damaged_description_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        workdir.prepare(str(tmp_path), load_config("configs/quickstart.py"))
