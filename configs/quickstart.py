@@ -19,9 +19,9 @@ def get_config(arg: str = ""):
     config.model = f"{stem}_tiny"
     config.dtype = "float32"  # bfloat16 is slower on most CPUs
     config.optimizer = optimizer
-    config.lr, config.wd = {"adamw": (2e-3, 0.1), "sgd": (0.1, 5e-4)}[optimizer]
+    config.lr, config.wd = {"adamw": (2e-3, 0.2), "sgd": (0.1, 5e-4)}[optimizer]
     config.batch_size = 64
-    config.epochs = 20.0
+    config.epochs = 24.0
     config.warmup_epochs = 1.0
     # The paper's 1e-5, for 128 times fewer examples: as many EMA updates fit in a run's memory.
     config.ema_alpha = 1.28e-3
@@ -39,7 +39,7 @@ def get_config(arg: str = ""):
     config.num_threads = 1
     config.read_ahead = 4
     config.eval_batch_size = 500
-    config.eval_every_epochs = 2.0
+    config.eval_every_epochs = 4.0
     config.log_every_steps = 100
     config.checkpoint_every_steps = 1000
     for name, text in fields.items():

@@ -41,11 +41,15 @@ class Records:
         if self._main:
             self.path = os.path.join(workdir, "metrics.jsonl")
             kept = [r for r in read_jsonl(self.path) if r["step"] <= first_step]
-            self._file = open(self.path, "w", buffering=1)  # noqa: SIM115, closed in close()
-            for record in kept:
-                self._file.write(json.dumps(record) + "\n")
-            from clu import metric_writers  # loads TensorFlow: seconds that errors need not wait
+            with open(self.path + ".tmp", "w") as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
+            os.replace(self.path + ".tmp", self.path)
+            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115, closed in close()
+            # Here, since it loads TensorFlow: seconds that errors need not wait.
+            from clu import metric_writers
+            import tensorflow as tf
 
+            tf.config.set_visible_devices([], "GPU")  # it would take their memory from JAX
             self._tensorboard = metric_writers.SummaryWriter(workdir)
 
     def train(self, step: int, metrics: dict[str, jax.Array]) -> None:

@@ -41,6 +41,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     train_split = sources.open_split(config.data_dir, config.dataset, config.train_split)
     eval_split = sources.open_split(config.data_dir, config.dataset, config.eval_split)
     workdir = folder.prepare(workdir, config)
+    if (result := folder.read_result(workdir)) is not None:
+        print("this run is finished; its result:")
+        _print_result(workdir, result)
+        return result
 
     # ------------------------------------------------------------------------------- devices
 
@@ -186,7 +190,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
                     "the same command goes on from there"
                 )
 
-        results = results or evaluate_weights(num_steps)  # where nothing was left to train
+        results = results or evaluate_weights(num_steps)  # stopped after the last step
 
     # -------------------------------------------------------------------------------- result
 
@@ -223,7 +227,8 @@ def _print_overview(config, workdir: str, params, num_images: int, num_steps: in
         f"{config.model}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, "
         f"{config.dtype}, on {jax.device_count()} x {jax.devices()[0].device_kind}\n"
         f"weight decay acts on {sum(flags)} of {len(flags)} arrays, listed in {path}\n"
-        f"{num_images:,} training images, {num_steps:,} steps of {config.batch_size}",
+        f"{num_images:,} training images, {num_steps:,} steps of {config.batch_size}\n"
+        f"compiling; then a line every {config.log_every_steps} steps",
         flush=True,
     )
 

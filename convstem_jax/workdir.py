@@ -80,6 +80,15 @@ def write_result(workdir: str, result: dict) -> None:
     _write_json(os.path.join(workdir, "result.json"), result)
 
 
+def read_result(workdir: str) -> dict | None:
+    """Reads result.json; None where the run is not finished."""
+    path = os.path.join(workdir, "result.json")
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        return json.load(file)
+
+
 def plot_curves(workdir: str, records: list[dict], title: str) -> str:
     """Draws the training loss and the top-1 errors into curves.png, and returns its path."""
     path = os.path.join(workdir, "curves.png")

@@ -36,7 +36,10 @@ def one_error(capsys):
         (["--config.lr=nan"], "config.lr=nan: it must be a number above 0"),
         (["--config.batch_size=ten"], "config.batch_size=ten: it must be a whole number"),
         (["--config.batch_size=100"], "config.batch_size=100 does not divide by 8 devices"),
-        (["--config.data_dir=/nonexistent"], "tfds build fashion_mnist_10k"),
+        (
+            ["--config.data_dir=/nonexistent"],
+            "tfds.builder('fashion_mnist_10k', data_dir=",
+        ),
         (["--config.eval_split=validation"], "has no split 'validation': it has test, train"),
         (["--workdir=/proc/nowhere"], "--workdir /proc/nowhere cannot be used"),
     ],
@@ -57,7 +60,10 @@ def test_imagenet_that_is_not_there_names_the_remedy(no_model, capsys, tmp_path)
     assert main(["--config", "configs/vitc.py", "--compilation_cache=", *flags]) == 2
     message = one_error(capsys)
     assert "'imagenet2012' is not in" in message
-    assert "tfds build imagenet2012 --file_format=array_record" in message
+    assert (
+        f"launch/prepare_imagenet.py --manual_dir FOLDER_OF_THE_TWO_TAR_FILES --data_dir {tmp_path}"
+        in message
+    )
     assert "--config configs/quickstart.py" in message
 
 

@@ -1,5 +1,6 @@
 """Training and evaluation step: what they change, on any number of devices, and at what cost."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -29,17 +30,19 @@ RECIPE = Recipe(
     num_classes=10,
     optimizer="sgd",
     num_steps=100,
-    warmup_steps=0,
+    warmup_steps=4,
     label_smoothing=0.1,
     ema_rate=0.25,
     ema_every=2,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
 )
+# The tests spend their time in the compiler, not in what it makes.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Run(NamedTuple):
-    step: object  # train_step, jitted; the state is donated
+    step: Callable  # train_step, jitted; the state is donated
     state: TrainState
     batch: dict
     hparams: HParams
@@ -49,10 +52,20 @@ class Run(NamedTuple):
 @functools.cache
 def tiny(name):
     """A small network whose head is not zero: with a zero head no gradient reaches the rest."""
-    model = create_model(
-        name, depth=1, image_size=16, num_classes=10, dtype=jnp.float32, rngs=nnx.Rngs(0)
-    )
-    model.head.kernel[...] = 0.1 * jax.random.normal(jax.random.key(1), model.head.kernel.shape)
+    changes = {"depth": 1, "image_size": 16, "patch_size": 4, "num_classes": 10}
+    if name == "vitc_tiny":
+        changes |= {"stem_channels": (8, 16), "stem_strides": (2, 2)}
+    model = nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0), **changes))
+    rng = np.random.default_rng(0)
+
+    def new(path, x):
+        if path[-1].key in ("scale", "var"):
+            return jnp.ones(x.shape)
+        std = 1 / math.sqrt(math.prod(x.shape[:-1])) if path[-1].key == "kernel" else 0.1
+        return jnp.array(std * rng.normal(size=x.shape), x.dtype)
+
+    state = nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    nnx.update(model, jax.tree.map_with_path(new, state))
     return model
 
 
@@ -67,7 +80,7 @@ def make_batch(n=32):
 def jit_step(name, recipe, sharding):
     graphdef, _, _ = split(tiny(name))
     step = functools.partial(train_step, graphdef, recipe)
-    return jax.jit(step, donate_argnums=0, out_shardings=sharding)
+    return jit(step, donate_argnums=0, out_shardings=sharding)
 
 
 def make_run(name="vitc_tiny", *, num_devices=1, lr=0.1, **recipe_changes):
@@ -76,7 +89,7 @@ def make_run(name="vitc_tiny", *, num_devices=1, lr=0.1, **recipe_changes):
         (num_devices,),
         ("data",),
         axis_types=(jax.sharding.AxisType.Auto,),
-        devices=jax.devices()[:num_devices],
+        devices=jax.devices("cpu")[:num_devices],
     )
     sharded, replicated = (jax.sharding.NamedSharding(mesh, p) for p in (jax.P("data"), jax.P()))
     # Copies: the model's own arrays must survive the donation.
@@ -107,7 +120,7 @@ def moved(old, new):
 
 
 def test_loss_falls_and_the_ema_follows_parameters_and_statistics():
-    run = make_run(label_smoothing=0.0, warmup_steps=4)
+    run = make_run()
     state, ema, losses = run.state, fetch(run.state.ema), []
     first = fetch(state)
     for i in range(20):
@@ -119,7 +132,7 @@ def test_loss_falls_and_the_ema_follows_parameters_and_statistics():
             ema = jax.tree.map(lambda e, n, rate=rate: (1 - rate) * e + rate * n, ema, new)
         assert distance(state.ema, ema) < 1e-6, f"EMA after step {i}"
         assert int(state.step) == i + 1
-    assert losses[-1] < 0.3 * losses[0], losses
+    assert losses[-1] < 0.5 * losses[0], losses
     for old, new in zip(*map(jax.tree.leaves, (first[1:3], fetch(state)[1:3])), strict=True):
         assert np.isfinite(new).all()
         assert not np.array_equal(old, new), "every parameter and statistic must move"
@@ -127,19 +140,20 @@ def test_loss_falls_and_the_ema_follows_parameters_and_statistics():
 
 def test_first_loss_and_label_smoothing():
     """Cross-entropy against smoothed targets; with a zero head it is log(num_classes)."""
-    model, batch = tiny("vitp_tiny"), make_batch()
-    logits = np.array(model(normalize(batch["image"], RECIPE)), np.float64)
+    model, batch = nnx.clone(tiny("vitc_tiny")), make_batch()
+    logits = nnx.jit(lambda model, x: model(normalize(x, RECIPE)))(model, batch["image"])
+    logits = np.array(logits, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     targets = 0.9 * np.eye(10)[batch["label"]] + 0.1 / 10
 
-    run = make_run("vitp_tiny")
+    run = make_run()
     _, metrics = run.step(run.state, run.batch, run.hparams)
     assert float(metrics["loss"]) == pytest.approx(-(targets * log_p).sum(axis=1).mean(), rel=1e-5)
 
-    run = make_run("vitp_tiny")
+    run = make_run()
     run.state.params["head"] = jax.tree.map(jnp.zeros_like, run.state.params["head"])
     _, metrics = run.step(run.state, run.batch, run.hparams)
-    assert float(metrics["loss"]) == pytest.approx(math.log(10), rel=1e-6)
+    assert float(metrics["loss"]) == pytest.approx(math.log(10), rel=1e-5)
 
 
 def test_normalize():
@@ -173,12 +187,12 @@ def test_8_devices_do_what_1_device_does(accumulate):
     """BatchNorm's statistics included: they are over the whole (micro-)batch."""
     one = one_step("vitc_tiny", num_devices=1, accumulate=accumulate)
     eight = one_step("vitc_tiny", num_devices=8, accumulate=accumulate)
-    assert_same_step(eight, one, 1e-4)
+    assert_same_step(eight, one, 2e-5)
 
 
 def test_accumulated_micro_batches_make_the_same_update():
     """Without BatchNorm, whose statistics differ between a micro-batch and the batch."""
-    assert_same_step(one_step("vitp_tiny", accumulate=4), one_step("vitp_tiny"), 1e-5)
+    assert_same_step(one_step("vitp_tiny", accumulate=4), one_step("vitp_tiny"), 2e-5)
 
 
 def test_each_micro_batch_lies_on_every_device_and_nothing_is_sent():
@@ -195,21 +209,23 @@ def test_each_micro_batch_lies_on_every_device_and_nothing_is_sent():
 
 def test_learning_rates_can_be_vmapped():
     """What the study does: trials that differ in `hparams` are one program."""
-    lrs = [0.01, 0.03, 0.1]
+    lrs = [1e-3, 3e-3, 1e-2]
     graphdef, _, _ = split(tiny("vitp_tiny"))
-    step = functools.partial(train_step, graphdef, RECIPE)
-    run = make_run("vitp_tiny")
-    trials = jax.jit(jax.vmap(step, in_axes=(0, None, HParams(0, None))))
+    recipe = dataclasses.replace(RECIPE, optimizer="adamw")
+    step = functools.partial(train_step, graphdef, recipe)
+    run = make_run("vitp_tiny", optimizer="adamw")
+    trials = jit(jax.vmap(step, in_axes=(0, None, HParams(0, None))))
     states = jax.tree.map(lambda x: jnp.stack([x] * len(lrs)), run.state)
     hparams = HParams(jnp.array(lrs), run.hparams.wd)
     for _ in range(2):
         states, _ = trials(states, run.batch, hparams)
     for i, lr in enumerate(lrs):
-        run = make_run("vitp_tiny", lr=lr)
+        run = make_run("vitp_tiny", lr=lr, optimizer="adamw")
         old, state = fetch(run.state), run.state
         for _ in range(2):
             state, _ = run.step(state, run.batch, run.hparams)
         trial = jax.tree.map(lambda x, i=i: x[i], fetch(states))
+        print("DIST", distance(moved(old, trial)[0], moved(old, fetch(state))[0]))
         assert distance(moved(old, trial)[0], moved(old, fetch(state))[0]) < 1e-4, lr
         assert int(trial.step) == 2
 
@@ -265,7 +281,7 @@ class Echo(nnx.Module):
 def jit_eval_step(model, **recipe_changes):
     recipe = dataclasses.replace(RECIPE, **recipe_changes)
     graphdef, params, batch_stats = split(model)
-    step = jax.jit(functools.partial(eval_step, graphdef, recipe))
+    step = jit(functools.partial(eval_step, graphdef, recipe))
     return lambda batch, params=params: jax.device_get(step(params, batch_stats, batch))
 
 
@@ -300,7 +316,7 @@ def test_models_that_have_learnt_nothing_or_diverged_are_not_right():
     fresh = eval_batch(batch, params | {"head": jax.tree.map(jnp.zeros_like, params["head"])})
     assert fresh["top1_errors"] >= 28, "with 10 equal logits at most one class can be right"
     assert fresh["top5_errors"] >= 15
-    assert fresh["loss_sum"] == pytest.approx(32 * math.log(10), rel=1e-6)
+    assert fresh["loss_sum"] == pytest.approx(32 * math.log(10), rel=1e-5)
 
     diverged = eval_batch(batch, jax.tree.map(lambda x: x * jnp.nan, params))
     assert (diverged["top1_errors"], diverged["top5_errors"]) == (32, 32)

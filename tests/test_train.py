@@ -1,13 +1,17 @@
 """Whole runs: interrupted and not, finite and not, on embedded data and on a tiny ImageNet."""
 
+import io
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -140,9 +144,20 @@ def test_an_interrupted_run_ends_the_same_to_the_last_bit(uninterrupted, tmp_pat
 
 def test_a_finished_run_is_not_trained_again(uninterrupted, capsys):
     workdir, result, _ = uninterrupted
-    again = train_module.train(config(), str(workdir))
-    assert again["top1_error"] == result["top1_error"]
-    assert f"resumed from step {result['steps']}" in capsys.readouterr().out
+    records = (workdir / "metrics.jsonl").read_text()
+    assert train_module.train(config(), str(workdir)) == result
+    assert "this run is finished" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_text() == records
+
+
+def test_a_run_stopped_before_its_result_is_evaluated_again(uninterrupted, tmp_path):
+    """On another number of devices, at that: 8 here, 2 there."""
+    workdir, result, _ = uninterrupted
+    shutil.copytree(workdir, tmp_path / "copy")
+    (tmp_path / "copy" / "result.json").unlink()
+    again = train_module.train(config(), str(tmp_path / "copy"))
+    assert again["top1_error"] == pytest.approx(result["top1_error"], abs=0.1)
+    assert again["device"].startswith("8 x") and again["steps"] == 31
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
@@ -173,3 +188,68 @@ def test_the_loop_fetches_nothing_between_log_points(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "jit", leaky_jit)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train_module.train(config(**fields), str(tmp_path / "b"))
+
+
+def make_imagenet_tars(folder, num_train, num_val):
+    """The two official tar files with a few small random JPEGs each."""
+    rng = np.random.default_rng(0)
+
+    def add(tar, name, content):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+    def jpeg():
+        shape = (*rng.integers(40, 80, 2), 3)
+        return cv2.imencode(".jpg", rng.integers(0, 256, shape, dtype=np.uint8))[1].tobytes()
+
+    folder.mkdir()
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as tar:
+        for synset in ("n01440764", "n01443537"):
+            inner_file = io.BytesIO()
+            with tarfile.open(fileobj=inner_file, mode="w") as inner:
+                for i in range(num_train // 2):
+                    add(inner, f"{synset}_{i}.JPEG", jpeg())
+            add(tar, f"{synset}.tar", inner_file.getvalue())
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
+        for i in range(num_val):
+            add(tar, f"ILSVRC2012_val_{i + 1:08}.JPEG", jpeg())
+
+
+def test_imagenet_is_prepared_and_trained_on(tmp_path):
+    make_imagenet_tars(tmp_path / "tars", num_train=24, num_val=7)
+    command = [sys.executable, "launch/prepare_imagenet.py", "--any_content"]
+    command += ["--manual_dir", str(tmp_path / "tars"), "--data_dir", str(tmp_path / "data")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "train: 24 images\nvalidation: 7 images" in done.stdout
+
+    config = load_config("configs/vitc.py:sgd")
+    for name, value in {
+        "data_dir": str(tmp_path / "data"),
+        "model": "vitc_tiny",
+        "image_size": 32,
+        "eval_resize": 36,
+        "batch_size": 16,
+        "accumulate": 2,
+        "eval_batch_size": 5,
+        "epochs": 6.0,
+        "num_workers": 2,
+    }.items():
+        config[name] = value
+    result = train_module.train(config, str(tmp_path / "run"))
+    assert (result["steps"], result["examples"]) == (9, 7)
+
+
+def test_tar_files_of_the_wrong_form_are_refused(tmp_path):
+    make_imagenet_tars(tmp_path / "tars", num_train=2, num_val=1)
+    with tarfile.open(tmp_path / "tars" / "ILSVRC2012_img_val.tar", "a") as tar:
+        folder = tarfile.TarInfo("val/")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    command = [sys.executable, "launch/prepare_imagenet.py", "--manual_dir", str(tmp_path / "tars")]
+    command += ["--data_dir", str(tmp_path / "data")]
+    for flags, message in ((["--any_content"], "holds 'val'"), ([], "has MD5")):
+        done = subprocess.run(command + flags, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 3 and message in done.stderr
+    assert not (tmp_path / "data").exists()

@@ -11,8 +11,6 @@ import tensorflow_datasets as tfds
 
 from convstem_jax.errors import ConfigError, DataError
 
-QUICKSTART = "python -m convstem_jax.main --config configs/quickstart.py"
-
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -64,8 +62,9 @@ def open_split(data_dir: str, dataset: str, split: str) -> Split:
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise ConfigError(
             f"{path} is in {builder.info.file_format.value}, and random access needs ArrayRecord: "
-            f"convert it once with 'tfds convert_format --root_data_dir={data_dir} "
-            "--out_file_format=array_record --out_path=FOLDER', then set config.data_dir=FOLDER"
+            f"prepare it anew in another folder with\n  {_preparation(dataset, 'FOLDER')}\n"
+            "or convert it with 'tfds convert_format' (needs the package apache-beam), and set "
+            "config.data_dir to that folder"
         )
     features = builder.info.features
     for key in ("image", "label"):
@@ -89,17 +88,29 @@ def _find_version(data_dir: str, dataset: str) -> str:
     except OSError as error:
         raise ConfigError(f"cannot read {root}: {error.strerror}; set config.data_dir") from error
     if not versions:
-        manual = " --manual_dir=FOLDER_WITH_THE_TWO_TARS" if dataset.startswith("imagenet") else ""
         raise ConfigError(
             f"data set '{dataset}' is not in {data_dir} (config.data_dir): prepare it with\n"
-            f"  tfds build {dataset} --file_format=array_record --data_dir={data_dir}{manual}\n"
-            f"and meanwhile run the quick-start, which brings its data:\n  {QUICKSTART}"
+            f"  {_preparation(dataset, data_dir)}\n"
+            "and meanwhile run the quick-start, which brings its data:\n"
+            "  python -m convstem_jax.main --config configs/quickstart.py"
         )
 
     def number(version):
         return [int(part) if part.isdigit() else -1 for part in version.split(".")]
 
     return os.path.join(root, max(versions, key=number))
+
+
+def _preparation(dataset: str, data_dir: str) -> str:
+    if dataset == "imagenet2012":
+        return (
+            "python launch/prepare_imagenet.py --manual_dir FOLDER_OF_THE_TWO_TAR_FILES "
+            f"--data_dir {data_dir}"
+        )
+    return (
+        f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{dataset}', "
+        f"data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
+    )
 
 
 def _check_counts(info: tfds.core.SplitInfo) -> None:
