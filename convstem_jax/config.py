@@ -33,11 +33,13 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(path))))  # `import configs`
     try:
         module_spec.loader.exec_module(module)
+        return module.get_config(arg).lock()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"--config {spec} fails with {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
-    config = module.get_config(arg)
-    config.lock()
-    return config
 
 
 def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:

@@ -93,20 +93,26 @@ def train_step(
         loss = optax.softmax_cross_entropy(logits, targets).mean()
         return loss, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
-    def micro_step(carry, micro_batch):
-        batch_stats, loss_sum, grads_sum = carry
+    def loss_and_grads(batch_stats, batch):
         (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, batch_stats, micro_batch["image"], micro_batch["label"]
+            state.params, batch_stats, batch["image"], batch["label"]
         )
-        return (batch_stats, loss_sum + loss, jax.tree.map(jnp.add, grads_sum, grads)), None
+        return batch_stats, (loss, grads)
 
-    carry = (state.batch_stats, jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    def add_micro_batch(carry, micro_batch):
+        batch_stats, sums = carry
+        batch_stats, new = loss_and_grads(batch_stats, micro_batch)
+        return (batch_stats, jax.tree.map(jnp.add, sums, new)), None
+
     if recipe.accumulate == 1:
-        (batch_stats, loss, grads), _ = micro_step(carry, batch)
+        batch_stats, (loss, grads) = loss_and_grads(state.batch_stats, batch)
     else:
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
         micro_batches = jax.tree.map(lambda x: _interleave(x, recipe.accumulate), batch)
-        (batch_stats, loss, grads), _ = jax.lax.scan(micro_step, carry, micro_batches)
-        loss, grads = jax.tree.map(lambda x: x / recipe.accumulate, (loss, grads))
+        (batch_stats, sums), _ = jax.lax.scan(
+            add_micro_batch, (state.batch_stats, zeros), micro_batches
+        )
+        loss, grads = jax.tree.map(lambda x: x / recipe.accumulate, sums)
 
     lr = hparams.lr * optim.lr_factor(
         state.step, num_steps=recipe.num_steps, warmup_steps=recipe.warmup_steps

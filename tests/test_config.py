@@ -44,6 +44,7 @@ def test_fields_in_the_argument():
         ("configs/vitc.py:epochs=many", "config.epochs=many: it must be a number"),
         ("configs/vitc.py:36gf,sgd", "the paper has no sgd setting for vitc 36gf"),
         ("configs/none.py", "configs/none.py is not a file"),
+        ("tests/conftest.py", "fails with AttributeError: .*get_config"),
     ],
 )
 def test_wrong_arguments_are_refused(spec, message):

@@ -196,8 +196,10 @@ def test_a_label_outside_the_classes_names_split_record_and_label(copied):
     (path.parent / "label.labels.txt").unlink()
     split = sources.open_split(str(copied), NAME, "train")
     assert split.num_classes == 7
-    with pytest.raises(DataError, match=r"fashion_mnist_10k/train, record \d+: label [789] is"):
-        take(train_batches(split), 5)
+    workers = pipeline.Reading(num_workers=1, num_threads=1, read_ahead=1, prefetch=1)
+    for reading in (THREADS, workers):
+        with pytest.raises(DataError, match=r"fashion_mnist_10k/train, record \d+: label [789]"):
+            take(train_batches(split, reading=reading), 5)
 
 
 def test_an_image_that_cannot_be_decoded_names_its_record():

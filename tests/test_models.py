@@ -257,6 +257,19 @@ def test_whole_model_is_torchs(name):
     expected = TorchViT(model).eval()(torch_array(images).permute(0, 3, 1, 2)).numpy()
     assert expected.std() > 0.1, "logits this small would agree whatever the model does"
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+    # Tokens of ordinary size do not show LayerNorm's epsilon.
+    norms = [m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.LayerNorm)]
+    assert {norm.epsilon for norm in norms} == {1e-6}
+
+
+def products(jaxpr):
+    """All matrix products and convolutions, those of inner functions too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield eqn
+        for inner in eqn.params.values():
+            if hasattr(inner, "jaxpr"):
+                yield from products(inner.jaxpr)
 
 
 def test_bfloat16_is_for_computing_only():
@@ -264,13 +277,14 @@ def test_bfloat16_is_for_computing_only():
 
     def run():
         model = create_model("vitc_tiny", depth=1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        tokens = model.stem(images).reshape(2, -1, 64)
-        return tokens, model.blocks[0](tokens), model(images), nnx.state(model)
+        logits = model(images)  # in training mode: the statistics are new ones
+        return logits, nnx.to_pure_dict(nnx.state(model))
 
-    # In training mode, so that `state` holds the updated statistics.
-    tokens, block, logits, state = nnx.eval_shape(run)
-    assert (tokens.dtype, block.dtype, logits.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    jaxpr, (logits, state) = jax.make_jaxpr(run, return_shape=True)()
+    assert logits.dtype == jnp.float32
     assert {x.dtype.name for x in jax.tree.leaves(state)} == {"float32"}
+    inputs = [{v.aval.dtype.name for v in eqn.invars} for eqn in products(jaxpr.jaxpr)]
+    assert inputs == [{"bfloat16"}] * (4 + 6 + 1), "stem, block and head compute in bfloat16"
 
 
 # ---------------------------------------------------------------------------- initialisation

@@ -45,7 +45,7 @@ def run(workdir, signal_at=None, signal_number=None):
     """Runs the command in a process of its own with two devices, until a step or the end."""
     command = [sys.executable, "-m", "convstem_jax.main", "--config", "configs/quickstart.py"]
     command += [f"--config.{name}={text}" for name, text in FIELDS.items()]
-    command += ["--workdir", str(workdir)]
+    command += ["--workdir", str(workdir), "--compilation_cache", str(workdir.parent / "cache")]
     with subprocess.Popen(
         command,
         cwd=ROOT,
@@ -125,6 +125,7 @@ def test_an_interrupted_run_ends_the_same_to_the_last_bit(uninterrupted, tmp_pat
     assert status == 75, output
     assert "the same command goes on from there" in output
     status, output = run(tmp_path, 20, signal.SIGKILL)
+    assert list((tmp_path.parent / "cache").iterdir()), "compiled programs are not kept"
     assert status == -signal.SIGKILL and "resumed from step" in output, output
     status, output = run(tmp_path)
     assert status == 0 and "resumed from step" in output, output
