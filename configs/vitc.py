@@ -7,7 +7,8 @@
     python -m convstem_jax.main --config configs/vitc.py --config.lr=5e-4
 
 Top-1 error in the paper's Table 2 after 100 epochs: 1GF 28.6, 4GF 20.9, 18GF 18.4, 36GF 18.3.
-Not yet run here.
+Not yet run here; of the paper's recipe AutoAugment, mixup, CutMix and precise BatchNorm statistics
+are not there yet.
 """
 
 from configs import common

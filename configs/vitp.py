@@ -7,7 +7,8 @@
     python -m convstem_jax.main --config configs/vitp.py --config.lr=5e-4
 
 Top-1 error in the paper's Table 2 after 100 epochs: 1GF 33.2, 4GF 23.3, 18GF 19.9, 36GF 19.9.
-Not yet run here.
+Not yet run here; of the paper's recipe AutoAugment, mixup, CutMix and precise BatchNorm statistics
+are not there yet.
 """
 
 from configs import common

@@ -1,9 +1,8 @@
 """Checkpoints of a run; the only file that knows Orbax.
 
-A checkpoint is one step: the `TrainState`, and a small JSON record of what lies outside it (the
-input iterator's state and the seconds spent). Saving is asynchronous and atomic. Orbax restores
-flipped bits without a word (measured: 5 of 20 flips, even in zarr3), so a checksum of each array
-travels in the JSON record.
+A checkpoint is one step: the `TrainState`, and a small JSON record. Its number is also the state
+of the input, whose batches are numbered. Saving is asynchronous and atomic. Orbax restores flipped
+bits without a word, so a checksum of each array travels in the JSON record.
 """
 
 from typing import Any
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convstem_jax.errors import CheckpointError
+from convstem_jax.errors import CheckpointError, NotFiniteError
 from convstem_jax.step import TrainState
 
 
@@ -65,10 +64,17 @@ class Checkpoints:
 
         Raises:
             CheckpointError: this save, or the one before it, failed.
+            NotFiniteError: a parameter or statistic is NaN or infinite; nothing is saved.
         """
+        sums, finite = jax.device_get(_inspect(state))
+        if not finite:
+            raise NotFiniteError(
+                f"the state is not finite after step {step}, and is not saved: lower config.lr, "
+                "with another --workdir"
+            )
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            loop=ocp.args.JsonSave(loop | {"checksums": _checksums(state)}),
+            loop=ocp.args.JsonSave(loop | {"checksums": sums.tolist()}),
         )
         try:
             # A step that exists is not written again, and Orbax only returns False.
@@ -100,7 +106,8 @@ class Checkpoints:
                 ),
             )
             state, loop = restored["state"], restored["loop"]
-            if _checksums(state) != loop.pop("checksums"):
+            sums, _ = jax.device_get(_inspect(state))
+            if sums.tolist() != loop.pop("checksums") or state.step != step:
                 raise ValueError("arrays differ from their checksums")
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {self.directory}/{step}: {error}") from error
@@ -152,16 +159,12 @@ def _check_fit(saved: Any, like: TrainState) -> None:
 
 
 @jax.jit
-def _sums(state: TrainState) -> jax.Array:
-    def total(x):
-        return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32), dtype=jnp.uint32)
-
-    return jnp.stack([total(x) for x in jax.tree.leaves(state)])
-
-
-def _checksums(state: TrainState) -> list[int]:
-    """The sum of each array's 32-bit words modulo 2^32, computed where the arrays are."""
-    return jax.device_get(_sums(state)).tolist()
+def _inspect(state: TrainState) -> tuple[jax.Array, jax.Array]:
+    """Sum of each array's 32-bit words modulo 2^32, and whether all numbers are finite."""
+    leaves = jax.tree.leaves(state)
+    words = [jax.lax.bitcast_convert_type(x, jnp.uint32) for x in leaves]
+    sums = jnp.stack([jnp.sum(x, dtype=jnp.uint32) for x in words])
+    return sums, jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Reads a configuration file, sets its fields from text, and checks it, in milliseconds.
+"""Reads a configuration file, sets its fields from text, and checks it.
 
 A configuration is a Python file with `get_config(arg)` that returns a flat ConfigDict.
 """
@@ -65,6 +65,23 @@ def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
             + ("" if kind in words else f" {config[name]}")
         ) from error
     config[name] = value
+
+
+def set_fields(config: ml_collections.ConfigDict, fields: dict[str, str]) -> None:
+    """Sets fields from text, as `set_field` does.
+
+    Raises:
+        ConfigError: likewise, and where the model or the optimiser changes alone: the learning rate
+            and the weight decay belong to both.
+    """
+    for name in ("model", "optimizer"):
+        if name in fields and not {"lr", "wd"} <= fields.keys():
+            raise ConfigError(
+                f"config.{name}={fields[name]} alone would keep the lr and wd of another: give "
+                "both too, or choose by a word of the argument, as in configs/vitc.py:18gf,sgd"
+            )
+    for name, text in fields.items():
+        set_field(config, name, text)
 
 
 def _unknown_field(name: str, known) -> ConfigError:

@@ -15,7 +15,7 @@ def evaluate(
     Args:
         eval_step: `step.eval_step`, jitted, with its first two arguments bound.
         weights: name -> {"params", "batch_stats"}.
-        batches: from `pipeline.eval_batches`.
+        batches: `pipeline.EvalBatches`, or dicts like its own; at least one example in all.
 
     Returns:
         For each name: `top1_error` and `top5_error` in percent, the mean cross-entropy `loss`, and

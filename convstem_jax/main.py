@@ -12,8 +12,10 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import logging
 import jax
 
-from convstem_jax.config import load_config, set_field, validate
-from convstem_jax.errors import UserError
+from convstem_jax import train
+from convstem_jax.config import load_config, set_fields
+from convstem_jax.errors import Preempted, UserError
+from convstem_jax.run_folder import FREE_FIELDS
 
 _EPILOG = """\
 examples:
@@ -34,22 +36,19 @@ def main(argv: list[str]) -> int:
     args, overrides = _parse_command_line(argv)
     try:
         config = load_config(args.config)
-        for name, text in overrides.items():
-            set_field(config, name, text)
-        validate(config)
+        set_fields(config, overrides)
         if args.compilation_cache:
             cache = os.path.expanduser(args.compilation_cache)
             jax.config.update("jax_compilation_cache_dir", cache)
-        from convstem_jax import train  # seconds that a wrong field need not wait
-
         train.train(config, args.workdir or _default_workdir(args.config, overrides))
     except UserError as error:
         if args.traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        prefix = "" if isinstance(error, Preempted) else "error: "
+        print(f"{prefix}{error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print("stopped before the first step", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -93,10 +92,14 @@ def _parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict[str, 
 
 
 def _default_workdir(config: str, overrides: dict[str, str]) -> str:
-    """runs/ and the configuration's name, argument and overridden fields."""
+    """runs/ and the configuration's name, argument and overridden fields.
+
+    Fields that change no result are left out: with other values the run is still the same.
+    """
     path, _, arg = config.partition(":")
     name = os.path.splitext(os.path.basename(path))[0]
-    parts = [name, arg, *(f"{key}={value}" for key, value in sorted(overrides.items()))]
+    fields = sorted(item for item in overrides.items() if item[0] not in FREE_FIELDS)
+    parts = [name, arg, *(f"{key}={value}" for key, value in fields)]
     return os.path.join("runs", re.sub(r"[^\w.=-]+", "_", "_".join(filter(None, parts))))
 
 

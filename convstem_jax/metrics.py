@@ -1,10 +1,13 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, and lines of progress on the terminal."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, curves.png, and progress on the terminal."""
 
+import contextlib
 import json
+import math
 import os
 import time
 
 import jax
+import matplotlib.figure
 
 from convstem_jax.errors import NotFiniteError
 
@@ -34,13 +37,19 @@ class Records:
         batch_size: int,
     ):
         self._main = jax.process_index() == 0
-        self._first_step, self._num_steps = first_step, num_steps
+        self._num_steps = num_steps
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._pending = None
-        self._clock = _Clock(first_step)
+        self._clock = _Clock()
         if self._main:
             self.path = os.path.join(workdir, "metrics.jsonl")
-            kept = [r for r in read_jsonl(self.path) if r["step"] <= first_step]
+            kept = [
+                record
+                for record in read_jsonl(self.path)
+                if record["step"] <= first_step
+                # The last evaluation is repeated where it was not the end.
+                and (record["step"] < num_steps or record["kind"] == "train")
+            ]
             with open(self.path + ".tmp", "w") as file:
                 file.writelines(json.dumps(record) + "\n" for record in kept)
             os.replace(self.path + ".tmp", self.path)
@@ -55,6 +64,7 @@ class Records:
     def train(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of `step`, and writes those of the log point before it."""
         self.flush()
+        self._clock.tick(step)
         self._pending = step, metrics
 
     def flush(self) -> None:
@@ -67,7 +77,6 @@ class Records:
             return
         (step, metrics), self._pending = self._pending, None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._clock.tick(step)
         speed = self._clock.steps_per_second * self._batch_size
         self._write(step, "train", metrics, {"images_per_second": speed} if speed else {})
         left = self._clock.time_left(self._num_steps - step)
@@ -78,8 +87,8 @@ class Records:
         )
         if not abs(metrics["loss"]) < float("inf"):
             raise NotFiniteError(
-                f"the training loss is {metrics['loss']} at step {step}: lower config.lr "
-                f"(it is {metrics['lr']:.3g} there), or resume from an earlier checkpoint"
+                f"the training loss is {metrics['loss']} at step {step}, where the learning rate "
+                f"is {metrics['lr']:.3g}: lower config.lr, with another --workdir"
             )
 
     def eval(self, step: int, name: str, results: dict[str, dict[str, float]]) -> None:
@@ -97,9 +106,18 @@ class Records:
             f"(without EMA {flat['raw_top1_error']:.2f} %)",
         )
 
-    def pause(self) -> "_Clock":
-        """A context for work that is not training, left out of images per second."""
-        return self._clock
+    @contextlib.contextmanager
+    def pause(self, step: int, state: jax.Array):
+        """A context for work that is not training, left out of images per second.
+
+        Args:
+            step: updates made.
+            state: the arrays to wait for, so that the training before is not left out too.
+        """
+        self.flush()
+        jax.block_until_ready(state)
+        with self._clock.pause(step):
+            yield
 
     @property
     def images_per_second(self) -> float:
@@ -115,9 +133,12 @@ class Records:
     def _write(self, step: int, kind: str, metrics: dict, timing: dict) -> None:
         if self._main:
             epoch = round(step / self._steps_per_epoch, 4)
-            record = {"step": step, "epoch": epoch, "kind": kind} | metrics | timing
+            values = metrics | timing
+            # JSON has no NaN.
+            finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+            record = {"step": step, "epoch": epoch, "kind": kind} | finite
             self._file.write(json.dumps(record) + "\n")
-            scalars = {f"{kind}/{name}": value for name, value in (metrics | timing).items()}
+            scalars = {f"{kind}/{name}": value for name, value in values.items()}
             self._tensorboard.write_scalars(step, scalars)
 
     def _say(self, step: int, text: str) -> None:
@@ -128,38 +149,37 @@ class Records:
 
 
 class _Clock:
-    """Seconds of training between log points, without the first one and without the pauses."""
+    """Speed of training, without what comes before the first tick (compilation) and the pauses."""
 
-    def __init__(self, first_step: int):
-        self._start = None
-        self._steps = 0
-        self._last_step = first_step
-        self._paused_at = None
-        self._paused = 0.0
-        self._seconds = 0.0
+    def __init__(self):
+        self._last = None  # (step, time) of the last tick
+        self._steps, self._seconds, self._paused = 0, 0.0, 0.0
 
     def tick(self, step: int) -> None:
-        if self._start is None:  # the steps before this moment include the compilation
-            self._start, self._paused = time.perf_counter(), 0.0
-        else:
-            self._steps += step - self._last_step
-            self._seconds = time.perf_counter() - self._start - self._paused
-        self._last_step = step
+        """Notes that `step` is reached now."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self._steps += step - self._last[0]
+            self._seconds += now - self._last[1]
+        self._last = step, now
 
-    def __enter__(self):
-        self._paused_at = time.perf_counter()
-
-    def __exit__(self, *unused):
-        self._paused += time.perf_counter() - self._paused_at
+    @contextlib.contextmanager
+    def pause(self, step: int):
+        """Leaves the block out of the speed; `step` is reached when it begins."""
+        self.tick(step)
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+        self._last = step, time.perf_counter()
 
     @property
     def steps_per_second(self) -> float:
         return self._steps / self._seconds if self._seconds else 0.0
 
     def time_left(self, num_steps: int) -> str:
+        """Time for `num_steps` more, pauses included since evaluations go on happening."""
         if not self._steps:
             return "?"
-        # With the pauses: evaluations go on happening.
         seconds = round((self._seconds + self._paused) / self._steps * num_steps)
         hours, minutes = divmod(seconds // 60, 60)
         return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds % 60:02d} s"
@@ -176,3 +196,28 @@ def read_jsonl(path: str) -> list[dict]:
                 except json.JSONDecodeError:
                     break
     return records
+
+
+def plot_curves(workdir: str, records: list[dict], title: str) -> str:
+    """Draws the training loss and the top-1 errors into curves.png, and returns its path."""
+    path = os.path.join(workdir, "curves.png")
+    figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
+    loss_axes, error_axes = figure.subplots(1, 2)
+    train = [r for r in records if r["kind"] == "train"]
+    evals = [r for r in records if r["kind"] != "train"]
+    loss_axes.plot([r["epoch"] for r in train], [r["loss"] for r in train], lw=1)
+    loss_axes.set(xlabel="epoch", ylabel="training loss")
+    for key, style, label in (
+        ("ema_top1_error", "C3.-", "EMA"),
+        ("raw_top1_error", "C7.--", "without EMA"),
+    ):
+        errors = [r[key] for r in evals]
+        label = f"{label}: {errors[-1]:.2f} %"
+        error_axes.plot([r["epoch"] for r in evals], errors, style, label=label)
+    error_axes.set(xlabel="epoch", ylabel="top-1 error (%)", xlim=(0, None), ylim=(0, None))
+    error_axes.legend()
+    for axes in (loss_axes, error_axes):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    return path

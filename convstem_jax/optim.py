@@ -70,11 +70,14 @@ def update_ema(ema, new, step, *, rate: float, every: int, warmup_steps: int):
     """EMA of parameters or statistics after the update numbered `step` (from 0).
 
     Every `every` steps `ema` moves by `rate` towards `new`; during the warm-up it becomes `new`.
+    Differs from the paper: the steps are counted over the run, not anew in each epoch.
     """
     rate = jnp.where(step < warmup_steps, 1.0, rate)
 
     def move():
-        # Not ema + rate * (new - ema): at rate 1 the result must be `new` to the last bit.
-        return jax.tree.map(lambda e, n: (1 - rate) * e + rate * n, ema, new)
+        # At rate 1 the result is `new` to the last bit, even where `ema` is not finite.
+        return jax.tree.map(
+            lambda e, n: jnp.where(rate == 1, n, (1 - rate) * e + rate * n), ema, new
+        )
 
     return jax.lax.cond(step % every == 0, move, lambda: ema)

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from convstem_jax import metrics, optim, preemption
-from convstem_jax import workdir as folder
+from convstem_jax import metrics, optim, preemption, run_folder
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.config import check_divides, validate
 from convstem_jax.data import pipeline, sources
@@ -40,14 +39,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     validate(config)
     train_split = sources.open_split(config.data_dir, config.dataset, config.train_split)
     eval_split = sources.open_split(config.data_dir, config.dataset, config.eval_split)
-    workdir = folder.prepare(workdir, config)
-    if (result := folder.read_result(workdir)) is not None:
-        print("this run is finished; its result:")
-        _print_result(workdir, result)
-        return result
 
     # ------------------------------------------------------------------------------- devices
 
+    if jax.process_count() > 1:
+        raise ConfigError("runs of several processes are not supported yet: start one process")
     num_devices = jax.device_count()
     mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     replicated = jax.NamedSharding(mesh, jax.P())
@@ -107,6 +103,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         graphdef, _, _ = split(nnx.eval_shape(new_model))
     except ValueError as error:
         raise ConfigError(f"config.model={config.model}: {error}") from error
+    workdir = run_folder.prepare(workdir, config)
+    if (result := run_folder.read_result(workdir)) is not None:
+        print("this run is finished; its result:")
+        _print_result(workdir, result)
+        return result
     state = jax.jit(lambda: init_state(recipe, new_model()), out_shardings=replicated)()
     hparams = jax.device_put(HParams(jnp.float32(config.lr), jnp.float32(config.wd)), replicated)
     jit_train_step = jax.jit(
@@ -126,7 +127,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     first_step, seconds_before = 0, 0.0
     if checkpoints.latest_step() is not None:
         state, loop = checkpoints.restore(state)
-        first_step, seconds_before = loop["next_batch"], loop["seconds"]
+        first_step, seconds_before = checkpoints.latest_step(), loop["seconds"]
         print(f"resumed from step {first_step}", flush=True)
     records = metrics.Records(
         workdir,
@@ -138,7 +139,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     start = time.perf_counter() - seconds_before
 
     def evaluate_weights(step):
-        with records.pause():
+        with records.pause(step, state):
             weights = {
                 "ema": state.ema,
                 "raw": {"params": state.params, "batch_stats": state.batch_stats},
@@ -148,9 +149,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             return results
 
     def save(step, results=None):
-        with records.pause():
-            records.flush()  # raises where the loss is not finite: such a state is not saved
-            loop = {"next_batch": step, "seconds": time.perf_counter() - start}
+        with records.pause(step, state):
+            loop = {"seconds": time.perf_counter() - start}
             checkpoints.save(step, state, loop, results and results["ema"])
 
     # ---------------------------------------------------------------------------------- loop
@@ -179,7 +179,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             if step == 1 or step % config.log_every_steps == 0 or is_last:
                 records.train(step, step_metrics)
             if _is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last:
-                records.flush()
                 results = evaluate_weights(step)
                 save(step, results)
             elif step % config.checkpoint_every_steps == 0 or stop.is_set():
@@ -205,11 +204,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         "seconds": round(time.perf_counter() - start, 1),
         "images_per_second": round(records.images_per_second, 1),
         "device": f"{num_devices} x {jax.devices()[0].device_kind}",
-        "versions": folder.versions(),
-        "commit": folder.commit(),
+        "versions": run_folder.versions(),
+        "commit": run_folder.commit(),
     }
     if jax.process_index() == 0:
-        folder.write_result(workdir, result)
+        run_folder.write_result(workdir, result)
         _print_result(workdir, result)
     return result
 
@@ -221,7 +220,7 @@ def _is_due(step: int, every: float) -> bool:
 
 def _print_overview(config, workdir: str, params, num_images: int, num_steps: int) -> None:
     decayed = optim.decay_mask(params)
-    path = folder.write_overview(workdir, params, decayed)
+    path = run_folder.write_overview(workdir, params, decayed)
     flags = jax.tree.leaves(decayed)
     print(
         f"{config.model}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, "
@@ -235,7 +234,7 @@ def _print_overview(config, workdir: str, params, num_images: int, num_steps: in
 
 def _print_result(workdir: str, result: dict) -> None:
     records = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
-    curves = folder.plot_curves(workdir, records, f"{result['model']} on {result['dataset']}")
+    curves = metrics.plot_curves(workdir, records, f"{result['model']} on {result['dataset']}")
     print(
         f"\ntop-1 error {result['top1_error']:.2f} % on the {result['examples']:,} images of "
         f"{result['dataset']} (without EMA {result['raw_top1_error']:.2f} %), "

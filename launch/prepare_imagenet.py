@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name, (md5, member, _) in TARS.items():
             check_tar(os.path.join(manual_dir, name), member, None if args.any_content else md5)
-    except ValueError as error:
+    except (ValueError, OSError, tarfile.TarError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
 
@@ -57,7 +57,10 @@ def main(argv: list[str] | None = None) -> int:
         found = builder.info.splits[split].num_examples
         print(f"{split}: {found:,} images")
         if found != expected and not args.any_content:
-            print(f"error: {split} should have {expected:,}: delete {data_dir}", file=sys.stderr)
+            print(
+                f"error: {split} should have {expected:,}: delete {builder.data_path}",
+                file=sys.stderr,
+            )
             return 3
     print(f"done: {builder.data_path}; train with --config.data_dir={data_dir}")
     return 0
@@ -85,12 +88,17 @@ def check_tar(path: str, member: str, md5: str | None) -> None:
         if found.hexdigest() != md5:
             raise ValueError(f"{path} has MD5 {found.hexdigest()}, not {md5}: download it again")
     with tarfile.open(path) as tar:
+        numbers = set()
         for info in tar:
             if not (info.isfile() and re.fullmatch(member, info.name)):
                 raise ValueError(
                     f"{path} holds '{info.name}', where only files named {member} may be, without "
                     "folders: use the original file, or pack it again from inside its folder"
                 )
+            numbers.add(int(re.findall(r"\d+", info.name)[-1]))
+    # tfds gives the labels out in order, so a gap would shift all that follow.
+    if "_val" in os.path.basename(path) and numbers != set(range(1, len(numbers) + 1)):
+        raise ValueError(f"{path} must hold the images from 00000001 on, without a gap")
 
 
 if __name__ == "__main__":

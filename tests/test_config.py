@@ -2,7 +2,7 @@
 
 import pytest
 
-from convstem_jax.config import check_divides, load_config, set_field, validate
+from convstem_jax.config import check_divides, load_config, set_field, set_fields, validate
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
 
@@ -40,6 +40,8 @@ def test_fields_in_the_argument():
     "spec, message",
     [
         ("configs/vitc.py:17gf", "'17gf' .* is none of 4gf, 1gf"),
+        ("configs/vitc.py:1gf,18gf", "'18gf' and '1gf' .* give one"),
+        ("configs/vitc.py:optimizer=sgd", "config.optimizer=sgd alone would keep the lr and wd"),
         ("configs/vitc.py:epocs=3", "unknown config field 'epocs': did you mean 'epochs'"),
         ("configs/vitc.py:epochs=many", "config.epochs=many: it must be a number"),
         ("configs/vitc.py:36gf,sgd", "the paper has no sgd setting for vitc 36gf"),
@@ -96,6 +98,15 @@ def test_wrong_values_are_refused(name, text, message):
     with pytest.raises(ConfigError, match=message):
         set_field(config, name, text)
         validate(config)
+
+
+@pytest.mark.parametrize("name, text", [("optimizer", "sgd"), ("model", "vitp_1gf")])
+def test_a_model_or_optimizer_brings_its_learning_rate_and_weight_decay(name, text):
+    config = load_config("configs/vitc.py")
+    with pytest.raises(ConfigError, match=f"config.{name}={text} alone .* give both"):
+        set_fields(config, {name: text, "lr": "1"})
+    set_fields(config, {name: text, "lr": "1", "wd": "2e-5"})
+    assert (config[name], config.lr, config.wd) == (text, 1.0, 2e-5)
 
 
 def test_a_configuration_without_a_field_or_with_an_unknown_one_is_refused():

@@ -246,6 +246,13 @@ def test_convolutional_stem_is_torchs_in_training_and_in_evaluation():
     compare(np.float32(0.003) * images, "train")
 
 
+def test_a_new_model_is_for_evaluation():
+    """Whoever calls `model(images)` in a notebook must not move the statistics."""
+    model, images = random_model("vitc_tiny", depth=0), jnp.array(images_of(4, 32))
+    together = model(images)
+    np.testing.assert_allclose(model(images[:1]), together[:1], atol=1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["vitp_tiny", "vitc_tiny"])
 def test_whole_model_is_torchs(name):
@@ -277,14 +284,15 @@ def test_bfloat16_is_for_computing_only():
 
     def run():
         model = create_model("vitc_tiny", depth=1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        logits = model(images)  # in training mode: the statistics are new ones
+        model.train()  # the statistics are new ones
+        logits = model(images)
         return logits, nnx.to_pure_dict(nnx.state(model))
 
     jaxpr, (logits, state) = jax.make_jaxpr(run, return_shape=True)()
     assert logits.dtype == jnp.float32
     assert {x.dtype.name for x in jax.tree.leaves(state)} == {"float32"}
     inputs = [{v.aval.dtype.name for v in eqn.invars} for eqn in products(jaxpr.jaxpr)]
-    assert inputs == [{"bfloat16"}] * (4 + 6 + 1), "stem, block and head compute in bfloat16"
+    assert inputs == [{"bfloat16"}] * (4 + 6) + [{"float32"}], "stem and block, then the head"
 
 
 # ---------------------------------------------------------------------------- initialisation
@@ -366,6 +374,9 @@ def test_patchify_initialisation_is_cut_at_2_absolute():
         ("vitp_1gf", {"image_size": 230}, "230.*16.*224"),
         ("vitc_tiny", {"stem_strides": (2, 4)}, r"\(16, 32, 64\).*\(2, 4\)"),
         ("vitc_tiny", {"num_heads": 3}, "64.*3 heads"),
+        ("vitc_tiny", {"patch_size": 0}, "patch_size is 0"),
+        ("vitp_tiny", {"stem_strides": (2, 4)}, r"\(2, 4\).*without channels"),
+        ("vitp_tiny", {"img_size": 64}, "no field 'img_size'.*image_size"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(name, changes, message):

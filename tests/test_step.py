@@ -144,6 +144,7 @@ def test_loss_falls_and_the_ema_follows_parameters_and_statistics():
 def test_first_loss_and_label_smoothing():
     """Cross-entropy against smoothed targets; with a zero head it is log(num_classes)."""
     model, batch = nnx.clone(tiny("vitc_tiny")), make_batch()
+    model.train()
     logits = nnx.jit(lambda model, x: model(normalize(x, RECIPE)))(model, batch["image"])
     logits = np.array(logits, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -216,6 +217,7 @@ def test_accumulation_updates_the_running_statistics_with_each_micro_batch():
     run = make_run(accumulate=4)
     state, _ = run.step(run.state, run.batch, run.hparams)
     model, images = nnx.clone(tiny("vitc_tiny")), make_batch()["image"]
+    model.train()
     forward = nnx.jit(lambda model, x: model(normalize(x, RECIPE)))
     for i in range(4):
         forward(model, images[i::4])

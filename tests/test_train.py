@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
 
 def test_the_loop_fetches_nothing_between_log_points(tmp_path, monkeypatch):
     """On the CPU JAX's guard sees only transfers to the device, so fetches are counted as well."""
-    monkeypatch.setattr(train_module.folder, "write_overview", lambda *args: "")  # fetches
+    monkeypatch.setattr(train_module.run_folder, "write_overview", lambda *args: "")  # fetches
     fetches = []
     fetch = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: fetches.append(x) or fetch(x))

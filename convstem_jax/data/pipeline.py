@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import dataclasses
 import functools
 import itertools
+import signal
 
 from absl import flags
 import grain
@@ -30,10 +31,10 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop and flip where asked for; a plain resize otherwise."""
+    """Random resized crop, or the centre crop, and the flip where asked for."""
 
     image_size: int
-    min_area: float  # of the random crop; 1 crops nothing
+    min_area: float  # of the random resized crop; 1 for the centre crop
     flip: bool
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
@@ -140,6 +141,13 @@ def local_batches(
     return examples.batch(batch_size // num_processes)[process::num_processes]
 
 
+def _ignore_stop_signals(unused_index: int, unused_count: int) -> None:
+    # Ctrl-C and cluster schedulers signal every process of a group. The main process saves and
+    # then ends its workers; without them it could make no further step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _to_devices(
     examples: grain.MapDataset,
     batch_size: int,
@@ -161,7 +169,8 @@ def _to_devices(
         batches = batches.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=reading.num_workers, per_worker_buffer_size=reading.read_ahead
-            )
+            ),
+            worker_init_fn=_ignore_stop_signals,
         )
 
     def put(batch):

@@ -28,18 +28,23 @@ class Split:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        record = self.records[index]
+        where = f"split {self.name}, record {index}"
+        try:
+            record = self.records[index]
+        except Exception as error:  # ArrayRecord raises a bare RuntimeError
+            raise DataError(f"{where} cannot be read: {error}; build the data anew") from error
         label = int(record["label"])
         if not 0 <= label < self.num_classes:
             raise DataError(
-                f"split {self.name}, record {index}: label {label} is outside the "
-                f"{self.num_classes} classes 0 to {self.num_classes - 1}; rebuild the data set"
+                f"{where}: label {label} is outside the {self.num_classes} classes 0 to "
+                f"{self.num_classes - 1}; build the data anew"
             )
         # EXIF orientation is ignored, as in the authors' training data and torchvision's loader.
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(record["image"], np.uint8), flags)
+        encoded = np.frombuffer(record["image"], np.uint8)
+        image = cv2.imdecode(encoded, flags) if encoded.size else None
         if image is None:
-            raise DataError(f"split {self.name}, record {index}: the image cannot be decoded")
+            raise DataError(f"{where}: the image cannot be decoded; build the data anew")
         return {"image": image, "label": np.int32(label)}
 
 
@@ -70,6 +75,8 @@ def open_split(data_dir: str, dataset: str, split: str) -> Split:
     for key in ("image", "label"):
         if key not in features:
             raise ConfigError(f"{path} has no feature '{key}': it has {', '.join(features)}")
+    if not isinstance(features["label"], tfds.features.ClassLabel):
+        raise ConfigError(f"{path}: the feature 'label' is {features['label']}, not a ClassLabel")
     _check_counts(builder.info.splits[split])
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     return Split(f"{dataset}/{split}", features["label"].num_classes, records)

@@ -14,6 +14,12 @@ __all__ = ["MODELS", "create_model"]
 def _create_vit(
     spec: ViTSpec, *, num_classes: int, dtype: jnp.dtype, rngs: nnx.Rngs, **changes
 ) -> ViT:
+    fields = [field.name for field in dataclasses.fields(spec)]
+    for name, value in changes.items():
+        if name not in fields:
+            raise ValueError(f"a ViT has no field '{name}': it has {', '.join(fields)}")
+        if isinstance(value, list):
+            changes[name] = tuple(value)
     spec = dataclasses.replace(spec, **changes)
     return ViT(spec, num_classes=num_classes, dtype=dtype, rngs=rngs)
 
@@ -46,4 +52,6 @@ def create_model(
     """
     if name not in MODELS:
         raise ValueError(f"unknown model '{name}': choose one of {', '.join(MODELS)}")
-    return MODELS[name](num_classes=num_classes, dtype=dtype, rngs=rngs, **changes)
+    model = MODELS[name](num_classes=num_classes, dtype=dtype, rngs=rngs, **changes)
+    model.eval()
+    return model

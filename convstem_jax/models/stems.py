@@ -82,7 +82,8 @@ class ConvStem(nnx.Module):
                     rngs=rngs,
                 )
             )
-            # Flax's momentum 0.9 is torch's 0.1.
+            # Flax's momentum 0.9 is torch's 0.1. Differs from the paper: the statistics are over
+            # the global batch, and the running variance is the biased one.
             norms.append(nnx.BatchNorm(num_out, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs))
         self.convs = nnx.List(convs)
         self.norms = nnx.List(norms)

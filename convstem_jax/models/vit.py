@@ -132,7 +132,10 @@ class ViT(nnx.Module):
             Block(width, spec.mlp_dim, spec.num_heads, **kwargs) for _ in range(spec.depth)
         )
         self.norm = nnx.LayerNorm(width, epsilon=1e-6, **kwargs)
-        self.head = nnx.Linear(width, num_classes, kernel_init=initializers.zeros, **kwargs)
+        # In float32: logits near 10 lie 0.06 apart in bfloat16, where ties decide an argmax.
+        self.head = nnx.Linear(
+            width, num_classes, kernel_init=initializers.zeros, dtype=jnp.float32, rngs=rngs
+        )
         self.spec = spec
         self.dtype = dtype
 
@@ -149,10 +152,16 @@ class ViT(nnx.Module):
         for block in self.blocks:
             x = block(x)
         # The norm acts on each token alone, and the head reads only the class token.
-        return self.head(self.norm(x[:, 0])).astype(jnp.float32)
+        return self.head(self.norm(x[:, 0]))
 
 
 def _check(spec: ViTSpec) -> None:
+    sizes = dataclasses.asdict(spec)
+    for name in ("width", "mlp_dim", "num_heads", "patch_size", "image_size"):
+        if sizes[name] < 1:
+            raise ValueError(f"{name} is {sizes[name]}: it must be 1 or more")
+    if spec.stem_strides and not spec.stem_channels:
+        raise ValueError(f"strides {spec.stem_strides} are given to a stem without channels")
     if spec.width % spec.num_heads:
         raise ValueError(f"width {spec.width} is not a multiple of {spec.num_heads} heads")
     if spec.image_size % spec.patch_size:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from convstem_jax import workdir
+from convstem_jax import run_folder
 from convstem_jax.config import load_config
 from convstem_jax.errors import ConfigError
 
@@ -25,17 +25,27 @@ def test_a_folder_that_may_not_be_written_is_refused(tmp_path):
     config = load_config("configs/quickstart.py")
     tmp_path.chmod(0o500)
     with without_root(), pytest.raises(ConfigError, match="Permission denied.*name another"):
-        workdir.prepare(str(tmp_path), config)
+        run_folder.prepare(str(tmp_path), config)
 
 
 def test_a_folder_of_the_same_run_is_accepted(tmp_path):
     config = load_config("configs/quickstart.py")
-    path = workdir.prepare(str(tmp_path / "a" / "b"), config)
-    assert path == workdir.prepare(str(tmp_path / "a" / "b"), config)
+    path = run_folder.prepare(str(tmp_path / "a" / "b"), config)
+    assert path == run_folder.prepare(str(tmp_path / "a" / "b"), config)
     assert sorted(os.listdir(path)) == ["config.json"]
 
 
-def test_a_damaged_description_is_refused(tmp_path):
+def test_a_damaged_description_is_refused_where_there_is_a_run(tmp_path):
+    config = load_config("configs/quickstart.py")
+    (tmp_path / "config.json").write_text("{")
+    run_folder.prepare(str(tmp_path), config)  # no checkpoint: nothing to mix up
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    run_folder.prepare(str(tmp_path), config)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be used"):
-        workdir.prepare(str(tmp_path), load_config("configs/quickstart.py"))
+        run_folder.prepare(str(tmp_path), config)
+
+
+def test_a_bucket_is_refused():
+    with pytest.raises(ConfigError, match="gs://bucket/run is not a folder: mount the bucket"):
+        run_folder.prepare("gs://bucket/run", load_config("configs/quickstart.py"))

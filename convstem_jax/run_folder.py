@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, parameters.txt, result.json and curves.png."""
+"""The folder of a run: config.json, parameters.txt and result.json."""
 
 import importlib.metadata
 import json
@@ -8,14 +8,13 @@ import subprocess
 
 from clu import parameter_overview
 import jax
-import matplotlib.figure
 import ml_collections
 
 from convstem_jax.errors import ConfigError
 from convstem_jax.step import PyTree
 
 # Fields that may change when a run is resumed, since no result depends on them.
-_FREE_FIELDS = (
+FREE_FIELDS = (
     "data_dir",
     "num_workers",
     "num_threads",
@@ -36,12 +35,14 @@ def prepare(workdir: str, config: ml_collections.ConfigDict) -> str:
     Raises:
         ConfigError: it cannot be written, or belongs to another configuration.
     """
+    if "://" in workdir:
+        raise ConfigError(f"--workdir {workdir} is not a folder: mount the bucket and name that")
     workdir = os.path.abspath(os.path.expanduser(workdir))
     path = os.path.join(workdir, "config.json")
     new = json.loads(config.to_json())
     try:
         os.makedirs(workdir, exist_ok=True)
-        if os.path.exists(path):
+        if has_checkpoint(workdir):  # without one there is nothing that could be mixed up
             with open(path) as file:
                 _check_same(json.load(file), new, workdir)
         _write_json(path, new)
@@ -50,11 +51,17 @@ def prepare(workdir: str, config: ml_collections.ConfigDict) -> str:
     return workdir
 
 
+def has_checkpoint(workdir: str) -> bool:
+    """Whether a run in the folder has saved something."""
+    folder = os.path.join(workdir, "checkpoints")
+    return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
+
+
 def _check_same(old: dict, new: dict, workdir: str) -> None:
     differ = [
         f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
         for name in sorted(old.keys() | new.keys())
-        if name not in _FREE_FIELDS and old.get(name) != new.get(name)
+        if name not in FREE_FIELDS and old.get(name) != new.get(name)
     ]
     if differ:
         raise ConfigError(
@@ -87,31 +94,6 @@ def read_result(workdir: str) -> dict | None:
         return None
     with open(path) as file:
         return json.load(file)
-
-
-def plot_curves(workdir: str, records: list[dict], title: str) -> str:
-    """Draws the training loss and the top-1 errors into curves.png, and returns its path."""
-    path = os.path.join(workdir, "curves.png")
-    figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
-    loss_axes, error_axes = figure.subplots(1, 2)
-    train = [r for r in records if r["kind"] == "train"]
-    evals = [r for r in records if r["kind"] != "train"]
-    loss_axes.plot([r["epoch"] for r in train], [r["loss"] for r in train], lw=1)
-    loss_axes.set(xlabel="epoch", ylabel="training loss")
-    for key, style, label in (
-        ("ema_top1_error", "C3.-", "EMA"),
-        ("raw_top1_error", "C7.--", "without EMA"),
-    ):
-        errors = [r[key] for r in evals]
-        label = f"{label}: {errors[-1]:.2f} %"
-        error_axes.plot([r["epoch"] for r in evals], errors, style, label=label)
-    error_axes.set(xlabel="epoch", ylabel="top-1 error (%)", xlim=(0, None), ylim=(0, None))
-    error_axes.legend()
-    for axes in (loss_axes, error_axes):
-        axes.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    return path
 
 
 def _write_json(path: str, content: dict) -> None:
