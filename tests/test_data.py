@@ -208,6 +208,18 @@ def test_an_image_that_cannot_be_decoded_names_its_record():
         split[0]
 
 
+def test_a_damaged_record_is_named(copied):
+    path = next((copied / NAME).rglob("*test.array_record*"))
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 5000] = bytes(5000)
+    path.write_bytes(content)
+    split = sources.open_split(str(copied), NAME, "test")
+    with pytest.raises(DataError, match=r"fashion_mnist_10k/test, record \d+ cannot be read"):
+        for i in range(len(split)):
+            split[i]
+
+
 def test_a_file_cut_in_half_is_noticed_before_training(copied):
     path = next((copied / NAME).rglob("*train.array_record*"))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

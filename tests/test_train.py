@@ -13,6 +13,7 @@ import tarfile
 
 import cv2
 import jax
+from jax._src.array import ArrayImpl
 import numpy as np
 import pytest
 
@@ -41,11 +42,16 @@ def config(**fields):
     return config
 
 
-def run(workdir, signal_at=None, signal_number=None):
-    """Runs the command in a process of its own with two devices, until a step or the end."""
+def run(workdir, *flags, signal_at=None, signal_number=None):
+    """Runs the command with two devices, until a step or the end.
+
+    The signal goes to the whole group, as a terminal's and a scheduler's do: to the input's worker
+    processes too.
+    """
     command = [sys.executable, "-m", "convstem_jax.main", "--config", "configs/quickstart.py"]
     command += [f"--config.{name}={text}" for name, text in FIELDS.items()]
     command += ["--workdir", str(workdir), "--compilation_cache", str(workdir.parent / "cache")]
+    command += flags
     with subprocess.Popen(
         command,
         cwd=ROOT,
@@ -53,6 +59,7 @@ def run(workdir, signal_at=None, signal_number=None):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     ) as process:
         output = ""
         for line in process.stdout:
@@ -60,7 +67,7 @@ def run(workdir, signal_at=None, signal_number=None):
             if signal_at and line.startswith("step"):
                 step = int(line.split()[1].split("/")[0])
                 if step >= signal_at:
-                    process.send_signal(signal_number)
+                    os.killpg(process.pid, signal_number)
                     signal_at = None
     return process.returncode, output
 
@@ -121,13 +128,14 @@ def test_a_run_leaves_its_records(uninterrupted):
 
 
 def test_an_interrupted_run_ends_the_same_to_the_last_bit(uninterrupted, tmp_path):
-    status, output = run(tmp_path, 8, signal.SIGTERM)
-    assert status == 75, output
+    worker = "--config.num_workers=1"
+    status, output = run(tmp_path, worker, signal_at=8, signal_number=signal.SIGTERM)
+    assert status == 75 and "Traceback" not in output, output
     assert "the same command goes on from there" in output
-    status, output = run(tmp_path, 20, signal.SIGKILL)
+    status, output = run(tmp_path, worker, signal_at=20, signal_number=signal.SIGKILL)
     assert list((tmp_path.parent / "cache").iterdir()), "compiled programs are not kept"
     assert status == -signal.SIGKILL and "resumed from step" in output, output
-    status, output = run(tmp_path)
+    status, output = run(tmp_path)  # without workers now
     assert status == 0 and "resumed from step" in output, output
 
     workdir, result, _ = uninterrupted
@@ -161,22 +169,39 @@ def test_a_run_stopped_before_its_result_is_evaluated_again(uninterrupted, tmp_p
     assert again["device"].startswith("8 x") and again["steps"] == 31
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
-    with pytest.raises(NotFiniteError, match="the training loss is (nan|inf)"):
-        train_module.train(config(lr="1e20", optimizer="sgd"), str(tmp_path))
+@pytest.mark.parametrize(
+    "log_every_steps, message",
+    [("4", "the training loss is nan at step 4"), ("100", "not finite after step 5")],
+)
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, log_every_steps, message):
+    fields = {"lr": "1e20", "optimizer": "sgd", "log_every_steps": log_every_steps}
+    with pytest.raises(NotFiniteError, match=f"{message}.*: lower config.lr"):
+        train_module.train(config(**fields), str(tmp_path))
     assert not list((tmp_path / "checkpoints").glob("[0-9]*")), "a broken state was saved"
 
 
 def test_the_loop_fetches_nothing_between_log_points(tmp_path, monkeypatch):
     """On the CPU JAX's guard sees only transfers to the device, so fetches are counted as well."""
     monkeypatch.setattr(train_module.run_folder, "write_overview", lambda *args: "")  # fetches
-    fetches = []
-    fetch = jax.device_get
-    monkeypatch.setattr(jax, "device_get", lambda x: fetches.append(x) or fetch(x))
+    monkeypatch.setattr(train_module.Checkpoints, "save", lambda *args: None)  # likewise
+    fetches, fetch, value = [], jax.device_get, ArrayImpl._value
+
+    def device_get(x):
+        num = len(fetches)
+        result = fetch(x)
+        fetches[num:] = ["device_get"]  # in place of its arrays
+        return result
+
+    def read(array):  # by float(), bool(), np.asarray(), print() and device_get()
+        fetches.append(array.shape)
+        return value.fget(array)
+
+    monkeypatch.setattr(jax, "device_get", device_get)
+    monkeypatch.setattr(ArrayImpl, "_value", property(read))
     fields = {"log_every_steps": "10", "checkpoint_every_steps": "1000", "eval_every_epochs": "9"}
     train_module.train(config(**fields), str(tmp_path / "a"))
-    # Log points 1, 10, 20, 30 and 31, one evaluation, the checksums of one save.
-    assert len(fetches) == 5 + 1 + 1
+    # Log points 1, 10, 20, 30 and 31, and one evaluation.
+    assert fetches == ["device_get"] * 6
 
     jit = jax.jit
 
@@ -191,7 +216,7 @@ def test_the_loop_fetches_nothing_between_log_points(tmp_path, monkeypatch):
         train_module.train(config(**fields), str(tmp_path / "b"))
 
 
-def make_imagenet_tars(folder, num_train, num_val):
+def make_imagenet_tars(folder, num_train, val_numbers):
     """The two official tar files with a few small random JPEGs each."""
     rng = np.random.default_rng(0)
 
@@ -213,12 +238,12 @@ def make_imagenet_tars(folder, num_train, num_val):
                     add(inner, f"{synset}_{i}.JPEG", jpeg())
             add(tar, f"{synset}.tar", inner_file.getvalue())
     with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
-        for i in range(num_val):
-            add(tar, f"ILSVRC2012_val_{i + 1:08}.JPEG", jpeg())
+        for number in val_numbers:
+            add(tar, f"ILSVRC2012_val_{number:08}.JPEG", jpeg())
 
 
 def test_imagenet_is_prepared_and_trained_on(tmp_path):
-    make_imagenet_tars(tmp_path / "tars", num_train=24, num_val=7)
+    make_imagenet_tars(tmp_path / "tars", num_train=24, val_numbers=range(1, 8))
     command = [sys.executable, "launch/prepare_imagenet.py", "--any_content"]
     command += ["--manual_dir", str(tmp_path / "tars"), "--data_dir", str(tmp_path / "data")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
@@ -243,7 +268,7 @@ def test_imagenet_is_prepared_and_trained_on(tmp_path):
 
 
 def test_tar_files_of_the_wrong_form_are_refused(tmp_path):
-    make_imagenet_tars(tmp_path / "tars", num_train=2, num_val=1)
+    make_imagenet_tars(tmp_path / "tars", num_train=2, val_numbers=[1])
     with tarfile.open(tmp_path / "tars" / "ILSVRC2012_img_val.tar", "a") as tar:
         folder = tarfile.TarInfo("val/")
         folder.type = tarfile.DIRTYPE
@@ -253,4 +278,8 @@ def test_tar_files_of_the_wrong_form_are_refused(tmp_path):
     for flags, message in ((["--any_content"], "holds 'val'"), ([], "has MD5")):
         done = subprocess.run(command + flags, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 3 and message in done.stderr
+    make_imagenet_tars(tmp_path / "gap", num_train=2, val_numbers=[1, 3])
+    command[-3] = str(tmp_path / "gap")
+    done = subprocess.run([*command, "--any_content"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 3 and "without a gap" in done.stderr
     assert not (tmp_path / "data").exists()

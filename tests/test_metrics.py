@@ -1,0 +1,91 @@
+"""Records of a run: their speed, their lateness, and what a resumed run keeps."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from convstem_jax import metrics
+from convstem_jax.errors import NotFiniteError
+
+
+@pytest.fixture
+def clock_at(monkeypatch):
+    """Sets the time."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, seconds)
+
+
+def test_speed_leaves_out_compilation_and_pauses(clock_at):
+    clock = metrics._Clock()
+    assert (clock.steps_per_second, clock.time_left(10)) == (0.0, "?")
+    clock_at(100)  # compiled
+    clock.tick(1)
+    clock_at(105)
+    clock.tick(11)
+    assert clock.steps_per_second == 2.0
+    clock_at(107.5)
+    with clock.pause(16):
+        clock_at(137.5)  # an evaluation
+    clock_at(142.5)
+    clock.tick(26)
+    assert clock.steps_per_second == 2.0
+    # 25 steps in 12.5 s of training and 30 s of evaluation, which goes on to happen.
+    assert clock.time_left(50) == "1 min 25 s"
+    assert clock.time_left(25 * 200) == "2 h 21 min"
+
+
+def records_of(workdir, first_step=0):
+    return metrics.Records(
+        str(workdir), first_step=first_step, num_steps=50, steps_per_epoch=10, batch_size=64
+    )
+
+
+def step_metrics(loss):
+    return {"loss": jnp.float32(loss), "lr": jnp.float32(0.1)}
+
+
+def test_training_metrics_are_written_one_log_point_late(tmp_path, capsys, clock_at):
+    records = records_of(tmp_path)
+    records.train(1, step_metrics(2.5))
+    assert not metrics.read_jsonl(records.path), "this would wait for a step that still runs"
+    clock_at(10)
+    records.train(21, step_metrics(2.25))
+    (record,) = metrics.read_jsonl(records.path)
+    assert (record["step"], record["epoch"], record["loss"]) == (1, 0.1, 2.5)
+    with records.pause(21, {}):
+        clock_at(100)
+    record = metrics.read_jsonl(records.path)[-1]
+    assert (record["step"], record["images_per_second"]) == (21, 20 / 10 * 64)
+    assert "step 21/50  epoch 2.1  loss 2.2500  128 images/s  0 min 14 s left" in (
+        capsys.readouterr().out
+    )
+    records.close()
+    assert records.images_per_second == 128
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_is_recorded_and_raised(tmp_path, loss):
+    records = records_of(tmp_path)
+    records.train(7, step_metrics(float(loss)))
+    with pytest.raises(NotFiniteError, match=f"loss is {loss} at step 7.* rate is 0.1: lower"):
+        records.flush()
+    records.close()
+    # NaN is not JSON: other languages' parsers refuse the file.
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["loss"] is None
+
+
+def test_a_resumed_run_drops_what_it_will_do_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    kept = [{"step": 10, "kind": "train"}, {"step": 20, "kind": "test"}]
+    later = [{"step": 21, "kind": "train"}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in kept + later) + '{"step": 3')
+    records_of(tmp_path, first_step=20).close()
+    assert metrics.read_jsonl(str(path)) == kept
+
+    last = [{"step": 50, "kind": "train"}, {"step": 50, "kind": "test"}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in kept + last))
+    records_of(tmp_path, first_step=50).close()
+    assert metrics.read_jsonl(str(path)) == kept + last[:1], "the last evaluation is made again"
