@@ -3,12 +3,12 @@
     python -m convstem_jax.main --config configs/vitp.py                  ViT_P-4GF, AdamW
     python -m convstem_jax.main --config configs/vitp.py:1gf              1gf, 4gf, 18gf or 36gf
     python -m convstem_jax.main --config configs/vitp.py:18gf,sgd         SGD
+    python -m convstem_jax.main --config configs/vitp.py:1gf,stability    lr and wd of section 5
     python -m convstem_jax.main --config configs/vitp.py:4gf,epochs=50    any field
-    python -m convstem_jax.main --config configs/vitp.py --config.lr=5e-4
+    python -m convstem_jax.main --config configs/vitp.py:4gf,bn           BN and ReLU (Figure 7)
 
 Top-1 error in the paper's Table 2 after 100 epochs: 1GF 33.2, 4GF 23.3, 18GF 19.9, 36GF 19.9.
-Not yet run here; of the paper's recipe AutoAugment, mixup, CutMix and precise BatchNorm statistics
-are not there yet.
+Not yet run here.
 """
 
 from configs import common
@@ -16,4 +16,5 @@ from configs import common
 
 def get_config(arg: str = ""):
     """See the module's docstring for `arg`."""
-    return common.imagenet("vitp", arg)
+    sizes = ("4gf", "1gf", "18gf", "36gf", "72gf")
+    return common.imagenet("vitp", arg, sizes=sizes, variants=("bn",))

@@ -15,6 +15,7 @@ import ml_collections
 
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
+from convstem_jax.models.stems import INITS
 from convstem_jax.optim import OPTIMIZERS
 
 
@@ -115,6 +116,7 @@ _FLAG = (lambda v: True, "True or False")
 _RULES = {
     "model": _one_of(MODELS),
     "dtype": _one_of(["bfloat16", "float32"]),
+    "stem_init": _one_of(INITS),
     "optimizer": _one_of(OPTIMIZERS),
     "lr": _POSITIVE,
     "wd": _at_least(0),
@@ -123,6 +125,9 @@ _RULES = {
     "epochs": _POSITIVE,
     "warmup_epochs": _at_least(0),
     "label_smoothing": (lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    "mixup_alpha": _at_least(0),
+    "cutmix_alpha": _at_least(0),
+    "lighting_std": _at_least(0),
     "ema_alpha": _POSITIVE,
     "ema_every": _at_least(1),
     "seed": _between(0, 2**32 - 1),
@@ -134,6 +139,7 @@ _RULES = {
     "eval_resize": _at_least(1),
     "min_crop_area": (lambda v: 0 < v <= 1, "a number above 0, to 1"),
     "flip": _FLAG,
+    "auto_augment": _FLAG,
     "mean": _CHANNELS,
     "std": _CHANNELS,
     "num_workers": _at_least(0),
@@ -141,6 +147,7 @@ _RULES = {
     "read_ahead": _at_least(1),
     "prefetch": _at_least(1),
     "eval_batch_size": _at_least(1),
+    "precise_bn_examples": _at_least(0),
     "eval_every_epochs": _POSITIVE,
     "log_every_steps": _at_least(1),
     "checkpoint_every_steps": _at_least(1),

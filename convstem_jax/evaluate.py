@@ -1,8 +1,9 @@
-"""Exact evaluation of a split: every example once, whatever the batch size and the devices."""
+"""Evaluation: precise BatchNorm statistics, then every example exactly once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from convstem_jax.step import PyTree
 
@@ -25,8 +26,28 @@ def evaluate(
     sums = {}
     for batch in batches:
         new = {name: eval_step(w["params"], w["batch_stats"], batch) for name, w in weights.items()}
-        sums = jax.tree.map(jax.numpy.add, sums, new) if sums else new
+        sums = jax.tree.map(jnp.add, sums, new) if sums else new
     return {name: _means(s) for name, s in jax.device_get(sums).items()}
+
+
+def precise_batch_stats(
+    batch_statistics: Callable, weights: PyTree, batches: Sequence[PyTree]
+) -> PyTree:
+    """Means of the BatchNorm statistics of several training batches ("precise" BatchNorm).
+
+    Args:
+        batch_statistics: `step.batch_statistics`, jitted, with its first two arguments bound.
+        weights: {"params", "batch_stats"}.
+        batches: of the training split, of equal size.
+
+    Returns:
+        Statistics to evaluate `weights["params"]` with.
+    """
+    sums = jax.tree.map(jnp.zeros_like, weights["batch_stats"])
+    for i, batch in enumerate(batches):
+        new = batch_statistics(**weights, batch=batch, key=jax.random.key(i))
+        sums = jax.tree.map(jnp.add, sums, new)
+    return jax.tree.map(lambda x: x / len(batches), sums)
 
 
 def _means(sums: dict) -> dict[str, float]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from convstem_jax import optim
+from convstem_jax import mixing, optim
 
 PyTree = Any
 
@@ -33,6 +33,7 @@ class HParams(NamedTuple):
 
     lr: jax.Array  # base learning rate
     wd: jax.Array  # weight decay
+    seed: jax.Array  # of lighting, mixup and CutMix, uint32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Recipe:
     num_steps: int
     warmup_steps: int
     label_smoothing: float
+    mixup_alpha: float  # 0 for none
+    cutmix_alpha: float  # likewise
+    lighting_std: float  # likewise
     ema_rate: float
     ema_every: int
     mean: tuple[float, float, float]  # of the images' channels, in [0, 1]
@@ -77,25 +81,36 @@ def train_step(
         recipe: what is fixed.
         state: before the update; donate it.
         batch: `image` uint8 `[N, H, W, 3]` and `label` int32 `[N]`.
-        hparams: learning rate and weight decay.
+        hparams: learning rate, weight decay and seed.
 
     Returns:
         The state after the update, and scalars: loss, gradient norm, learning rate.
     """
 
-    def loss_fn(params, batch_stats, images, labels):
+    light_key, mix_key = jax.random.split(
+        jax.random.fold_in(jax.random.key(hparams.seed), state.step)
+    )
+    num, height, width, _ = batch["image"].shape
+    batch = batch | {"light": mixing.lighting(light_key, num, recipe.lighting_std)}
+    alphas = {"mixup_alpha": recipe.mixup_alpha, "cutmix_alpha": recipe.cutmix_alpha}
+    mask = mixing.draw_mask(mix_key, height, width, **alphas)
+
+    def loss_fn(params, batch_stats, batch):
         model = nnx.merge(graphdef, params, batch_stats)
         model.train()
-        logits = model(normalize(images, recipe))
+        images = normalize(batch["image"], recipe, batch["light"])
         targets = optax.smooth_labels(
-            jax.nn.one_hot(labels, recipe.num_classes), recipe.label_smoothing
+            jax.nn.one_hot(batch["label"], recipe.num_classes), recipe.label_smoothing
         )
+        if any(alphas.values()):
+            images, targets = mixing.mix(images, targets, mask)
+        logits = model(images)
         loss = optax.softmax_cross_entropy(logits, targets).mean()
         return loss, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     def loss_and_grads(batch_stats, batch):
         (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, batch_stats, batch["image"], batch["label"]
+            state.params, batch_stats, batch
         )
         return batch_stats, (loss, grads)
 
@@ -132,6 +147,32 @@ def train_step(
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
 
+def batch_statistics(
+    graphdef: nnx.GraphDef,
+    recipe: Recipe,
+    params: PyTree,
+    batch_stats: PyTree,
+    batch: PyTree,
+    key: jax.Array,
+) -> PyTree:
+    """BatchNorm's means and variances over one training batch, in place of the running ones.
+
+    Args:
+        graphdef: the model's structure, from `split`.
+        recipe: what is fixed.
+        params: parameters to compute them for.
+        batch_stats: of the same shapes; their values do not matter.
+        batch: `image` as in `train_step`. It is lit, but not mixed, as in the authors' code.
+        key: random key of the lighting.
+    """
+    model = nnx.merge(graphdef, params, batch_stats)
+    model.train()
+    model.set_attributes(nnx.BatchNorm, momentum=0.0)
+    light = mixing.lighting(key, len(batch["image"]), recipe.lighting_std)
+    model(normalize(batch["image"], recipe, light))
+    return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
 def eval_step(
     graphdef: nnx.GraphDef, recipe: Recipe, params: PyTree, batch_stats: PyTree, batch: PyTree
 ) -> dict[str, jax.Array]:
@@ -164,10 +205,14 @@ def eval_step(
     }
 
 
-def normalize(images: jax.Array, recipe: Recipe) -> jax.Array:
-    """uint8 `[N, H, W, 3]` to float32 with the recipe's mean and standard deviation removed."""
+def normalize(images: jax.Array, recipe: Recipe, light: jax.Array | float = 0.0) -> jax.Array:
+    """uint8 `[N, H, W, 3]` to float32 with the recipe's mean and standard deviation removed.
+
+    `light`, `[N, 3]`, is added to the colours of each image first, which are in [0, 1].
+    """
     mean, std = jnp.array(recipe.mean), jnp.array(recipe.std)
-    return (images.astype(jnp.float32) / 255 - mean) / std
+    shift = jnp.broadcast_to(light - mean, (len(images), 3))
+    return (images.astype(jnp.float32) / 255 + shift[:, None, None]) / std
 
 
 def _interleave(x: jax.Array, num: int) -> jax.Array:

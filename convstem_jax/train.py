@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import time
 
@@ -15,9 +16,17 @@ from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.config import check_divides, validate
 from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import ConfigError, Preempted
-from convstem_jax.evaluate import evaluate
+from convstem_jax.evaluate import evaluate, precise_batch_stats
 from convstem_jax.models import create_model
-from convstem_jax.step import HParams, Recipe, eval_step, init_state, split, train_step
+from convstem_jax.step import (
+    HParams,
+    Recipe,
+    batch_statistics,
+    eval_step,
+    init_state,
+    split,
+    train_step,
+)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
@@ -48,8 +57,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     replicated = jax.NamedSharding(mesh, jax.P())
     sharded = jax.NamedSharding(mesh, jax.P("data"))
-    divisor = num_devices * config.accumulate
+    pair = 2 if config.mixup_alpha or config.cutmix_alpha else 1
+    divisor = num_devices * config.accumulate * pair
     what = f"{num_devices} devices x {config.accumulate} micro-batches (config.accumulate)"
+    what += " x 2 images to mix" if pair == 2 else ""
     check_divides("batch_size", config.batch_size, divisor, what)
 
     # ---------------------------------------------------------------------------------- data
@@ -57,10 +68,21 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     reading = pipeline.Reading(
         config.num_workers, config.num_threads, config.read_ahead, config.prefetch
     )
-    transform = pipeline.TrainTransform(config.image_size, config.min_crop_area, config.flip)
+    transform = pipeline.TrainTransform(
+        config.image_size, config.min_crop_area, config.flip, config.auto_augment
+    )
     steps_per_epoch = len(train_split) / config.batch_size
     num_steps = max(1, round(config.epochs * steps_per_epoch))
 
+    new_train_batches = functools.partial(
+        pipeline.train_batches,
+        train_split,
+        transform,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        sharding=sharded,
+        reading=reading,
+    )
     eval_batches = pipeline.EvalBatches(
         eval_split,
         resize=config.eval_resize,
@@ -78,6 +100,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         num_steps=num_steps,
         warmup_steps=round(config.warmup_epochs * steps_per_epoch),
         label_smoothing=config.label_smoothing,
+        mixup_alpha=config.mixup_alpha,
+        cutmix_alpha=config.cutmix_alpha,
+        lighting_std=config.lighting_std,
         ema_rate=optim.ema_rate(
             alpha=config.ema_alpha,
             batch_size=config.batch_size,
@@ -97,6 +122,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             image_size=config.image_size,
             dtype=jnp.dtype(config.dtype),
             rngs=nnx.Rngs(config.seed),
+            **({} if config.stem_init == "paper" else {"stem_init": config.stem_init}),
         )
 
     try:
@@ -109,7 +135,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         _print_result(workdir, result)
         return result
     state = jax.jit(lambda: init_state(recipe, new_model()), out_shardings=replicated)()
-    hparams = jax.device_put(HParams(jnp.float32(config.lr), jnp.float32(config.wd)), replicated)
+    hparams = jax.device_put(
+        HParams(jnp.float32(config.lr), jnp.float32(config.wd), jnp.uint32(config.seed)), replicated
+    )
     jit_train_step = jax.jit(
         functools.partial(train_step, graphdef, recipe),
         donate_argnums=0,
@@ -117,6 +145,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     )
     jit_eval_step = jax.jit(
         functools.partial(eval_step, graphdef, recipe), out_shardings=replicated
+    )
+    jit_batch_statistics = jax.jit(
+        functools.partial(batch_statistics, graphdef, recipe), out_shardings=replicated
     )
     if jax.process_index() == 0:
         _print_overview(config, workdir, state.params, len(train_split), num_steps)
@@ -138,12 +169,23 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     )
     start = time.perf_counter() - seconds_before
 
+    @functools.cache
+    def precise_batches():
+        num = max(1, config.precise_bn_examples // config.batch_size)
+        return list(itertools.islice(new_train_batches(first_step=0), num))
+
+    def precise(weights):
+        batch_stats = precise_batch_stats(jit_batch_statistics, weights, precise_batches())
+        return {"params": weights["params"], "batch_stats": batch_stats}
+
     def evaluate_weights(step):
+        nonlocal state
         with records.pause(step, state):
-            weights = {
-                "ema": state.ema,
-                "raw": {"params": state.params, "batch_stats": state.batch_stats},
-            }
+            raw = {"params": state.params, "batch_stats": state.batch_stats}
+            if config.precise_bn_examples and state.batch_stats:
+                raw = precise(raw)
+                state = state._replace(batch_stats=raw["batch_stats"], ema=precise(state.ema))
+            weights = {"ema": state.ema, "raw": raw}
             results = evaluate(jit_eval_step, weights, eval_batches)
             records.eval(step, config.eval_split, results)
             return results
@@ -156,15 +198,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     # ---------------------------------------------------------------------------------- loop
 
     results = None
-    batches = pipeline.train_batches(
-        train_split,
-        transform,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        sharding=sharded,
-        reading=reading,
-        first_step=first_step,
-    )
+    batches = new_train_batches(first_step=first_step)
     with (
         contextlib.closing(records),
         contextlib.closing(checkpoints),

@@ -17,6 +17,12 @@ from convstem_jax.models import MODELS
         ("vitp:sgd", "vitp_4gf", "sgd", 1.9, 1.3e-5),
         ("vitp:18gf,sgd", "vitp_18gf", "sgd", 1.1, 1.2e-5),
         ("vitc:72gf,lr=1e-4,wd=0.15", "vitc_72gf", "adamw", 1e-4, 0.15),
+        ("vitc:1gf,stability", "vitc_1gf", "adamw", 2.5e-3, 0.19),
+        ("vitp:stability", "vitp_4gf", "adamw", 2e-3, 0.2),
+        ("vitp:18gf,stability", "vitp_18gf", "adamw", 1e-3, 0.24),
+        ("vitc:s3,stability,sgd", "vitc_4gf_s3", "sgd", 1.3, 2.2e-5),
+        ("vitc:ln", "vitc_4gf_ln", "adamw", 1e-3, 0.24),
+        ("vitp:bn", "vitp_4gf_bn", "adamw", 1e-3, 0.24),
     ],
 )
 def test_configs_hold_the_settings_of_the_paper(spec, model, optimizer, lr, wd):
@@ -28,6 +34,24 @@ def test_configs_hold_the_settings_of_the_paper(spec, model, optimizer, lr, wd):
     assert (config.batch_size, config.epochs, config.warmup_epochs) == (2048, 100, 5)
     assert (config.label_smoothing, config.ema_alpha, config.ema_every) == (0.1, 1e-5, 32)
     assert (config.image_size, config.eval_resize, config.min_crop_area) == (224, 256, 0.08)
+    assert (config.mixup_alpha, config.cutmix_alpha, config.lighting_std) == (0.8, 1.0, 0.1)
+    assert config.auto_augment and config.flip and config.precise_bn_examples == 8192
+
+
+@pytest.mark.parametrize(
+    "arg, optimizer, lr, wd, image_size, eval_resize",
+    [
+        ("", "sgd", 2.54, 2.4e-5, 240, 272),
+        ("1gf", "sgd", 2.54, 2.4e-5, 232, 262),
+        ("16gf,adamw", "adamw", 3.8e-3, 0.1, 256, 292),
+        ("32gf,peak", "sgd", 2.54, 2.4e-5, 268, 304),
+    ],
+)
+def test_regnety_configs_hold_both_resolutions(arg, optimizer, lr, wd, image_size, eval_resize):
+    config = load_config(f"configs/regnety.py:{arg}")
+    validate(config)
+    assert (config.optimizer, config.lr, config.wd) == (optimizer, lr, wd)
+    assert (config.image_size, config.eval_resize) == (image_size, eval_resize)
 
 
 def test_fields_in_the_argument():
@@ -44,7 +68,10 @@ def test_fields_in_the_argument():
         ("configs/vitc.py:optimizer=sgd", "config.optimizer=sgd alone would keep the lr and wd"),
         ("configs/vitc.py:epocs=3", "unknown config field 'epocs': did you mean 'epochs'"),
         ("configs/vitc.py:epochs=many", "config.epochs=many: it must be a number"),
-        ("configs/vitc.py:36gf,sgd", "the paper has no sgd setting for vitc 36gf"),
+        ("configs/vitc.py:36gf,sgd", "the paper has no setting of sgd for vitc_36gf"),
+        ("configs/vitc.py:1gf,sgd,peak", "the paper has no peak of sgd for vitc_1gf"),
+        ("configs/vitc.py:18gf,s2", "there is no model vitc_18gf_s2"),
+        ("configs/vitp.py:s2", "'s2' .* is none of 4gf"),
         ("configs/none.py", "configs/none.py is not a file"),
         ("tests/conftest.py", "fails with AttributeError: .*get_config"),
     ],

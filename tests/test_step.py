@@ -33,6 +33,9 @@ RECIPE = Recipe(
     num_steps=100,
     warmup_steps=4,
     label_smoothing=0.1,
+    mixup_alpha=0.0,
+    cutmix_alpha=0.0,
+    lighting_std=0.0,
     ema_rate=0.25,
     ema_every=2,
     mean=(0.485, 0.456, 0.406),
@@ -84,7 +87,7 @@ def jit_step(name, recipe, sharding):
     return jit(step, donate_argnums=0, out_shardings=sharding)
 
 
-def make_run(name="vitc_tiny", *, num_devices=1, lr=0.1, wd=1e-4, **recipe_changes):
+def make_run(name="vitc_tiny", *, num_devices=1, lr=0.1, wd=1e-4, seed=0, **recipe_changes):
     recipe = dataclasses.replace(RECIPE, **recipe_changes)
     mesh = jax.make_mesh(
         (num_devices,),
@@ -95,7 +98,7 @@ def make_run(name="vitc_tiny", *, num_devices=1, lr=0.1, wd=1e-4, **recipe_chang
     sharded, replicated = (jax.sharding.NamedSharding(mesh, p) for p in (jax.P("data"), jax.P()))
     # A copy of the model, whose own arrays must survive the donation.
     state = init_state(recipe, jax.tree.map(jnp.copy, tiny(name)))
-    hparams = HParams(jnp.float32(lr), jnp.float32(wd))
+    hparams = HParams(jnp.float32(lr), jnp.float32(wd), jnp.uint32(seed))
     state, hparams = jax.device_put((state, hparams), replicated)
     batch = jax.device_put(make_batch(), sharded)
     return Run(jit_step(name, recipe, replicated), state, batch, hparams, sharded)
@@ -242,9 +245,9 @@ def test_learning_rates_can_be_vmapped():
     graphdef, _, _ = split(tiny("vitp_tiny"))
     step = functools.partial(train_step, graphdef, RECIPE)
     run = make_run("vitp_tiny")
-    trials = jit(jax.vmap(step, in_axes=(0, None, HParams(0, None))))
+    trials = jit(jax.vmap(step, in_axes=(0, None, HParams(0, None, None))))
     states = jax.tree.map(lambda x: jnp.stack([x] * len(lrs)), run.state)
-    hparams = HParams(jnp.array(lrs), run.hparams.wd)
+    hparams = run.hparams._replace(lr=jnp.array(lrs))
     for _ in range(2):
         states, _ = trials(states, run.batch, hparams)
     for i, lr in enumerate(lrs):

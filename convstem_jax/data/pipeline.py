@@ -15,7 +15,7 @@ import grain
 import jax
 import numpy as np
 
-from convstem_jax.data import augment
+from convstem_jax.data import augment, autoaugment
 from convstem_jax.data.sources import Split
 
 
@@ -31,11 +31,12 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop, or the centre crop, and the flip where asked for."""
+    """Random resized crop, or the centre crop, then flip and AutoAugment where asked for."""
 
     image_size: int
     min_area: float  # of the random resized crop; 1 for the centre crop
     flip: bool
+    auto_augment: bool = False
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
         """Transforms one example; `rng` is its own."""
@@ -46,6 +47,8 @@ class TrainTransform:
             image = augment.center_crop(image, resize=size, size=size)
         if self.flip:
             image = augment.random_flip(image, rng)
+        if self.auto_augment:
+            image = autoaugment.auto_augment(np.ascontiguousarray(image), rng)
         return example | {"image": image}
 
 

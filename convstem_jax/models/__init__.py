@@ -1,30 +1,17 @@
 """Every model by name."""
 
 import dataclasses
-import functools
 
 from flax import nnx
 import jax.numpy as jnp
 
+from convstem_jax.models.regnet import REGNETS, RegNet, RegNetSpec
 from convstem_jax.models.vit import VITS, ViT, ViTSpec
 
 __all__ = ["MODELS", "create_model"]
 
-
-def _create_vit(
-    spec: ViTSpec, *, num_classes: int, dtype: jnp.dtype, rngs: nnx.Rngs, **changes
-) -> ViT:
-    fields = [field.name for field in dataclasses.fields(spec)]
-    for name, value in changes.items():
-        if name not in fields:
-            raise ValueError(f"a ViT has no field '{name}': it has {', '.join(fields)}")
-        if isinstance(value, list):
-            changes[name] = tuple(value)
-    spec = dataclasses.replace(spec, **changes)
-    return ViT(spec, num_classes=num_classes, dtype=dtype, rngs=rngs)
-
-
-MODELS = {name: functools.partial(_create_vit, spec) for name, spec in VITS.items()}
+# name -> what the network's class is given
+MODELS: dict[str, ViTSpec | RegNetSpec] = VITS | REGNETS
 
 
 def create_model(
@@ -35,10 +22,10 @@ def create_model(
     rngs: nnx.Rngs,
     **changes,
 ) -> nnx.Module:
-    """Builds a model, e.g. `create_model("vitc_4gf", rngs=nnx.Rngs(0))`.
+    """Builds a model, e.g. `create_model("vitc_4gf", rngs=nnx.Rngs(0))`, in evaluation mode.
 
     Args:
-      name: a key of `MODELS`, such as `vitp_1gf` or `vitc_18gf`.
+      name: a key of `MODELS`, such as `vitp_1gf`, `vitc_18gf` or `regnety_4gf`.
       num_classes: number of logits.
       dtype: type to compute in, `jnp.bfloat16` or `jnp.float32`. Parameters are float32.
       rngs: random keys of the initialisation.
@@ -52,6 +39,15 @@ def create_model(
     """
     if name not in MODELS:
         raise ValueError(f"unknown model '{name}': choose one of {', '.join(MODELS)}")
-    model = MODELS[name](num_classes=num_classes, dtype=dtype, rngs=rngs, **changes)
+    spec = MODELS[name]
+    network = ViT if isinstance(spec, ViTSpec) else RegNet
+    fields = [field.name for field in dataclasses.fields(spec)]
+    for field, value in changes.items():
+        if field not in fields:
+            raise ValueError(f"{name} has no field '{field}': it has {', '.join(fields)}")
+        if isinstance(value, list):
+            changes[field] = tuple(value)
+    spec = dataclasses.replace(spec, **changes)
+    model = network(spec, num_classes=num_classes, dtype=dtype, rngs=rngs)
     model.eval()
     return model

@@ -1,4 +1,4 @@
-"""The two stems of the paper (section 3): patchify, and a few 3x3 convolutions."""
+"""The two stems of the paper (section 3) and their variants (Table 3, Figure 7)."""
 
 from collections.abc import Sequence
 import math
@@ -11,14 +11,48 @@ import jax.numpy as jnp
 # torch.nn.Conv2d's and torch.nn.Linear's default: uniform in +-sqrt(1 / fan_in).
 torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
+INITS = ("paper", "later")
+
+
+def batch_norm(width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """BatchNorm as the authors have it. Flax's momentum 0.9 is torch's 0.1.
+
+    Differs from the paper: the statistics are over the global batch, and the running variance is
+    the biased one.
+    """
+    return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+
+def layer_norm(width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the channels, as in the blocks of the transformer."""
+    return nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+
+
+NORMS = {"batch": batch_norm, "layer": layer_norm}
+
 
 class PatchifyStem(nnx.Module):
     """One patch_size x patch_size convolution of stride patch_size (ViT_P).
 
     Maps `[N, H, W, 3]` to `[N, H / patch_size, W / patch_size, width]`.
+
+    Args:
+      patch_size: of the convolution.
+      width: output channels.
+      norm: a key of `NORMS`, followed by ReLU (Figure 7); None for neither, as in ViT_P.
+      dtype: type to compute in; parameters and statistics are float32.
+      rngs: random keys of the initialisation.
     """
 
-    def __init__(self, patch_size: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        patch_size: int,
+        width: int,
+        *,
+        norm: str | None = None,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         std = math.sqrt(1 / (3 * patch_size**2))
         self.projection = nnx.Conv(
             3,
@@ -31,67 +65,81 @@ class PatchifyStem(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
+        self.norm = NORMS[norm](width, dtype=dtype, rngs=rngs) if norm else None
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        return self.projection(images)
+        x = self.projection(images)
+        return x if self.norm is None else nnx.relu(self.norm(x))
 
 
 class ConvStem(nnx.Module):
-    """3x3 convolutions, each with BatchNorm and ReLU, then a 1x1 convolution (ViT_C).
+    """A few convolutions, each with a norm and ReLU, then a 1x1 convolution (ViT_C).
 
     Maps `[N, H, W, 3]` to `[N, H / s, W / s, width]`, with s the product of `strides`.
 
     Args:
-      channels: output channels of each 3x3 convolution.
-      strides: stride of each 3x3 convolution.
+      kernels: size of each convolution before the last: 3 in ViT_C. A 3x3 is padded by 1 on both
+        sides, the larger ones of Table 3 are not padded.
+      channels: output channels of each.
+      strides: stride of each.
       width: output channels of the last 1x1 convolution.
+      norm: a key of `NORMS`: batch in ViT_C, layer in Figure 7.
+      init: "paper" for the authors' code of mid-2021, "later" for theirs of 2022.
       dtype: type to compute in; parameters and statistics are float32.
       rngs: random keys of the initialisation.
 
     Raises:
-      ValueError: `channels` and `strides` differ in length.
+      ValueError: `kernels`, `channels` and `strides` differ in length.
     """
 
     def __init__(
         self,
+        kernels: Sequence[int],
         channels: Sequence[int],
         strides: Sequence[int],
         width: int,
         *,
+        norm: str = "batch",
+        init: str = "paper",
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        if len(channels) != len(strides):
+        if not len(kernels) == len(channels) == len(strides):
             raise ValueError(
-                f"the stem has channels {tuple(channels)} but strides {tuple(strides)}: "
-                "give one of each for every 3x3 convolution"
+                f"the stem has kernels {tuple(kernels)}, channels {tuple(channels)} and strides "
+                f"{tuple(strides)}: give one of each for every convolution before the last"
             )
+        # Both codes call the number of output channels alone the fan-out.
+        last_std = math.sqrt({"paper": 2, "later": 1}[init] / width)
         convs, norms = [], []
-        for num_in, num_out, stride in zip((3, *channels), channels, strides, strict=False):
+        for kernel, num_in, num_out, stride in zip(
+            kernels, (3, *channels), channels, strides, strict=False
+        ):
+            # Not "SAME": at stride 2 that pads (0, 1): equal shapes, other values.
+            pad = 1 if kernel == 3 else 0
             convs.append(
                 nnx.Conv(
                     num_in,
                     num_out,
-                    kernel_size=(3, 3),
+                    kernel_size=(kernel, kernel),
                     strides=stride,
-                    # Not "SAME": at stride 2 that pads (0, 1): equal shapes, other values.
-                    padding=((1, 1), (1, 1)),
+                    padding=((pad, pad), (pad, pad)),
                     use_bias=False,
-                    kernel_init=torch_uniform,
+                    kernel_init=torch_uniform
+                    if init == "paper"
+                    else initializers.normal(math.sqrt(2 / num_out)),
                     dtype=dtype,
                     rngs=rngs,
                 )
             )
-            # Flax's momentum 0.9 is torch's 0.1. Differs from the paper: the statistics are over
-            # the global batch, and the running variance is the biased one.
-            norms.append(nnx.BatchNorm(num_out, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs))
+            norms.append(NORMS[norm](num_out, dtype=dtype, rngs=rngs))
         self.convs = nnx.List(convs)
         self.norms = nnx.List(norms)
         self.projection = nnx.Conv(
             channels[-1],
             width,
             kernel_size=(1, 1),
-            kernel_init=initializers.normal(math.sqrt(2 / width)),
+            kernel_init=initializers.normal(last_std),
             dtype=dtype,
             rngs=rngs,
         )

@@ -21,6 +21,9 @@ class ViTSpec:
     depth: int
     stem_channels: tuple[int, ...] = ()
     stem_strides: tuple[int, ...] = ()
+    stem_kernels: tuple[int, ...] = ()  # 3 for each, where not given
+    stem_norm: str | None = None  # a key of `stems.NORMS`; the paper's own, where not given
+    stem_init: str = "paper"  # of the convolutional stem, one of `stems.INITS`
     patch_size: int = 16
     image_size: int = 224
 
@@ -49,6 +52,19 @@ VITS = {
     "vitp_tiny": ViTSpec(64, 192, 2, 4, patch_size=8, image_size=32),
     "vitc_tiny": ViTSpec(64, 192, 2, 3, (16, 32, 64), (2, 2, 2), patch_size=8, image_size=32),
 }
+
+
+# Stems that downsample later and later, at equal flops (Table 3; S1's printed 42 is 52).
+for name, kernels, channels, strides in (
+    ("s1", (3, 3, 3, 2), (52, 104, 208, 416), (2, 2, 2, 2)),
+    ("s2", (3, 3, 3, 4), (32, 64, 128, 256), (2, 2, 1, 4)),
+    ("s3", (3, 3, 3, 8), (17, 34, 68, 136), (2, 1, 1, 8)),
+    ("s4", (3, 3, 3, 16), (8, 16, 32, 64), (1, 1, 1, 16)),
+):
+    VITS[f"vitc_4gf_{name}"] = ViTSpec(384, 1152, 6, 11, channels, strides, kernels)
+# The other norm (Figure 7).
+VITS["vitp_4gf_bn"] = dataclasses.replace(VITS["vitp_4gf"], stem_norm="batch")
+VITS["vitc_4gf_ln"] = dataclasses.replace(VITS["vitc_4gf"], stem_norm="layer")
 
 
 class Attention(nnx.Module):
@@ -91,9 +107,9 @@ class Block(nnx.Module):
     def __init__(
         self, width: int, mlp_dim: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        self.norm1 = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.norm1 = stems.layer_norm(width, dtype=dtype, rngs=rngs)
         self.attention = Attention(width, num_heads, dtype=dtype, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.norm2 = stems.layer_norm(width, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, mlp_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -120,9 +136,17 @@ class ViT(nnx.Module):
         _check(spec)
         width, kwargs = spec.width, {"dtype": dtype, "rngs": rngs}
         if spec.stem_channels:
-            self.stem = stems.ConvStem(spec.stem_channels, spec.stem_strides, width, **kwargs)
+            self.stem = stems.ConvStem(
+                spec.stem_kernels or (3,) * len(spec.stem_channels),
+                spec.stem_channels,
+                spec.stem_strides,
+                width,
+                norm=spec.stem_norm or "batch",
+                init=spec.stem_init,
+                **kwargs,
+            )
         else:
-            self.stem = stems.PatchifyStem(spec.patch_size, width, **kwargs)
+            self.stem = stems.PatchifyStem(spec.patch_size, width, norm=spec.stem_norm, **kwargs)
         num_tokens = 1 + (spec.image_size // spec.patch_size) ** 2
         self.class_token = nnx.Param(jnp.zeros((1, 1, width)))
         self.position_embedding = nnx.Param(
@@ -131,7 +155,7 @@ class ViT(nnx.Module):
         self.blocks = nnx.List(
             Block(width, spec.mlp_dim, spec.num_heads, **kwargs) for _ in range(spec.depth)
         )
-        self.norm = nnx.LayerNorm(width, epsilon=1e-6, **kwargs)
+        self.norm = stems.layer_norm(width, **kwargs)
         # In float32: logits near 10 lie 0.06 apart in bfloat16, where ties decide an argmax.
         self.head = nnx.Linear(
             width, num_classes, kernel_init=initializers.zeros, dtype=jnp.float32, rngs=rngs
@@ -160,8 +184,14 @@ def _check(spec: ViTSpec) -> None:
     for name in ("width", "mlp_dim", "num_heads", "patch_size", "image_size"):
         if sizes[name] < 1:
             raise ValueError(f"{name} is {sizes[name]}: it must be 1 or more")
-    if spec.stem_strides and not spec.stem_channels:
-        raise ValueError(f"strides {spec.stem_strides} are given to a stem without channels")
+    if (spec.stem_strides or spec.stem_kernels) and not spec.stem_channels:
+        raise ValueError(
+            f"strides {spec.stem_strides} and kernels {spec.stem_kernels} are given to a stem "
+            "without channels"
+        )
+    for field, known in (("stem_norm", (None, *stems.NORMS)), ("stem_init", stems.INITS)):
+        if (value := getattr(spec, field)) not in known:
+            raise ValueError(f"{field} is {value!r}: it must be one of {known}")
     if spec.width % spec.num_heads:
         raise ValueError(f"width {spec.width} is not a multiple of {spec.num_heads} heads")
     if spec.image_size % spec.patch_size:

@@ -1,0 +1,217 @@
+"""RegNetY, the paper's CNN baseline (Table 2): convolutional blocks with squeeze-and-excitation."""
+
+import dataclasses
+import math
+
+from flax import nnx
+import jax
+from jax.nn import initializers
+import jax.numpy as jnp
+
+from convstem_jax.models.stems import batch_norm
+
+# The authors' "fan out" counts all output channels, of grouped convolutions too.
+_kernel_init = initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+@dataclasses.dataclass(frozen=True)
+class RegNetSpec:
+    """Stages of a RegNetY: a convolution of stride 2, then stages whose first block has stride 2.
+
+    Not the networks of the same names in RegNet model zoos: the paper's are scaled for their flops
+    at `image_size`.
+    """
+
+    depths: tuple[int, ...]  # blocks of each stage
+    widths: tuple[int, ...]  # channels of each stage
+    group_width: int  # channels of a group of the 3x3 convolutions
+    image_size: int  # in training; the network takes any
+    stem_width: int = 32
+    se_ratio: float = 0.25  # squeezed channels, as a fraction of the block's input
+
+
+REGNETS = {
+    "regnety_1gf": RegNetSpec((1, 4, 10, 3), (40, 120, 328, 904), 4, 232),
+    "regnety_4gf": RegNetSpec((2, 6, 16, 2), (96, 192, 512, 1216), 32, 240),
+    "regnety_16gf": RegNetSpec((2, 7, 18, 2), (168, 336, 896, 2128), 56, 256),
+    "regnety_32gf": RegNetSpec((2, 7, 20, 2), (216, 432, 1152, 2808), 72, 268),
+    # Not in the paper: three stages for 32x32, at about the flops of vitc_tiny.
+    "regnety_tiny": RegNetSpec((1, 4, 3), (32, 64, 128), 16, 32),
+}
+
+
+def _conv(
+    num_in: int, num_out: int, size: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.Conv:
+    """A size x size convolution without bias, padded so that stride 1 keeps the grid."""
+    pad = size // 2
+    return nnx.Conv(
+        num_in,
+        num_out,
+        kernel_size=(size, size),
+        strides=stride,
+        padding=((pad, pad), (pad, pad)),
+        use_bias=False,
+        kernel_init=_kernel_init,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+class GroupedConv(nnx.Module):
+    """3x3 convolution in groups, on `[N, H, W, width]`.
+
+    The one place that knows how grouped convolutions are computed: XLA's gradient of
+    `feature_group_count` is as slow as that of the ungrouped convolution (jax-ml/jax#13800).
+    """
+
+    def __init__(
+        self, width: int, group_width: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.conv = nnx.Conv(
+            width,
+            width,
+            kernel_size=(3, 3),
+            strides=stride,
+            padding=((1, 1), (1, 1)),
+            feature_group_count=width // group_width,
+            use_bias=False,
+            kernel_init=_kernel_init,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(x)
+
+
+class SqueezeExcite(nnx.Module):
+    """Scales each channel by a function of all channels' means, on `[N, H, W, width]`."""
+
+    def __init__(self, width: int, squeezed: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        def linear(num_in, num_out):
+            bound = 1 / math.sqrt(num_in)  # of torch's default for biases
+            return nnx.Linear(
+                num_in,
+                num_out,
+                kernel_init=_kernel_init,
+                bias_init=lambda key, shape, dtype: jax.random.uniform(
+                    key, shape, dtype, -bound, bound
+                ),
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.fc1 = linear(width, squeezed)
+        self.fc2 = linear(squeezed, width)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = nnx.sigmoid(self.fc2(nnx.relu(self.fc1(x.mean(axis=(1, 2))))))  # [N, C]
+        return x * scale[:, None, None]
+
+
+class Block(nnx.Module):
+    """1x1, grouped 3x3, squeeze-and-excitation, 1x1, and a shortcut; bottleneck ratio 1."""
+
+    def __init__(
+        self,
+        num_in: int,
+        width: int,
+        stride: int,
+        *,
+        group_width: int,
+        se_ratio: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = {"dtype": dtype, "rngs": rngs}
+        self.conv1 = _conv(num_in, width, 1, 1, **kwargs)
+        self.norm1 = batch_norm(width, **kwargs)
+        self.conv2 = GroupedConv(width, group_width, stride, **kwargs)
+        self.norm2 = batch_norm(width, **kwargs)
+        self.se = SqueezeExcite(width, round(num_in * se_ratio), **kwargs)
+        self.conv3 = _conv(width, width, 1, 1, **kwargs)
+        self.norm3 = batch_norm(width, **kwargs)
+        if stride != 1 or num_in != width:
+            self.shortcut = _conv(num_in, width, 1, stride, **kwargs)
+            self.shortcut_norm = batch_norm(width, **kwargs)
+        else:
+            self.shortcut = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = nnx.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(self.se(y)))
+        if self.shortcut is not None:
+            x = self.shortcut_norm(self.shortcut(x))
+        return nnx.relu(x + y)
+
+
+class RegNet(nnx.Module):
+    """RegNetY: `[N, H, W, 3]` normalised images to `[N, num_classes]` float32 logits.
+
+    Args:
+      spec: shape of the network.
+      num_classes: number of logits.
+      dtype: type to compute in, bfloat16 or float32; parameters and statistics are float32.
+      rngs: random keys of the initialisation.
+
+    Raises:
+      ValueError: the sizes do not fit together.
+    """
+
+    def __init__(
+        self, spec: RegNetSpec, *, num_classes: int, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+    ):
+        _check(spec)
+        kwargs = {"dtype": dtype, "rngs": rngs}
+        self.stem = _conv(3, spec.stem_width, 3, 2, **kwargs)
+        self.stem_norm = batch_norm(spec.stem_width, **kwargs)
+        stages, num_in = [], spec.stem_width
+        for depth, width in zip(spec.depths, spec.widths, strict=True):
+            blocks = []
+            for i in range(depth):
+                blocks.append(
+                    Block(
+                        num_in,
+                        width,
+                        stride=1 if i else 2,
+                        group_width=spec.group_width,
+                        se_ratio=spec.se_ratio,
+                        **kwargs,
+                    )
+                )
+                num_in = width
+            stages.append(nnx.List(blocks))
+        self.stages = nnx.List(stages)
+        self.head = nnx.Linear(
+            num_in,
+            num_classes,
+            kernel_init=initializers.normal(0.01),
+            dtype=jnp.float32,  # as in ViT
+            rngs=rngs,
+        )
+        self.spec = spec
+        self.dtype = dtype
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = nnx.relu(self.stem_norm(self.stem(images)))
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        return self.head(x.mean(axis=(1, 2), dtype=jnp.float32))
+
+
+def _check(spec: RegNetSpec) -> None:
+    if len(spec.depths) != len(spec.widths):
+        raise ValueError(
+            f"depths {spec.depths} and widths {spec.widths} must name the same number of stages"
+        )
+    sizes = (*spec.depths, *spec.widths, spec.group_width, spec.stem_width, spec.image_size)
+    if min(sizes) < 1:
+        raise ValueError(f"every size of {spec} must be 1 or more")
+    for width in spec.widths:
+        if width % spec.group_width:
+            raise ValueError(
+                f"width {width} is not a multiple of the group width {spec.group_width}"
+            )
