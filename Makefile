@@ -7,6 +7,8 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --quiet
 # can hold it. On Linux the default index gives the CUDA build, several GB with the CUDA packages that it cannot be
 # imported without (hence no --no-deps). With a CPU wheel at hand: make test TORCH=path/to/torch-2.13.0+cpu-….whl
 TORCH ?= torch==2.13.0
+# Likewise; of it the tests use only networks, which are Python (tests/conftest.py).
+TORCHVISION ?= torchvision==0.28.0
 
 # The first of these that runs and is 3.11, 3.12 or 3.13 makes .venv. TensorFlow has no wheels for 3.14 yet.
 PYTHON ?= python3 python3.13 python3.12 python3.11
@@ -69,4 +71,5 @@ clean:  ## Remove .venv and caches; runs/ stays
 	@echo 'Installing requirements-test.lock and $(TORCH) (about 1 minute, longer for a CUDA build) ...'
 	@$(PIP) --require-hashes -r requirements-test.lock
 	@$(PIP) $(TORCH)
+	@$(PIP) --no-deps $(TORCHVISION)
 	@touch $@

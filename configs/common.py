@@ -146,6 +146,9 @@ def base() -> ml_collections.ConfigDict:
     config.model = "vitc_4gf"  # a key of convstem_jax.models.MODELS
     config.dtype = "bfloat16"  # of the computation: bfloat16 or float32; parameters are float32
     config.stem_init = "paper"  # of the convolutional stem: "paper", or the authors' "later" one
+    # Run's folder or file of convstem_jax.convert to start from, also for another image size or
+    # other classes; "" for random weights.
+    config.init_from = ""
 
     # Optimisation
     config.optimizer = "adamw"  # adamw or sgd

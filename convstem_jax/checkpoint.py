@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convstem_jax.errors import CheckpointError, NotFiniteError
-from convstem_jax.step import TrainState
+from convstem_jax.step import PyTree, TrainState
 
 
 class Checkpoints:
@@ -66,7 +66,7 @@ class Checkpoints:
             CheckpointError: this save, or the one before it, failed.
             NotFiniteError: a parameter or statistic is NaN or infinite; nothing is saved.
         """
-        sums, finite = jax.device_get(_inspect(state))
+        checksums, finite = _inspect(state)
         if not finite:
             raise NotFiniteError(
                 f"the state is not finite after step {step}, and is not saved: lower config.lr, "
@@ -74,7 +74,7 @@ class Checkpoints:
             )
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            loop=ocp.args.JsonSave(loop | {"checksums": sums.tolist()}),
+            loop=ocp.args.JsonSave(loop | {"checksums": checksums}),
         )
         try:
             # A step that exists is not written again, and Orbax only returns False.
@@ -95,9 +95,32 @@ class Checkpoints:
         Raises:
             CheckpointError: it is damaged, or it does not fit `like`.
         """
-        step = self.latest_step() if step is None else step
+        return self._read(self.latest_step() if step is None else step, like)
+
+    def restore_weights(self, step: int | None = None) -> tuple[PyTree, PyTree]:
+        """Restores the weights of a checkpoint onto one device, whatever else it holds.
+
+        Args:
+            step: the checkpoint; the latest one by default.
+
+        Returns:
+            The EMA's weights and the raw ones, each {"params", "batch_stats"}.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        state, _ = self._read(self.latest_step() if step is None else step, None)
+        state = _with_int_keys(state)
+        return state["ema"], {key: state[key] for key in ("params", "batch_stats")}
+
+    def _read(self, step: int, like: TrainState | None) -> tuple[PyTree, dict]:
         try:
             saved = self._manager.item_metadata(step)["state"].tree
+            if like is None:
+                sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+                like = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved
+                )
             _check_fit(saved, like)
             restored = self._manager.restore(
                 step,
@@ -106,8 +129,8 @@ class Checkpoints:
                 ),
             )
             state, loop = restored["state"], restored["loop"]
-            sums, _ = jax.device_get(_inspect(state))
-            if sums.tolist() != loop.pop("checksums") or state.step != step:
+            checksums, _ = _inspect(state)
+            if checksums != loop.pop("checksums") or _by_name(state)["step"] != step:
                 raise ValueError("arrays differ from their checksums")
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {self.directory}/{step}: {error}") from error
@@ -116,7 +139,7 @@ class Checkpoints:
             remedy = (
                 f"delete that folder to go on from step {max(older)}"
                 if older
-                else ("delete that folder to start again")
+                else "delete that folder to start again"
             )
             raise CheckpointError(
                 f"checkpoint {self.directory}/{step} is damaged: {remedy} ({_first_line(error)})"
@@ -133,19 +156,12 @@ class Checkpoints:
             self._manager.close()
 
 
-def _check_fit(saved: Any, like: TrainState) -> None:
+def _check_fit(saved: PyTree, like: PyTree) -> None:
     """Orbax casts types and may cut shapes silently, so both are compared first."""
-
-    def describe(tree):
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): (
-                leaf.shape,
-                np.dtype(leaf.dtype),
-            )
-            for path, leaf in jax.tree.leaves_with_path(tree)
-        }
-
-    saved, wanted = describe(saved), describe(like)
+    saved, wanted = (
+        {name: (x.shape, np.dtype(x.dtype)) for name, x in _by_name(tree).items()}
+        for tree in (saved, like)
+    )
     wrong = [
         f"{name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
         for name in sorted(saved.keys() | wanted.keys())
@@ -158,10 +174,30 @@ def _check_fit(saved: Any, like: TrainState) -> None:
         )
 
 
+def _by_name(tree: PyTree) -> dict[str, Any]:
+    """Leaves by name, which does not tell the number 0 from the text "0"."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+
+def _with_int_keys(tree: PyTree) -> PyTree:
+    """Without a target, Orbax gives the numbers of lists back as text."""
+    if not isinstance(tree, dict):
+        return tree
+    items = ((int(key) if key.isdigit() else key, x) for key, x in tree.items())
+    return {key: _with_int_keys(x) for key, x in items}
+
+
+def _inspect(state: PyTree) -> tuple[dict[str, int], bool]:
+    """A checksum of each array, by name, and whether all numbers are finite."""
+    leaves = _by_name(state)
+    sums, finite = jax.device_get(_sum_words(list(leaves.values())))
+    return dict(zip(leaves, sums.tolist(), strict=True)), bool(finite)
+
+
 @jax.jit
-def _inspect(state: TrainState) -> tuple[jax.Array, jax.Array]:
+def _sum_words(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Sum of each array's 32-bit words modulo 2^32, and whether all numbers are finite."""
-    leaves = jax.tree.leaves(state)
     words = [jax.lax.bitcast_convert_type(x, jnp.uint32) for x in leaves]
     sums = jnp.stack([jnp.sum(x, dtype=jnp.uint32) for x in words])
     return sums, jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()

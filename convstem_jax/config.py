@@ -115,6 +115,7 @@ _FLAG = (lambda v: True, "True or False")
 # Field -> what it must satisfy, and the words for it.
 _RULES = {
     "model": _one_of(MODELS),
+    "init_from": (lambda v: True, "a path"),
     "dtype": _one_of(["bfloat16", "float32"]),
     "stem_init": _one_of(INITS),
     "optimizer": _one_of(OPTIMIZERS),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from convstem_jax import metrics, optim, preemption, run_folder
+from convstem_jax import metrics, optim, preemption, run_folder, weights
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.config import check_divides, validate
 from convstem_jax.data import pipeline, sources
@@ -27,6 +27,7 @@ from convstem_jax.step import (
     split,
     train_step,
 )
+from convstem_jax.transfer import transfer
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
@@ -134,6 +135,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         print("this run is finished; its result:")
         _print_result(workdir, result)
         return result
+    start_weights = None
+    if config.init_from and not run_folder.has_checkpoint(workdir):
+        start_weights, _ = weights.load(config.init_from)
     state = jax.jit(lambda: init_state(recipe, new_model()), out_shardings=replicated)()
     hparams = jax.device_put(
         HParams(jnp.float32(config.lr), jnp.float32(config.wd), jnp.uint32(config.seed)), replicated
@@ -160,6 +164,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         state, loop = checkpoints.restore(state)
         first_step, seconds_before = checkpoints.latest_step(), loop["seconds"]
         print(f"resumed from step {first_step}", flush=True)
+    elif start_weights is not None:
+        started, table = transfer(start_weights, state.ema)
+        started = jax.device_put(started, replicated)
+        state = state._replace(**started, ema=jax.tree.map(jnp.copy, started))
+        print(f"from {config.init_from}:\n{table}", flush=True)
     records = metrics.Records(
         workdir,
         first_step=first_step,

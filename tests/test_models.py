@@ -1,5 +1,6 @@
 """Models against the paper: sizes, numerics (torch.nn), initialisation, errors."""
 
+import functools
 import itertools
 import math
 
@@ -7,11 +8,15 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 
+from convstem_jax import layouts
 from convstem_jax.models import create_model, stems
 from convstem_jax.models.vit import VITS
+from convstem_jax.step import split
+from tests.networks import abstract, images_of, random_model, torchvision_network
 
 # Table 1, and the number of parameters that follows from it with 1000 classes.
 # fmt: off
@@ -33,34 +38,8 @@ STEMS = {  # channels and strides of the 3x3 convolutions
 }
 
 
-def abstract(name, **kwargs):
-    """A model of shapes, without arrays."""
-    return nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0), **kwargs))
-
-
 def num_params(model):
     return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-
-def random_model(name, **kwargs):
-    """A model whose every parameter and statistic is random: zeros and ones hide mistakes."""
-    model, rng = abstract(name, **kwargs), np.random.default_rng(0)
-
-    def new(path, x):
-        noise = rng.normal(size=x.shape).astype(np.float32)
-        if path[-1].key == "kernel":
-            return jnp.array(1.5 * noise / np.sqrt(math.prod(x.shape[:-1]), dtype=np.float32))
-        if path[-1].key in ("scale", "var"):
-            return jnp.array(1 + 0.5 * np.tanh(noise))
-        return jnp.array(0.3 * noise)
-
-    state = nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat)))
-    nnx.update(model, jax.tree.map_with_path(new, state))
-    return model
-
-
-def images_of(n, size, seed=1):
-    return np.random.default_rng(seed).normal(size=(n, size, size, 3)).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------- sizes
@@ -125,127 +104,6 @@ def test_other_image_and_patch_sizes():
 # ---------------------------------------------------------------------------------- numerics
 
 
-def torch_array(x):
-    return torch.from_numpy(np.array(x))
-
-
-def copy_conv(target, conv):
-    target.weight.data = torch_array(conv.kernel[...]).permute(3, 2, 0, 1).contiguous()
-    if target.bias is not None:
-        target.bias.data = torch_array(conv.bias[...])
-
-
-def copy_linear(target, linear):
-    target.weight.data = torch_array(linear.kernel[...]).T.contiguous()
-    target.bias.data = torch_array(linear.bias[...])
-
-
-def copy_norm(target, norm):
-    target.weight.data = torch_array(norm.scale[...])
-    target.bias.data = torch_array(norm.bias[...])
-    if isinstance(norm, nnx.BatchNorm):
-        target.running_mean.copy_(torch_array(norm.mean[...]))
-        target.running_var.copy_(torch_array(norm.var[...]))
-
-
-def torch_stem(spec, stem):
-    """Section 3, with the weights of `stem`."""
-    if not spec.stem_channels:
-        patch = spec.patch_size
-        layers = [torch.nn.Conv2d(3, spec.width, patch, stride=patch)]
-        copy_conv(layers[0], stem.projection)
-        return torch.nn.Sequential(*layers)
-    layers, c_in = [], 3
-    for i, (c_out, stride) in enumerate(zip(spec.stem_channels, spec.stem_strides, strict=True)):
-        conv = torch.nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)
-        norm = torch.nn.BatchNorm2d(c_out, eps=1e-5, momentum=0.1)
-        copy_conv(conv, stem.convs[i])
-        copy_norm(norm, stem.norms[i])
-        layers += [conv, norm, torch.nn.ReLU()]
-        c_in = c_out
-    layers.append(torch.nn.Conv2d(c_in, spec.width, 1))
-    copy_conv(layers[-1], stem.projection)
-    return torch.nn.Sequential(*layers)
-
-
-class TorchBlock(torch.nn.Module):
-    def __init__(self, spec, block):
-        super().__init__()
-        d = spec.width
-        self.norm1 = torch.nn.LayerNorm(d, eps=1e-6)
-        self.attention = torch.nn.MultiheadAttention(d, spec.num_heads, batch_first=True)
-        self.norm2 = torch.nn.LayerNorm(d, eps=1e-6)
-        self.mlp = torch.nn.Sequential(
-            torch.nn.Linear(d, spec.mlp_dim), torch.nn.GELU(), torch.nn.Linear(spec.mlp_dim, d)
-        )
-        copy_norm(self.norm1, block.norm1)
-        copy_norm(self.norm2, block.norm2)
-        qkv = block.attention.qkv
-        self.attention.in_proj_weight.data = torch_array(qkv.kernel[...]).T.contiguous()
-        self.attention.in_proj_bias.data = torch_array(qkv.bias[...])
-        copy_linear(self.attention.out_proj, block.attention.out)
-        copy_linear(self.mlp[0], block.mlp.fc1)
-        copy_linear(self.mlp[2], block.mlp.fc2)
-
-    def forward(self, x):
-        y = self.norm1(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.norm2(x))
-
-
-class TorchViT(torch.nn.Module):
-    """The paper's network in torch.nn, with the weights of `model`."""
-
-    def __init__(self, model):
-        super().__init__()
-        spec = model.spec
-        self.stem = torch_stem(spec, model.stem)
-        self.class_token = torch_array(model.class_token[...])
-        self.position_embedding = torch_array(model.position_embedding[...])
-        self.blocks = torch.nn.Sequential(*(TorchBlock(spec, block) for block in model.blocks))
-        self.norm = torch.nn.LayerNorm(spec.width, eps=1e-6)
-        copy_norm(self.norm, model.norm)
-        self.head = torch.nn.Linear(spec.width, model.head.out_features)
-        copy_linear(self.head, model.head)
-
-    def forward(self, images):
-        x = self.stem(images).flatten(2).transpose(1, 2)  # [N, T - 1, d]
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
-        x = self.blocks(x + self.position_embedding)
-        return self.head(self.norm(x)[:, 0])
-
-
-@torch.no_grad()
-def test_convolutional_stem_is_torchs_in_training_and_in_evaluation():
-    model = random_model("vitc_tiny", depth=0)
-    stem, reference = model.stem, torch_stem(model.spec, model.stem)
-    before = [(norm.mean[...], norm.var[...]) for norm in stem.norms]
-    images = images_of(2, 32)
-
-    def compare(images, mode):
-        getattr(stem, mode)()
-        getattr(reference, mode)()
-        y = nnx.jit(lambda stem, x: stem(x))(stem, images)
-        y_torch = reference(torch_array(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        np.testing.assert_allclose(y, y_torch.numpy(), atol=1e-4, err_msg=mode)
-
-    compare(images, "eval")
-    compare(images, "train")
-    num = 2 * 16 * 16  # values that a mean of the first norm is over
-    for norm, (mean, var), norm_torch in zip(stem.norms, before, reference[1::3], strict=True):
-        np.testing.assert_allclose(norm.mean[...], norm_torch.running_mean, atol=1e-5)
-        # Of the batch, torch takes the unbiased variance: num / (num - 1) as large.
-        np.testing.assert_allclose(
-            norm.var[...] - 0.9 * var,
-            (norm_torch.running_var - 0.9 * torch_array(var)) * (num - 1) / num,
-            rtol=1e-3,
-        )
-        assert np.abs(norm.mean[...] - mean).max() > 1e-3, "the running mean has to move"
-        num //= 4
-    # Dark images, whose variance is near 1e-5: another epsilon would show.
-    compare(np.float32(0.003) * images, "train")
-
-
 def test_a_new_model_is_for_evaluation():
     """Whoever calls `model(images)` in a notebook must not move the statistics."""
     model, images = random_model("vitc_tiny", depth=0), jnp.array(images_of(4, 32))
@@ -253,20 +111,101 @@ def test_a_new_model_is_for_evaluation():
     np.testing.assert_allclose(model(images[:1]), together[:1], atol=1e-5)
 
 
+def to_torch(images):
+    return torch.tensor(np.array(images)).permute(0, 3, 1, 2)
+
+
+# Four heads, so that heads and query, key and value cannot be mixed up unnoticed.
+NETWORKS = {
+    "vitp_tiny": {"depth": 2, "num_heads": 4},
+    "vitc_tiny": {"depth": 2, "num_heads": 4},
+    "regnety_tiny": {"depths": (1, 2, 2)},
+}
+
+
+# torchvision's vit_b_16, its conv_stem_configs, its RegNet with the paper's widths. The last in
+# double precision: with two images, rounding alone puts 6 % into torch's own float32 gradients.
+FULL_SIZES = [
+    ("vitp_18gf", "eval", "float32"),
+    ("vitc_4gf", "train", "float32"),
+    ("regnety_1gf", "train", "float64"),
+]
+
+
+@pytest.mark.parametrize(
+    "name, mode, dtype",
+    [*itertools.product(NETWORKS, ["eval", "train"], ["float32"]), *FULL_SIZES],
+)
+def test_logits_gradients_and_statistics_are_torchvisions(name, mode, dtype):
+    num = 8 if name in NETWORKS else 2
+    with jax.enable_x64(dtype == "float64"):
+        model = random_model(name, num_classes=10, dtype=dtype, **NETWORKS.get(name, {}))
+        getattr(model, mode)()
+        images = images_of(num, model.spec.image_size).astype(dtype)
+        labels = np.arange(num)
+        graphdef, *arrays = split(model)
+        params, batch_stats = jax.tree.map(lambda x: x.astype(dtype), arrays)
+
+        @jax.jit
+        def gradients(params, batch_stats):
+            def loss(params):
+                model = nnx.merge(graphdef, params, batch_stats)
+                logits = model(images)
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+                return losses.mean(), (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+            return jax.grad(loss, has_aux=True)(params)
+
+        grads, (logits, new_stats) = jax.device_get(gradients(params, batch_stats))
+        batch_stats = jax.device_get(batch_stats)
+    network = torchvision_network(model).to(getattr(torch, dtype))
+    getattr(network, mode)()
+    logits_torch = network(to_torch(images))
+    torch.nn.functional.cross_entropy(logits_torch, torch.tensor(labels)).backward()
+
+    scale = logits_torch.std().item()
+    assert scale > 0.1, "logits this small would agree whatever the model does"
+    np.testing.assert_allclose(
+        logits / scale, logits_torch.detach().numpy() / scale, atol=1e-4, err_msg="logits"
+    )
+    shapes = {"params": params, "batch_stats": batch_stats}
+    state = {key: x.numpy() for key, x in network.state_dict().items()}
+    state |= {key: x.grad.numpy() for key, x in network.named_parameters()}
+    expected = layouts.from_torch(state, shapes, "torchvision")
+    for path, grad in jax.tree.leaves_with_path(grads):
+        e = functools.reduce(lambda tree, key: tree[key.key], path, expected["params"])
+        # Relative to the array, but for the bias of the key, whose exact gradient is 0.
+        error = np.linalg.norm(grad - e) / max(np.linalg.norm(e), 1e-3 * scale)
+        assert error < 1e-3, f"gradient of {jax.tree_util.keystr(path)}: {error:.1e}"
+    if mode == "eval":
+        jax.tree.map(np.testing.assert_array_equal, new_stats, batch_stats)
+        return
+    # torch takes the unbiased variance of the batch into the running one.
+    for path, new in jax.tree.leaves_with_path(new_stats):
+        old, e = (
+            functools.reduce(lambda tree, key: tree[key.key], path, tree)
+            for tree in (batch_stats, expected["batch_stats"])
+        )
+        assert np.abs(new - old).max() > 1e-4, "the running statistics have to move"
+        if path[-1].key == "mean":
+            np.testing.assert_allclose(new, e, rtol=1e-4, atol=1e-4)
+        else:
+            ratio = (e - 0.9 * old) / (new - 0.9 * old)
+            num_values = 1 / (1 - 1 / ratio.mean())  # that the variance is over
+            assert num_values == pytest.approx(
+                num * round(math.sqrt(num_values / num)) ** 2, rel=0.05
+            )
+            np.testing.assert_allclose(ratio, ratio.mean(), rtol=2e-3)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vitp_tiny", "vitc_tiny"])
-def test_whole_model_is_torchs(name):
-    # Four heads, so that heads and query, key and value cannot be mixed up unnoticed.
-    model = random_model(name, depth=2, num_heads=4, num_classes=10)
-    model.eval()
-    images = images_of(3, 32)
-    logits = np.array(nnx.jit(lambda model, x: model(x))(model, images))
-    expected = TorchViT(model).eval()(torch_array(images).permute(0, 3, 1, 2)).numpy()
-    assert expected.std() > 0.1, "logits this small would agree whatever the model does"
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
-    # Tokens of ordinary size do not show LayerNorm's epsilon.
-    norms = [m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.LayerNorm)]
-    assert {norm.epsilon for norm in norms} == {1e-6}
+def test_norms_have_the_papers_epsilons():
+    """Tokens and pixels of ordinary size do not show them."""
+    for name in NETWORKS:
+        modules = [m for _, m in nnx.iter_modules(abstract(name))]
+        assert {m.epsilon for m in modules if isinstance(m, nnx.LayerNorm)} <= {1e-6}
+        assert {m.epsilon for m in modules if isinstance(m, nnx.BatchNorm)} <= {1e-5}
+        assert {m.momentum for m in modules if isinstance(m, nnx.BatchNorm)} <= {0.9}
 
 
 def products(jaxpr):
@@ -294,6 +233,8 @@ def test_bfloat16_is_for_computing_only():
     inputs = [{v.aval.dtype.name for v in eqn.invars} for eqn in products(jaxpr.jaxpr)]
     assert inputs == [{"bfloat16"}] * (4 + 6) + [{"float32"}], "stem and block, then the head"
 
+
+IMAGES = jnp.zeros((2, 224, 224, 3))
 
 # ---------------------------------------------------------------------------- initialisation
 
@@ -354,6 +295,59 @@ def test_initialisation_is_the_authors(name):
     assert not np.array_equal(a, b), "blocks must not share a random key"
 
 
+def test_later_initialisation_of_the_stem():
+    """The authors' code of March 2022: normal, by the number of output channels."""
+    stem = create_model("vitc_1gf", depth=0, stem_init="later", rngs=nnx.Rngs(0)).stem
+    for conv in stem.convs:
+        assert_normal(conv.kernel[...], math.sqrt(2 / conv.out_features))
+    assert_normal(stem.projection.kernel[...], math.sqrt(1 / 192))
+
+
+def test_initialisation_of_regnety_is_the_authors():
+    model = create_model("regnety_tiny", widths=(96, 192), depths=(1, 2), rngs=nnx.Rngs(0))
+    convs = [m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.Conv)]
+    assert len(convs) == 1 + 4 + 4 + 3
+    for conv in convs:
+        fan_out = math.prod(conv.kernel_size) * conv.out_features  # whatever the groups
+        assert conv.bias is None
+        assert_normal(conv.kernel[...], math.sqrt(2 / fan_out))
+    for block in (block for stage in model.stages for block in stage):
+        assert_normal(block.se.fc1.kernel[...], math.sqrt(2 / block.se.fc1.out_features))
+        assert np.abs(block.se.fc2.bias[...]).max() <= 1 / math.sqrt(block.se.fc2.in_features)
+        assert block.se.fc1.out_features == round(0.25 * block.conv1.in_features)
+        assert_all(block.norm3.scale[...], 1)  # no zero-gamma
+    assert_normal(model.head.kernel[...], 0.01)
+    assert_all(model.head.bias[...], 0)
+
+
+@pytest.mark.parametrize(
+    "name, kernels, norm",
+    [
+        ("vitc_4gf_s1", [3, 3, 3, 2], nnx.BatchNorm),
+        ("vitc_4gf_s2", [3, 3, 3, 4], nnx.BatchNorm),
+        ("vitc_4gf_s3", [3, 3, 3, 8], nnx.BatchNorm),
+        ("vitc_4gf_s4", [3, 3, 3, 16], nnx.BatchNorm),
+        ("vitc_4gf_ln", [3, 3, 3, 3], nnx.LayerNorm),
+        ("vitp_4gf_bn", [], nnx.BatchNorm),
+    ],
+)
+def test_variants_of_the_stems(name, kernels, norm):
+    stem = abstract(name).stem
+    norms = [m for _, m in nnx.iter_modules(stem) if isinstance(m, nnx.BatchNorm | nnx.LayerNorm)]
+    assert {type(m) for m in norms} == {norm} and len(norms) == (len(kernels) or 1)
+    if kernels:
+        assert [conv.kernel_size[0] for conv in stem.convs] == kernels
+        assert [conv.padding[0] for conv in stem.convs] == [(k == 3, k == 3) for k in kernels]
+    shape = nnx.eval_shape(lambda: create_model(name, depth=0, rngs=nnx.Rngs(0)).stem(IMAGES)).shape
+    assert shape == (2, 14, 14, 384)
+
+
+def test_patchify_stem_with_norm_ends_in_relu():
+    model = random_model("vitp_tiny", depth=0, stem_norm="batch")
+    x = np.array(model.stem(jnp.array(images_of(2, 32))))
+    assert x.min() == 0 and 0.2 < (x == 0).mean() < 0.8
+
+
 def test_patchify_initialisation_is_cut_at_2_absolute():
     # A 1x1 patch, where 2 is 3.5 standard deviations: at 16x16 it is 55, and no draw comes there.
     stem = stems.PatchifyStem(1, 100_000, dtype=jnp.float32, rngs=nnx.Rngs(0))
@@ -377,6 +371,12 @@ def test_patchify_initialisation_is_cut_at_2_absolute():
         ("vitc_tiny", {"patch_size": 0}, "patch_size is 0"),
         ("vitp_tiny", {"stem_strides": (2, 4)}, r"\(2, 4\).*without channels"),
         ("vitp_tiny", {"img_size": 64}, "no field 'img_size'.*image_size"),
+        ("vitc_tiny", {"stem_norm": "group"}, "stem_norm is 'group'.*batch.*layer"),
+        ("vitc_tiny", {"stem_init": "new"}, "stem_init is 'new'.*paper.*later"),
+        ("vitc_tiny", {"stem_kernels": (3, 3)}, r"kernels \(3, 3\), channels"),
+        ("regnety_tiny", {"depths": (1, 1)}, "the same number of stages"),
+        ("regnety_tiny", {"group_width": 24}, "width 32 is not a multiple of the group width 24"),
+        ("regnety_tiny", {"depths": (1, 0, 1)}, "must be 1 or more"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(name, changes, message):

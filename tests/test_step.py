@@ -12,8 +12,9 @@ from jax._src.array import ArrayImpl
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
-from convstem_jax import optim
+from convstem_jax import layouts, optim
 from convstem_jax.models import create_model
 from convstem_jax.step import (
     HParams,
@@ -26,6 +27,7 @@ from convstem_jax.step import (
     split,
     train_step,
 )
+from tests.networks import random_model, torchvision_network
 
 RECIPE = Recipe(
     num_classes=10,
@@ -182,6 +184,65 @@ def test_normalize():
     expected = (images / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(normalize(images, RECIPE), expected, rtol=1e-5, atol=1e-6)
     assert normalize(images, RECIPE).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["vitp_tiny", "vitc_tiny", "regnety_tiny"])
+def test_one_step_is_pytorchs(name, optimizer):
+    """Normalisation, forward and backward pass, label smoothing, learning rate, decay, update."""
+    lr, wd = {"adamw": (1e-2, 0.2), "sgd": (0.1, 0.05)}[optimizer]
+    model = random_model(name, num_classes=10)
+    network = torchvision_network(model).train()
+    recipe = dataclasses.replace(RECIPE, optimizer=optimizer)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (16, 32, 32, 3)).astype(np.uint8)
+    labels = rng.integers(0, 10, 16).astype(np.int32)
+
+    graphdef, params, _ = split(model)
+    hparams = HParams(jnp.float32(lr), jnp.float32(wd), jnp.uint32(0))
+    step = jit(functools.partial(train_step, graphdef, recipe))
+    batch = {"image": images, "label": labels}
+    state, metrics = step(init_state(recipe, model), batch, hparams)
+
+    decayed = [p for key, p in network.named_parameters() if p.ndim > 1]
+    others = [p for key, p in network.named_parameters() if p.ndim <= 1]
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    lr *= optim.lr_factor(0, num_steps=100, warmup_steps=4)
+    if optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=float(lr), weight_decay=wd)
+    else:
+        optimizer = torch.optim.SGD(
+            groups, lr=float(lr), weight_decay=wd, momentum=0.9, nesterov=True
+        )
+    mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
+    inputs = ((torch.tensor(images) / 255 - mean) / std).permute(0, 3, 1, 2)
+    loss = torch.nn.functional.cross_entropy(
+        network(inputs), torch.tensor(labels).long(), label_smoothing=0.1
+    )
+    loss.backward()
+    optimizer.step()
+
+    assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-5)
+    shapes = {"params": state.params, "batch_stats": state.batch_stats}
+    weights = {key: x.detach().numpy() for key, x in network.state_dict().items()}
+    expected = layouts.from_torch(weights, shapes, "torchvision")["params"]
+    errors = []
+    for (path, new), old, e in zip(
+        jax.tree.leaves_with_path(fetch(state.params)),
+        jax.tree.leaves(params),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        error = np.abs(new - e)
+        if jax.tree_util.keystr(path, simple=True, separator="/").endswith("qkv/bias"):
+            # The exact gradient of the key's bias is 0; AdamW makes whole steps of its rounding.
+            error = np.delete(error, np.s_[len(error) // 3 : len(error) // 3 * 2])
+        assert np.abs(new - old).max() > 1e-4, "every parameter has to move"
+        errors.append(error.ravel())
+    errors = np.concatenate(errors)
+    # AdamW's first step is +-lr, so that a gradient of the size of its rounding may go astray.
+    assert np.quantile(errors, 0.9999) < 1e-5
+    assert (errors > 1e-5).sum() <= 10
 
 
 # ------------------------------------------------------------------- devices and micro-batches

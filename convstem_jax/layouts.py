@@ -1,0 +1,245 @@
+"""Names and axes of the weights in PyTorch implementations of the same networks.
+
+A table maps the path of a module or parameter here to the beginning of the names there; `{i}` and
+`{j}` stand for numbers, which some count from one: `{i1}`, `{j1}`.
+"""
+
+from collections.abc import Iterator
+import re
+
+from flax import traverse_util
+import numpy as np
+
+from convstem_jax.errors import CheckpointError
+from convstem_jax.step import PyTree
+
+_VIT = {
+    "torchvision": {
+        "stem/projection": "conv_proj.",
+        "stem/convs/{i}": "conv_proj.conv_bn_relu_{i}.0.",
+        "stem/norms/{i}": "conv_proj.conv_bn_relu_{i}.1.",
+        "class_token": "class_token",
+        "position_embedding": "encoder.pos_embedding",
+        "blocks/{i}/norm1": "encoder.layers.encoder_layer_{i}.ln_1.",
+        "blocks/{i}/attention/qkv": "encoder.layers.encoder_layer_{i}.self_attention.in_proj_",
+        "blocks/{i}/attention/out": "encoder.layers.encoder_layer_{i}.self_attention.out_proj.",
+        "blocks/{i}/norm2": "encoder.layers.encoder_layer_{i}.ln_2.",
+        "blocks/{i}/mlp/fc1": "encoder.layers.encoder_layer_{i}.mlp.0.",
+        "blocks/{i}/mlp/fc2": "encoder.layers.encoder_layer_{i}.mlp.3.",
+        "norm": "encoder.ln.",
+        "head": "heads.head.",
+    },
+    "pycls": {
+        "stem/projection": "stem.patchify.",
+        "stem/convs/{i}": "stem.cstem{i}_conv.",
+        "stem/norms/{i}": "stem.cstem{i}_bn.",
+        "class_token": "class_token",
+        "position_embedding": "pos_embedding",
+        "blocks/{i}/norm1": "encoder.block_{i}.ln_1.",
+        "blocks/{i}/attention/qkv": "encoder.block_{i}.self_attention.attn_proj.",
+        "blocks/{i}/attention/out": "encoder.block_{i}.self_attention.out_proj.",
+        "blocks/{i}/norm2": "encoder.block_{i}.ln_2.",
+        "blocks/{i}/mlp/fc1": "encoder.block_{i}.mlp_block.linear_1.",
+        "blocks/{i}/mlp/fc2": "encoder.block_{i}.mlp_block.linear_2.",
+        "norm": "encoder.ln.",
+        "head": "head.head_fc.",
+    },
+    "timm": {
+        "stem/projection": "patch_embed.proj.",
+        "class_token": "cls_token",
+        "position_embedding": "pos_embed",
+        "blocks/{i}/norm1": "blocks.{i}.norm1.",
+        "blocks/{i}/attention/qkv": "blocks.{i}.attn.qkv.",
+        "blocks/{i}/attention/out": "blocks.{i}.attn.proj.",
+        "blocks/{i}/norm2": "blocks.{i}.norm2.",
+        "blocks/{i}/mlp/fc1": "blocks.{i}.mlp.fc1.",
+        "blocks/{i}/mlp/fc2": "blocks.{i}.mlp.fc2.",
+        "norm": "norm.",
+        "head": "head.",
+    },
+}
+# Where a convolutional stem ends in another name than the patchify stem.
+_CONV_STEM = {"torchvision": "conv_proj.conv_last.", "pycls": "stem.cstem_last_conv."}
+
+_REGNET = {
+    "torchvision": {
+        "stem": "stem.0.",
+        "stem_norm": "stem.1.",
+        "stages/{i}/{j}/conv1": "trunk_output.block{i1}.block{i1}-{j}.f.a.0.",
+        "stages/{i}/{j}/norm1": "trunk_output.block{i1}.block{i1}-{j}.f.a.1.",
+        "stages/{i}/{j}/conv2/conv": "trunk_output.block{i1}.block{i1}-{j}.f.b.0.",
+        "stages/{i}/{j}/norm2": "trunk_output.block{i1}.block{i1}-{j}.f.b.1.",
+        "stages/{i}/{j}/se/fc1": "trunk_output.block{i1}.block{i1}-{j}.f.se.fc1.",
+        "stages/{i}/{j}/se/fc2": "trunk_output.block{i1}.block{i1}-{j}.f.se.fc2.",
+        "stages/{i}/{j}/conv3": "trunk_output.block{i1}.block{i1}-{j}.f.c.0.",
+        "stages/{i}/{j}/norm3": "trunk_output.block{i1}.block{i1}-{j}.f.c.1.",
+        "stages/{i}/{j}/shortcut": "trunk_output.block{i1}.block{i1}-{j}.proj.0.",
+        "stages/{i}/{j}/shortcut_norm": "trunk_output.block{i1}.block{i1}-{j}.proj.1.",
+        "head": "fc.",
+    },
+    "pycls": {
+        "stem": "stem.conv.",
+        "stem_norm": "stem.bn.",
+        "stages/{i}/{j}/conv1": "s{i1}.b{j1}.f.a.",
+        "stages/{i}/{j}/norm1": "s{i1}.b{j1}.f.a_bn.",
+        "stages/{i}/{j}/conv2/conv": "s{i1}.b{j1}.f.b.",
+        "stages/{i}/{j}/norm2": "s{i1}.b{j1}.f.b_bn.",
+        "stages/{i}/{j}/se/fc1": "s{i1}.b{j1}.f.se.f_ex.0.",
+        "stages/{i}/{j}/se/fc2": "s{i1}.b{j1}.f.se.f_ex.2.",
+        "stages/{i}/{j}/conv3": "s{i1}.b{j1}.f.c.",
+        "stages/{i}/{j}/norm3": "s{i1}.b{j1}.f.c_bn.",
+        "stages/{i}/{j}/shortcut": "s{i1}.b{j1}.proj.",
+        "stages/{i}/{j}/shortcut_norm": "s{i1}.b{j1}.bn.",
+        "head": "head.fc.",
+    },
+}
+LAYOUTS = ("torchvision", "pycls", "timm")
+
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+# Names of older or newer versions of the same code -> those of the tables.
+_ALIASES = {
+    "torchvision": [(r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")],
+    "pycls": [
+        (r"\.self_attention\.block\.in_proj_", ".self_attention.attn_proj."),
+        (r"\.self_attention\.block\.out_proj\.", ".self_attention.out_proj."),
+    ],
+    "timm": [],
+}
+
+
+def to_torch(weights: PyTree, layout: str) -> dict[str, np.ndarray]:
+    """Gives weights the names and axes of a PyTorch implementation.
+
+    Args:
+        weights: {"params", "batch_stats"}, nested dicts of arrays.
+        layout: one of `LAYOUTS`. `pycls` is its branch `vitconfigs`, of the paper's configurations.
+
+    Returns:
+        A state dict of NumPy arrays.
+
+    Raises:
+        CheckpointError: the layout has no such network.
+    """
+    state = {}
+    for path, name, kind in _names(weights, layout):
+        state[name] = np.ascontiguousarray(_transpose(kind, np.asarray(_get(weights, path))))
+        if path[-1] == "var":  # torch counts the batches that went into the statistics
+            state[name.removesuffix("running_var") + "num_batches_tracked"] = np.zeros((), np.int64)
+    return state
+
+
+def from_torch(state: dict[str, np.ndarray], like: PyTree, layout: str) -> PyTree:
+    """Reads weights from a state dict of a PyTorch implementation.
+
+    Args:
+        state: names -> arrays, of any floating type.
+        like: weights of the wanted names and shapes, arrays or shapes.
+        layout: one of `LAYOUTS`; both layouts of pycls's ViT are read.
+
+    Raises:
+        CheckpointError: listing all tensors that are missing, unknown or of another shape.
+    """
+    state = {_rename(name, layout): x for name, x in state.items()}
+    wrong, used, flat = [], set(), {}
+    for path, name, kind in _names(like, layout):
+        used.add(name)
+        shape = _get(like, path).shape
+        if name not in state:
+            wrong.append(f"missing: {name}")
+            continue
+        array = np.asarray(state[name], np.float32)
+        wanted = _transpose(kind, np.empty(shape, np.bool_)).shape
+        # pycls's main branch has the position embedding as [T, 1, d].
+        squeezed = [tuple(n for n in s if n != 1) for s in (array.shape, wanted)]
+        if array.shape != wanted and not (array.ndim == 3 and squeezed[0] == squeezed[1]):
+            wrong.append(f"shape: {name} is {array.shape} and should be {wanted}")
+            continue
+        flat[path] = _transpose_back(kind, array.reshape(wanted))
+    ignored = re.compile(r"(^|\.)num_batches_tracked$")
+    wrong += [f"unknown: {name}" for name in state if name not in used and not ignored.search(name)]
+    if wrong:
+        raise CheckpointError(
+            f"these are not {layout} weights of this model; {len(wrong)} tensors do not fit:\n  "
+            + "\n  ".join(wrong)
+        )
+    return {"batch_stats": {}} | traverse_util.unflatten_dict(flat)
+
+
+def _rename(name: str, layout: str) -> str:
+    for pattern, replacement in _ALIASES[layout]:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _names(weights: PyTree, layout: str) -> Iterator[tuple[tuple, str, str]]:
+    """Yields (path in `weights`, name in the layout, kind of array) of every array."""
+    is_vit = "class_token" in weights["params"]
+    has_conv_stem = is_vit and "convs" in weights["params"]["stem"]
+    table = dict((_VIT if is_vit else _REGNET).get(layout, {}))
+    if has_conv_stem:
+        kernels = [conv["kernel"].shape[0] for conv in weights["params"]["stem"]["convs"].values()]
+        if set(kernels) != {3}:
+            raise CheckpointError(f"{layout} has 3x3 convolutions in its stem, not {kernels}")
+        if not weights["batch_stats"]:
+            raise CheckpointError(f"{layout} has BatchNorm in its stem, not LayerNorm")
+    if has_conv_stem and layout in _CONV_STEM:
+        table["stem/projection"] = _CONV_STEM[layout]
+    rules = [
+        (re.compile(re.sub(r"\{(\w)\}", r"(?P<\1>\\d+)", pattern)), template)
+        for pattern, template in table.items()
+    ]
+    for path, x in traverse_util.flatten_dict(weights).items():
+        module, leaf = path[1:], ""
+        if path[-1] in _LEAVES:
+            module, leaf = path[1:-1], _LEAVES[path[-1]]
+        for pattern, template in rules:
+            if match := pattern.fullmatch("/".join(map(str, module))):
+                numbers = {key: int(value) for key, value in match.groupdict().items()}
+                numbers |= {f"{key}1": value + 1 for key, value in numbers.items()}
+                yield path, template.format(**numbers) + leaf, _kind(path, len(x.shape))
+                break
+        else:
+            name = "/".join(map(str, module))
+            raise CheckpointError(f"{layout} has no {name}: it cannot hold this model")
+
+
+def _kind(path: tuple, ndim: int) -> str:
+    if path[-1] != "kernel":
+        return "plain"
+    if ndim == 4:
+        return "conv"
+    return "pointwise" if "se" in path else "linear"  # squeeze-and-excitation is 1x1 convolutions
+
+
+def _get(tree: PyTree, path: tuple):
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _transpose(kind: str, x: np.ndarray) -> np.ndarray:
+    match kind:
+        case "conv":
+            return x.transpose(3, 2, 0, 1)
+        case "linear":
+            return x.T
+        case "pointwise":
+            return x.T[:, :, None, None]
+    return x
+
+
+def _transpose_back(kind: str, x: np.ndarray) -> np.ndarray:
+    match kind:
+        case "conv":
+            return x.transpose(2, 3, 1, 0)
+        case "linear":
+            return x.T
+        case "pointwise":
+            return x[:, :, 0, 0].T
+    return x

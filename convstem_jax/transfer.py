@@ -1,0 +1,60 @@
+"""Weights of one model as the start of another: other image size, other classes."""
+
+import math
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+from tabulate import tabulate
+
+from convstem_jax.errors import CheckpointError
+from convstem_jax.weights import Weights
+
+
+def transfer(old: Weights, new: Weights) -> tuple[Weights, str]:
+    """Puts the weights of one model into another of the same architecture.
+
+    A position embedding for another image size is resized, bicubically and without the class
+    token's; a head for other classes stays new.
+
+    Args:
+        old: weights to take.
+        new: weights of the new model, freshly drawn.
+
+    Returns:
+        The new model's weights, and a table of what was not simply taken.
+
+    Raises:
+        CheckpointError: listing every array that does not fit.
+    """
+    old, new = (traverse_util.flatten_dict(tree) for tree in (old, new))
+    result, lines, wrong = {}, [], []
+    for path in sorted(old.keys() | new.keys(), key=str):
+        name = "/".join(map(str, path[1:]))
+        shapes = [tree[path].shape if path in tree else "–" for tree in (old, new)]
+        if shapes[0] == shapes[1]:
+            result[path] = old[path]
+        elif path[1] == "head" and "–" not in shapes:
+            result[path] = new[path]
+            lines.append([name, *shapes, "replaced: drawn anew"])
+        elif path[1] == "position_embedding" and "–" not in shapes:
+            result[path] = resize_position_embedding(old[path], new[path].shape[1])
+            lines.append([name, *shapes, "resized"])
+        else:
+            wrong.append(f"{name}: {shapes[0]} there, {shapes[1]} here")
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} arrays belong to another architecture:\n  " + "\n  ".join(wrong)
+        )
+    lines.append([f"the other {len(result) - len(lines)}", "", "", "loaded"])
+    table = tabulate(lines, ["array", "there", "here", ""], disable_numparse=True)
+    return {"batch_stats": {}} | traverse_util.unflatten_dict(result), table
+
+
+def resize_position_embedding(embedding: jax.Array, num_tokens: int) -> jax.Array:
+    """Resizes a position embedding `[1, 1 + side^2, d]` to `num_tokens`, bicubically."""
+    class_token, grid = embedding[:, :1], embedding[:, 1:]
+    old, new = math.isqrt(grid.shape[1]), math.isqrt(num_tokens - 1)
+    d = grid.shape[-1]
+    grid = jax.image.resize(jnp.reshape(grid, (1, old, old, d)), (1, new, new, d), "bicubic")
+    return jnp.concatenate([class_token, grid.reshape(1, new * new, d)], axis=1)

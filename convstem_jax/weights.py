@@ -1,0 +1,136 @@
+"""Weights of a trained model, from a run's folder or a file, and back into a model."""
+
+import dataclasses
+import json
+import os
+
+from flax import nnx, traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from convstem_jax import optim
+from convstem_jax.checkpoint import Checkpoints
+from convstem_jax.errors import CheckpointError
+from convstem_jax.models import create_model
+from convstem_jax.step import PyTree, TrainState, split
+
+Weights = dict[str, PyTree]  # {"params", "batch_stats"}: nested dicts of arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What it takes to build a model for weights."""
+
+    model: str  # a key of `models.MODELS`
+    num_classes: int
+    image_size: int
+
+    def build(self, **kwargs) -> nnx.Module:
+        """A new model; `kwargs` as in `create_model`."""
+        kwargs = {"rngs": nnx.Rngs(0)} | kwargs
+        return create_model(
+            self.model, num_classes=self.num_classes, image_size=self.image_size, **kwargs
+        )
+
+    def shapes(self) -> Weights:
+        """Shapes of the model's weights."""
+        _, params, batch_stats = split(nnx.eval_shape(self.build))
+        return {"params": params, "batch_stats": batch_stats}
+
+
+def load_model(
+    path: str, *, raw: bool = False, step: int | None = None, dtype: jnp.dtype = jnp.float32
+) -> nnx.Module:
+    """Loads a trained model, e.g. `load_model("runs/quickstart")`, in evaluation mode.
+
+    Args:
+        path: a run's folder, or a file that `save` wrote.
+        raw: the weights of the last update in place of their moving average (EMA).
+        step: the checkpoint; the latest one by default.
+        dtype: type to compute in.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    weights, architecture = load(path, raw=raw, step=step)
+    graphdef, _, _ = split(nnx.eval_shape(lambda: architecture.build(dtype=dtype)))
+    params, batch_stats = jax.tree.map(jnp.asarray, (weights["params"], weights["batch_stats"]))
+    return nnx.merge(graphdef, params, batch_stats)
+
+
+def load(path: str, *, raw: bool = False, step: int | None = None) -> tuple[Weights, Architecture]:
+    """Loads weights and what they belong to; see `load_model`."""
+    if os.path.isdir(path):
+        return _load_run(path, raw, step)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            names, metadata = file.keys(), file.metadata() or {}
+            flat = {tuple(map(_key, name.split("/"))): file.get_tensor(name) for name in names}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+    if "convstem_jax" not in metadata:
+        raise CheckpointError(
+            f"{path} was not written by this project: convert it first, with "
+            "python -m convstem_jax.convert"
+        )
+    architecture = Architecture(**json.loads(metadata["convstem_jax"]))
+    return {"batch_stats": {}} | traverse_util.unflatten_dict(flat), architecture
+
+
+def save(path: str, weights: Weights, architecture: Architecture) -> None:
+    """Writes weights to a safetensors file, or else to a new folder, as a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        if path.endswith(".safetensors"):
+            flat = traverse_util.flatten_dict(weights)
+            # safetensors writes memory as it lies, also of a transposed view.
+            arrays = {"/".join(map(str, key)): np.ascontiguousarray(x) for key, x in flat.items()}
+            metadata = {"convstem_jax": json.dumps(dataclasses.asdict(architecture))}
+            safetensors.numpy.save_file(arrays, path, metadata)
+        else:
+            _save_run(path, weights, architecture)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def _key(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _load_run(path: str, raw: bool, step: int | None) -> tuple[Weights, Architecture]:
+    checkpoints = Checkpoints(os.path.abspath(os.path.join(path, "checkpoints")))
+    try:
+        if checkpoints.latest_step() is None:
+            raise CheckpointError(f"{path} holds no checkpoint: name the folder of a run")
+        ema, last = checkpoints.restore_weights(step)
+    finally:
+        checkpoints.close()
+    weights = jax.device_get(last if raw else ema)
+    try:
+        with open(os.path.join(path, "config.json")) as file:
+            config = json.load(file)
+        model, image_size = config["model"], config["image_size"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}/config.json cannot be read: {error}") from error
+    num_classes = len(weights["params"]["head"]["bias"])
+    return weights, Architecture(model, num_classes, image_size)
+
+
+def _save_run(path: str, weights: Weights, architecture: Architecture) -> None:
+    os.makedirs(path)
+    params, batch_stats = jax.tree.map(jnp.asarray, (weights["params"], weights["batch_stats"]))
+    ema = {"params": params, "batch_stats": batch_stats}
+    opt_state = optim.adamw(0.0, 0.0).init(params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state, ema)
+    checkpoints = Checkpoints(os.path.abspath(os.path.join(path, "checkpoints")))
+    checkpoints.save(0, state, {"seconds": 0.0})
+    checkpoints.close()
+    config = {"model": architecture.model, "image_size": architecture.image_size}
+    with open(os.path.join(path, "config.json"), "w") as file:
+        json.dump(config, file, indent=2)

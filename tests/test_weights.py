@@ -1,0 +1,230 @@
+"""Weights in and out: round trips, other implementations' layouts, fine-tuning."""
+
+import json
+import pathlib
+import pickle
+
+from flax import nnx, traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+import convstem_jax
+from convstem_jax import convert, layouts, weights
+from convstem_jax.errors import CheckpointError
+from convstem_jax.step import split
+from convstem_jax.transfer import resize_position_embedding, transfer
+from tests import networks
+
+TINY = ("vitp_tiny", "vitc_tiny", "regnety_tiny")
+
+
+def random_weights(name, num_classes=10, image_size=32):
+    model = networks.random_model(name, num_classes=num_classes, image_size=image_size)
+    _, params, batch_stats = split(model)
+    found = jax.device_get({"params": params, "batch_stats": batch_stats})
+    return found, weights.Architecture(name, num_classes, image_size)
+
+
+def assert_same(a, b):
+    a, b = traverse_util.flatten_dict(a), traverse_util.flatten_dict(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=str(path))
+
+
+def run(*args):
+    return convert.main([str(arg) for arg in args])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_way_round_is_bit_exact(name, tmp_path, capsys):
+    """File, folder, and each layout in each container, one after the other."""
+    original, architecture = random_weights(name)
+    weights.save(str(tmp_path / "a.safetensors"), original, architecture)
+    model = ["--model", name, "--num_classes", 10]
+    ways = [["run"]]
+    for layout in ("torchvision", "pycls", "timm")[: 3 if name == "vitp_tiny" else 2]:
+        ways += [[f"{layout}.pt", layout], [f"{layout}.safetensors", layout]]
+    source, back = tmp_path / "a.safetensors", []
+    for i, (target, *layout) in enumerate(ways):
+        to = ["--to", *layout] if layout else []
+        assert run(source, tmp_path / target, *to, *back) == 0, capsys.readouterr().err
+        back = ["--from", *layout, *model] if layout else []
+        source = tmp_path / f"{i}.safetensors"
+        assert run(tmp_path / target, source, *back) == 0, capsys.readouterr().err
+        back = []
+    got, got_architecture = weights.load(str(source))
+    assert_same(got, original)
+    assert got_architecture == architecture
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_state_dicts_fit_torchvisions_networks(name):
+    found, _ = random_weights(name)
+    state = layouts.to_torch(found, "torchvision")
+    reference = networks.torchvision_network(networks.abstract(name, num_classes=10))
+    expected = {key: tuple(x.shape) for key, x in reference.state_dict().items()}
+    assert {key: x.shape for key, x in state.items()} == expected
+
+
+# Names as the other projects' code gives them, of the first and last parts of small networks.
+NAMES = {
+    ("pycls", "vitc_tiny"): """
+        class_token pos_embedding stem.cstem0_conv.weight stem.cstem2_bn.running_var
+        stem.cstem_last_conv.bias encoder.block_0.ln_1.weight
+        encoder.block_0.self_attention.attn_proj.weight
+        encoder.block_2.self_attention.out_proj.bias encoder.block_2.mlp_block.linear_2.weight
+        encoder.ln.bias head.head_fc.weight""",
+    ("pycls", "vitp_tiny"): "stem.patchify.weight stem.patchify.bias",
+    ("pycls", "regnety_tiny"): """
+        stem.conv.weight stem.bn.num_batches_tracked s1.b1.proj.weight s1.b1.bn.running_mean
+        s1.b1.f.a.weight s2.b4.f.a_bn.bias s3.b3.f.b.weight s3.b3.f.b_bn.weight
+        s3.b1.f.se.f_ex.0.weight s3.b1.f.se.f_ex.2.bias s3.b1.f.c.weight s3.b1.f.c_bn.running_var
+        head.fc.bias""",
+    ("timm", "vitp_tiny"): """
+        cls_token pos_embed patch_embed.proj.weight patch_embed.proj.bias blocks.0.norm1.weight
+        blocks.0.attn.qkv.weight blocks.3.attn.proj.bias blocks.3.norm2.bias
+        blocks.3.mlp.fc1.weight blocks.3.mlp.fc2.bias norm.weight head.weight head.bias""",
+}
+
+
+@pytest.mark.parametrize("layout, name", NAMES)
+def test_names_of_other_layouts(layout, name):
+    state = layouts.to_torch(random_weights(name)[0], layout)
+    missing = set(NAMES[layout, name].split()) - state.keys()
+    assert not missing, missing
+
+
+def test_older_and_newer_names_are_read():
+    found, architecture = random_weights("vitc_tiny")
+    state = {
+        name.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): x
+        for name, x in layouts.to_torch(found, "torchvision").items()
+    }
+    assert_same(layouts.from_torch(state, architecture.shapes(), "torchvision"), found)
+
+    # The authors' main branch: torch.nn.MultiheadAttention, and tokens before the batch.
+    state = {
+        name.replace("self_attention.attn_proj.", "self_attention.block.in_proj_").replace(
+            "self_attention.out_proj", "self_attention.block.out_proj"
+        ): x.transpose(1, 0, 2) if name == "pos_embedding" else x
+        for name, x in layouts.to_torch(found, "pycls").items()
+    }
+    assert state["pos_embedding"].shape == (17, 1, 64)
+    assert_same(layouts.from_torch(state, architecture.shapes(), "pycls"), found)
+
+
+def test_all_tensors_that_do_not_fit_are_listed(tmp_path, capsys):
+    found, _ = random_weights("vitc_tiny")
+    state = layouts.to_torch(found, "torchvision")
+    del state["encoder.ln.weight"]
+    state["conv_proj.conv_last.bias"] = np.zeros(7, np.float32)
+    state["encoder.extra"] = np.zeros(1, np.float32)
+    convert.write_torch(str(tmp_path / "a.pt"), state)
+    flags = ["--from", "torchvision", "--model", "vitc_tiny", "--num_classes", 10]
+    assert run(tmp_path / "a.pt", tmp_path / "b.safetensors", *flags) == 4
+    error = capsys.readouterr().err
+    assert "3 tensors do not fit" in error
+    assert "missing: encoder.ln.weight" in error
+    assert "shape: conv_proj.conv_last.bias is (7,) and should be (64,)" in error
+    assert "unknown: encoder.extra" in error
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, capsys):
+    class Code:
+        def __reduce__(self):
+            return pathlib.Path.touch, (tmp_path / "it_ran",)
+
+    with open(tmp_path / "plain.pt", "wb") as file:
+        pickle.dump({"head.weight": Code()}, file)
+    torch.save({"head.weight": Code()}, tmp_path / "zip.pt")
+    for name in ("plain.pt", "zip.pt"):
+        flags = ["--from", "timm", "--model", "vitp_tiny"]
+        assert run(tmp_path / name, tmp_path / "out.safetensors", *flags) == 4
+        assert "is refused" in capsys.readouterr().err
+    assert not (tmp_path / "it_ran").exists()
+    with open(tmp_path / "plain.pt", "rb") as file:
+        pickle.load(file)
+    assert (tmp_path / "it_ran").exists(), "the code was harmless: the test tests nothing"
+
+
+@pytest.mark.parametrize(
+    "layout, name, message",
+    [
+        ("timm", "vitc_tiny", "timm has no stem/convs/0"),
+        ("timm", "regnety_tiny", "timm has no "),
+        ("torchvision", "vitp_4gf_bn", "torchvision has no stem/norm"),
+        ("pycls", "vitc_4gf_ln", "pycls has BatchNorm in its stem, not LayerNorm"),
+        ("pycls", "vitc_4gf_s2", "pycls has 3x3"),
+    ],
+)
+def test_networks_that_a_layout_cannot_hold_are_refused(layout, name, message):
+    shapes = weights.Architecture(name, 10, 32 if "tiny" in name else 224).shapes()
+    with pytest.raises(CheckpointError, match=message):
+        layouts.from_torch({}, shapes, layout)
+
+
+def test_wrong_files_have_one_line_and_status_4(tmp_path, capsys):
+    (tmp_path / "a.safetensors").write_bytes(b"nonsense")
+    (tmp_path / "folder").mkdir()
+    safetensors.numpy.save_file({"a": np.zeros(3)}, tmp_path / "foreign.safetensors")
+    torch.save([1, 2], tmp_path / "list.pt")
+    flags = ["--from", "timm", "--model", "vitp_tiny"]
+    for source, extra, message in (
+        ("a.safetensors", [], "cannot be read as safetensors"),
+        ("none.safetensors", [], "cannot be read as safetensors"),
+        ("folder", [], "holds no checkpoint"),
+        ("foreign.safetensors", [], "was not written by this project"),
+        ("list.pt", flags, "holds no state dict"),
+    ):
+        assert run(tmp_path / source, tmp_path / "out.safetensors", *extra) == 4, source
+        assert message in capsys.readouterr().err
+    assert run(tmp_path / "a.safetensors", tmp_path / "folder") == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_model_is_loaded_with_its_weights(tmp_path):
+    model = networks.random_model("vitc_tiny", num_classes=10)
+    _, params, batch_stats = split(model)
+    architecture = weights.Architecture("vitc_tiny", 10, 32)
+    path = str(tmp_path / "run")
+    weights.save(path, {"params": params, "batch_stats": batch_stats}, architecture)
+    images = networks.images_of(2, 32)
+    np.testing.assert_array_equal(convstem_jax.load_model(path)(images), nnx.clone(model)(images))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == "vitc_tiny"
+
+
+def test_another_size_and_other_classes_are_adapted():
+    old, _ = random_weights("vitc_tiny", num_classes=10, image_size=32)
+    new, _ = random_weights("vitc_tiny", num_classes=3, image_size=64)
+    result, table = transfer(old, new)
+    assert jax.tree.map(np.shape, result) == jax.tree.map(np.shape, new)
+    assert_same(result["params"]["head"], new["params"]["head"])
+    assert_same(result["params"]["stem"], old["params"]["stem"])
+    assert_same(result["batch_stats"], old["batch_stats"])
+    assert "position_embedding" in table and "resized" in table
+    assert table.count("replaced") == 2 and "loaded" in table
+    with pytest.raises(CheckpointError, match="belong to another architecture(.|\n)*stem"):
+        transfer(old, random_weights("vitp_tiny")[0])
+
+
+def test_position_embedding_is_resized_bicubically():
+    rng = np.random.default_rng(0)
+    embedding = jnp.array(rng.normal(size=(1, 1 + 14**2, 8)), jnp.float32)
+    same = resize_position_embedding(embedding, 1 + 14**2)
+    np.testing.assert_allclose(same, embedding, atol=1e-6)
+    larger = np.array(resize_position_embedding(embedding, 1 + 24**2))
+    np.testing.assert_array_equal(larger[:, 0], embedding[:, 0])
+    # Bicubic interpolation keeps a plane a plane, away from the border.
+    y, x = np.mgrid[:14, :14].astype(np.float32)
+    plane = np.stack([y, x, y + 2 * x], axis=-1).reshape(1, -1, 3)
+    plane = np.concatenate([np.zeros((1, 1, 3), np.float32), plane], axis=1)
+    got = np.array(resize_position_embedding(jnp.array(plane), 1 + 28**2))[:, 1:].reshape(28, 28, 3)
+    y, x = (np.mgrid[:28, :28] + 0.5) / 2 - 0.5
+    expected = np.stack([y, x, y + 2 * x], axis=-1)
+    np.testing.assert_allclose(got[4:-4, 4:-4], expected[4:-4, 4:-4], atol=1e-4)
