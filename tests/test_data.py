@@ -257,6 +257,19 @@ def test_missing_data_names_the_remedy(tmp_path):
         sources.open_split(str(tmp_path), NAME, "train")
 
 
+def test_a_part_of_a_split(train_split):
+    part = sources.open_split(str(DATASETS), NAME, "train[20:25]")
+    assert len(part) == 5
+    np.testing.assert_array_equal(part[2]["image"], train_split[22]["image"])
+    for wrong, message in (
+        ("train[8:x]", "'train.8:x.' is not a part of the split 'train'"),
+        ("train[5:5]", "has no split 'train.5:5.'"),
+        ("tran[:5]", "has no split"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sources.open_split(str(DATASETS), NAME, wrong)
+
+
 def test_the_highest_version_is_taken(copied):
     shutil.copytree(copied / NAME / "1.0.0", copied / NAME / "1.0.0.incomplete")
     assert len(sources.open_split(str(copied), NAME, "test")) == 2_000

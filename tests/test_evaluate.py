@@ -1,9 +1,15 @@
-"""Means over examples, not over batches."""
+"""Means over examples, not over batches; precise BatchNorm statistics."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from convstem_jax.evaluate import evaluate
+from convstem_jax.evaluate import evaluate, precise_batch_stats
+from convstem_jax.step import Recipe, batch_statistics, split
+from tests.networks import random_model
 
 
 def test_every_example_weighs_the_same():
@@ -33,3 +39,41 @@ def test_every_example_weighs_the_same():
     }
     assert results["raw"]["top1_error"] == 100.0
     assert results["raw"]["top5_error"] == pytest.approx(40.0)
+
+
+def test_precise_statistics_are_means_over_batches():
+    """Mean of the batches' means and variances, of what the running statistics never saw."""
+    recipe = Recipe(
+        num_classes=10,
+        optimizer="sgd",
+        num_steps=1,
+        warmup_steps=0,
+        label_smoothing=0.0,
+        mixup_alpha=0.8,
+        cutmix_alpha=1.0,
+        lighting_std=0.0,
+        ema_rate=1.0,
+        ema_every=1,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
+    model = random_model("vitc_tiny", depth=0)
+    graphdef, params, batch_stats = split(model)
+    rng = np.random.default_rng(0)
+    batches = [
+        {"image": rng.integers(0, high, (16, 32, 32, 3)).astype(np.uint8)} for high in (64, 256)
+    ]
+    step = jax.jit(functools.partial(batch_statistics, graphdef, recipe))
+    weights = {"params": params, "batch_stats": batch_stats}
+    got = precise_batch_stats(step, weights, batches)
+
+    convolved = [
+        np.array(model.stem.convs[0]((batch["image"] / np.float32(255) - 0.5) / 0.25))
+        for batch in batches
+    ]
+    mean = np.mean([x.mean(axis=(0, 1, 2)) for x in convolved], axis=0)
+    var = np.mean([x.var(axis=(0, 1, 2)) for x in convolved], axis=0)
+    first = got["stem"]["norms"][0]
+    np.testing.assert_allclose(first["mean"], mean, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(first["var"], var, rtol=1e-3)
+    assert jax.tree.structure(got) == jax.tree.structure(batch_stats)

@@ -20,7 +20,7 @@ import pytest
 from convstem_jax import train as train_module
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.config import load_config, set_field
-from convstem_jax.errors import NotFiniteError
+from convstem_jax.errors import ConfigError, NotFiniteError
 from convstem_jax.metrics import read_jsonl
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,7 +37,7 @@ FIELDS = {
 
 def config(**fields):
     config = load_config("configs/quickstart.py")
-    for name, text in (FIELDS | fields).items():
+    for name, text in (FIELDS | {"eval_split": "test[:256]"} | fields).items():
         set_field(config, name, text)
     return config
 
@@ -154,7 +154,7 @@ def test_an_interrupted_run_ends_the_same_to_the_last_bit(uninterrupted, tmp_pat
 def test_a_finished_run_is_not_trained_again(uninterrupted, capsys):
     workdir, result, _ = uninterrupted
     records = (workdir / "metrics.jsonl").read_text()
-    assert train_module.train(config(), str(workdir)) == result
+    assert train_module.train(config(eval_split="test"), str(workdir)) == result
     assert "this run is finished" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_text() == records
 
@@ -164,9 +164,59 @@ def test_a_run_stopped_before_its_result_is_evaluated_again(uninterrupted, tmp_p
     workdir, result, _ = uninterrupted
     shutil.copytree(workdir, tmp_path / "copy")
     (tmp_path / "copy" / "result.json").unlink()
-    again = train_module.train(config(), str(tmp_path / "copy"))
+    again = train_module.train(config(eval_split="test"), str(tmp_path / "copy"))
     assert again["top1_error"] == pytest.approx(result["top1_error"], abs=0.1)
     assert again["device"].startswith("8 x") and again["steps"] == 31
+
+
+def test_a_run_starts_from_the_weights_of_another(uninterrupted, tmp_path, capsys):
+    workdir, result, _ = uninterrupted
+    fields = {"init_from": str(workdir), "lr": "1e-9", "epochs": "0.0128", "warmup_epochs": "0"}
+    again = train_module.train(config(**fields, eval_split="test"), str(tmp_path / "same"))
+    assert again["top1_error"] == pytest.approx(result["top1_error"], abs=0.1)
+    assert re.search(r"the other \d+ +loaded", capsys.readouterr().out)
+
+    fields |= {"image_size": "64", "eval_resize": "64"}
+    train_module.train(config(**fields), str(tmp_path / "larger"))
+    assert "position_embedding  (1, 17, 64)  (1, 65, 64)  resized" in capsys.readouterr().out
+    # Other weights than those of the folder's run: not the same run any more.
+    with pytest.raises(ConfigError, match="init_from is"):
+        train_module.train(config(**(fields | {"init_from": ""})), str(tmp_path / "larger"))
+
+
+def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path):
+    """After two steps the running statistics are mostly what they began with: 0 and 1."""
+    errors = {}
+    for num in ("0", "256"):
+        fields = {"epochs": "0.0128", "warmup_epochs": "0", "precise_bn_examples": num}
+        errors[num] = train_module.train(config(**fields), str(tmp_path / num))
+    _, plain = restore_latest(tmp_path / "0")
+    _, precise = restore_latest(tmp_path / "256")
+    name = "['batch_stats']['stem']['norms']['0']['mean']"
+    assert np.abs(precise[name]).max() > 3 * np.abs(plain[name]).max()
+    assert errors["0"]["top1_error"] != errors["256"]["top1_error"]
+    ema = precise["['ema']['batch_stats']['stem']['norms']['0']['mean']"]
+    assert np.abs(ema).max() > 3 * np.abs(plain[name]).max()
+
+
+def test_regnety_trains_with_the_whole_recipe(tmp_path):
+    """AutoAugment, lighting, mixing, precise statistics; interrupted, at that."""
+    fields = {
+        "model": "regnety_tiny", "optimizer": "sgd", "lr": "0.1", "wd": "1e-4",
+        "auto_augment": "true", "mixup_alpha": "0.8", "cutmix_alpha": "1.0",
+        "lighting_std": "0.1", "precise_bn_examples": "256", "epochs": "0.0512",
+        "warmup_epochs": "0.01", "eval_every_epochs": "0.0256",
+    }  # fmt: skip
+    result = train_module.train(config(**fields), str(tmp_path))
+    assert result["steps"] == 8 and result["top1_error"] < 95
+    _, expected = restore_latest(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "8")
+    (tmp_path / "result.json").unlink()
+    train_module.train(config(**fields), str(tmp_path))
+    step, resumed = restore_latest(tmp_path)
+    assert step == 8
+    for name, array in expected.items():
+        np.testing.assert_array_equal(resumed[name], array, err_msg=name)
 
 
 @pytest.mark.parametrize(

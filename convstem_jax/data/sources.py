@@ -51,6 +51,11 @@ class Split:
 def open_split(data_dir: str, dataset: str, split: str) -> Split:
     """Opens `split` of `data_dir/dataset/<highest version>` and checks it against its description.
 
+    Args:
+        data_dir: folder of data sets.
+        dataset: name of one.
+        split: name of one of its splits, or a part as tfds writes it: `train[:90%]`.
+
     Raises:
         ConfigError: there is no such folder or split, or it is not in ArrayRecord.
         DataError: a file holds another number of records than `dataset_info.json` says.
@@ -60,7 +65,12 @@ def open_split(data_dir: str, dataset: str, split: str) -> Split:
         builder = tfds.builder_from_directory(path)
     except Exception as error:  # tfds raises anything from KeyError to a JSON error
         raise ConfigError(f"{path} cannot be read as a tfds directory: {error}") from error
-    if split not in builder.info.splits:
+    whole = split.partition("[")[0]
+    try:
+        is_empty = whole not in builder.info.splits or not builder.info.splits[split].num_examples
+    except ValueError as error:  # the part in brackets
+        raise ConfigError(f"'{split}' is not a part of the split '{whole}': {error}") from error
+    if is_empty:
         raise ConfigError(
             f"{path} has no split '{split}': it has {', '.join(sorted(builder.info.splits))}"
         )
@@ -77,7 +87,7 @@ def open_split(data_dir: str, dataset: str, split: str) -> Split:
             raise ConfigError(f"{path} has no feature '{key}': it has {', '.join(features)}")
     if not isinstance(features["label"], tfds.features.ClassLabel):
         raise ConfigError(f"{path}: the feature 'label' is {features['label']}, not a ClassLabel")
-    _check_counts(builder.info.splits[split])
+    _check_counts(builder.info.splits[whole])
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     return Split(f"{dataset}/{split}", features["label"].num_classes, records)
 
