@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convstem_jax.errors import CheckpointError, NotFiniteError
+from convstem_jax.errors import CheckpointError, NotFiniteError, first_line
 from convstem_jax.step import PyTree, TrainState
 
 
@@ -77,13 +77,12 @@ class Checkpoints:
             loop=ocp.args.JsonSave(loop | {"checksums": checksums}),
         )
         try:
-            # A step that exists is not written again, and Orbax only returns False.
-            if step != self.latest_step() and not self._manager.save(
-                step, args=items, metrics=metrics
-            ):
+            if not self._manager.save(step, args=items, metrics=metrics):
                 raise CheckpointError(f"Orbax refused to save step {step} in {self.directory}")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot save step {step}: {error}") from error
+        except (OSError, ValueError) as error:  # perhaps of the save before, in the background
+            raise CheckpointError(
+                f"saving to {self.directory} failed: {first_line(error)}"
+            ) from error
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
         """Restores a checkpoint onto the devices and shardings of `like`.
@@ -142,7 +141,7 @@ class Checkpoints:
                 else "delete that folder to start again"
             )
             raise CheckpointError(
-                f"checkpoint {self.directory}/{step} is damaged: {remedy} ({_first_line(error)})"
+                f"checkpoint {self.directory}/{step} is damaged: {remedy} ({first_line(error)})"
             ) from error
         return state, loop
 
@@ -151,7 +150,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise CheckpointError(f"the last save failed: {_first_line(error)}") from error
+            raise CheckpointError(f"the last save failed: {first_line(error)}") from error
         finally:
             self._manager.close()
 
@@ -201,7 +200,3 @@ def _sum_words(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     words = [jax.lax.bitcast_convert_type(x, jnp.uint32) for x in leaves]
     sums = jnp.stack([jnp.sum(x, dtype=jnp.uint32) for x in words])
     return sums, jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -13,7 +13,7 @@ import sys
 
 import ml_collections
 
-from convstem_jax.errors import ConfigError
+from convstem_jax.errors import ConfigError, first_line
 from convstem_jax.models import MODELS
 from convstem_jax.models.stems import INITS
 from convstem_jax.optim import OPTIMIZERS
@@ -38,7 +38,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"--config {spec} fails with {type(error).__name__}: {error}") from error
+        raise ConfigError(f"--config {spec} fails with {first_line(error)}") from error
     finally:
         sys.path.pop(0)
 
@@ -91,68 +91,73 @@ def _unknown_field(name: str, known) -> ConfigError:
     return ConfigError(f"unknown config field '{name}': {hint}")
 
 
+# A rule is the types that a field may have, what its value must satisfy, and the words for it.
+
+
 def _one_of(choices):
     choices = tuple(choices)
-    return lambda v: v in choices, f"one of {', '.join(choices)}"
+    return str, lambda v: v in choices, f"one of {', '.join(choices)}"
 
 
-def _at_least(low):
-    return lambda v: v >= low, f"a number of {low} or more"
+def _integer(low, high=math.inf):
+    words = f"a whole number of {low} or more" if high == math.inf else f"from {low} to {high}"
+    return int, lambda v: low <= v <= high, words
 
 
-def _between(low, high):
-    return lambda v: low <= v <= high, f"a number from {low} to {high}"
+def _number(holds, words):
+    return (int, float), lambda v: math.isfinite(v) and holds(v), f"a number {words}"
 
 
-_POSITIVE = (lambda v: v > 0, "a number above 0")
+_POSITIVE = _number(lambda v: v > 0, "above 0")
+_NOT_NEGATIVE = _number(lambda v: v >= 0, "of 0 or more")
 _CHANNELS = (
+    tuple,
     lambda v: len(v) == 3 and all(isinstance(x, numbers.Real) and 0 < x < 1 for x in v),
     "three numbers between 0 and 1",
 )
-_TEXT = (lambda v: bool(v), "a text that is not empty")
-_FLAG = (lambda v: True, "True or False")
+_TEXT = str, bool, "a text that is not empty"
+_FLAG = bool, lambda v: True, "True or False"
 
-# Field -> what it must satisfy, and the words for it.
 _RULES = {
     "model": _one_of(MODELS),
-    "init_from": (lambda v: True, "a path"),
     "dtype": _one_of(["bfloat16", "float32"]),
     "stem_init": _one_of(INITS),
+    "init_from": (str, lambda v: True, "a path, or empty"),
     "optimizer": _one_of(OPTIMIZERS),
     "lr": _POSITIVE,
-    "wd": _at_least(0),
-    "batch_size": _at_least(1),
-    "accumulate": _at_least(1),
+    "wd": _NOT_NEGATIVE,
+    "batch_size": _integer(1),
+    "accumulate": _integer(1),
     "epochs": _POSITIVE,
-    "warmup_epochs": _at_least(0),
-    "label_smoothing": (lambda v: 0 <= v < 1, "a number from 0 to below 1"),
-    "mixup_alpha": _at_least(0),
-    "cutmix_alpha": _at_least(0),
-    "lighting_std": _at_least(0),
+    "warmup_epochs": _NOT_NEGATIVE,
+    "label_smoothing": _number(lambda v: 0 <= v < 1, "from 0 to below 1"),
+    "mixup_alpha": _NOT_NEGATIVE,
+    "cutmix_alpha": _NOT_NEGATIVE,
+    "lighting_std": _NOT_NEGATIVE,
     "ema_alpha": _POSITIVE,
-    "ema_every": _at_least(1),
-    "seed": _between(0, 2**32 - 1),
+    "ema_every": _integer(1),
+    "seed": _integer(0, 2**32 - 1),
     "dataset": _TEXT,
     "data_dir": _TEXT,
     "train_split": _TEXT,
     "eval_split": _TEXT,
-    "image_size": _at_least(1),
-    "eval_resize": _at_least(1),
-    "min_crop_area": (lambda v: 0 < v <= 1, "a number above 0, to 1"),
+    "image_size": _integer(1),
+    "eval_resize": _integer(1),
+    "min_crop_area": _number(lambda v: 0 < v <= 1, "above 0, to 1"),
     "flip": _FLAG,
     "auto_augment": _FLAG,
     "mean": _CHANNELS,
     "std": _CHANNELS,
-    "num_workers": _at_least(0),
-    "num_threads": _at_least(0),
-    "read_ahead": _at_least(1),
-    "prefetch": _at_least(1),
-    "eval_batch_size": _at_least(1),
-    "precise_bn_examples": _at_least(0),
+    "num_workers": _integer(0),
+    "num_threads": _integer(0),
+    "read_ahead": _integer(1),
+    "prefetch": _integer(1),
+    "eval_batch_size": _integer(1),
+    "precise_bn_examples": _integer(0),
     "eval_every_epochs": _POSITIVE,
-    "log_every_steps": _at_least(1),
-    "checkpoint_every_steps": _at_least(1),
-    "keep_checkpoints": _at_least(1),
+    "log_every_steps": _integer(1),
+    "checkpoint_every_steps": _integer(1),
+    "keep_checkpoints": _integer(1),
 }
 
 
@@ -165,12 +170,13 @@ def validate(config) -> None:
     for name in config:
         if name not in _RULES:
             raise _unknown_field(name, _RULES)
-    for name, (holds, words) in _RULES.items():
+    for name, (types, holds, words) in _RULES.items():
         if name not in config:
             raise ConfigError(f"the configuration has no field '{name}': it must be {words}")
         value = config[name]
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if not finite or not holds(value):
+        # True is an integer to Python, and to nobody else.
+        is_type = isinstance(value, types) and (types is bool or not isinstance(value, bool))
+        if not is_type or not holds(value):
             raise ConfigError(f"config.{name}={value!r}: it must be {words}")
     if config.warmup_epochs >= config.epochs:
         raise ConfigError(
@@ -184,8 +190,8 @@ def validate(config) -> None:
         )
 
 
-def check_divides(batch_name: str, batch_size: int, divisor: int, what: str) -> None:
-    """Checks that a batch divides evenly.
+def check_divides(batch_size: int, divisor: int, what: str) -> None:
+    """Checks that the batch divides evenly.
 
     Raises:
         ConfigError: it does not; the message names the nearest batch size that does.
@@ -193,6 +199,6 @@ def check_divides(batch_name: str, batch_size: int, divisor: int, what: str) -> 
     if batch_size % divisor:
         nearest = max(1, round(batch_size / divisor)) * divisor
         raise ConfigError(
-            f"config.{batch_name}={batch_size} does not divide by {what}: "
+            f"config.batch_size={batch_size} does not divide by {what}: "
             f"use {nearest}, or another multiple of {divisor}"
         )

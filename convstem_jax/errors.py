@@ -1,6 +1,11 @@
 """Errors that a user can act on, each with the exit status that launch scripts go by."""
 
 
+def first_line(error: Exception) -> str:
+    """Type and first line of another library's error, which may be pages long."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 class UserError(Exception):
     """Base of the errors that `main` prints as one line instead of a traceback."""
 

@@ -37,6 +37,8 @@ def main(argv: list[str]) -> int:
     try:
         config = load_config(args.config)
         set_fields(config, overrides)
+        # Orbax logs pages about a failed save before it raises the error that is printed here.
+        logging.set_verbosity(logging.ERROR if args.traceback else logging.FATAL)
         if args.compilation_cache:
             cache = os.path.expanduser(args.compilation_cache)
             jax.config.update("jax_compilation_cache_dir", cache)
@@ -97,12 +99,14 @@ def _default_workdir(config: str, overrides: dict[str, str]) -> str:
     Fields that change no result are left out: with other values the run is still the same.
     """
     path, _, arg = config.partition(":")
+    parts = [part.strip() for part in arg.split(",")]
+    words = sorted(part for part in parts if "=" not in part)
+    fields = dict(part.split("=", 1) for part in parts if "=" in part) | overrides
+    named = [f"{key}={value}" for key, value in sorted(fields.items()) if key not in FREE_FIELDS]
     name = os.path.splitext(os.path.basename(path))[0]
-    fields = sorted(item for item in overrides.items() if item[0] not in FREE_FIELDS)
-    parts = [name, arg, *(f"{key}={value}" for key, value in fields)]
-    return os.path.join("runs", re.sub(r"[^\w.=-]+", "_", "_".join(filter(None, parts))))
+    text = "_".join(filter(None, [name, *words, *named]))
+    return os.path.join("runs", re.sub(r"[^\w.=-]+", "_", text))
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
     sys.exit(main(sys.argv[1:]))

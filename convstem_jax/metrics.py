@@ -25,6 +25,7 @@ class Records:
         num_steps: updates of the whole run.
         steps_per_epoch: to state the epoch.
         batch_size: to state images per second.
+        speed: `speed` of the process before this one.
     """
 
     def __init__(
@@ -35,12 +36,13 @@ class Records:
         num_steps: int,
         steps_per_epoch: float,
         batch_size: int,
+        speed: tuple[int, float] = (0, 0.0),
     ):
         self._main = jax.process_index() == 0
         self._num_steps = num_steps
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._pending = None
-        self._clock = _Clock()
+        self._clock = _Clock(*speed)
         if self._main:
             self.path = os.path.join(workdir, "metrics.jsonl")
             kept = [
@@ -120,8 +122,13 @@ class Records:
             yield
 
     @property
+    def speed(self) -> tuple[int, float]:
+        """Steps made and the seconds that they took, compilation and evaluation left out."""
+        return self._clock.steps, self._clock.seconds
+
+    @property
     def images_per_second(self) -> float:
-        """Training speed over the life of this process, without compilation and evaluation."""
+        """Training speed of the whole run, likewise."""
         return self._clock.steps_per_second * self._batch_size
 
     def close(self) -> None:
@@ -151,16 +158,17 @@ class Records:
 class _Clock:
     """Speed of training, without what comes before the first tick (compilation) and the pauses."""
 
-    def __init__(self):
+    def __init__(self, steps: int = 0, seconds: float = 0.0):
         self._last = None  # (step, time) of the last tick
-        self._steps, self._seconds, self._paused = 0, 0.0, 0.0
+        self.steps, self.seconds = steps, seconds
+        self._paused = 0.0
 
     def tick(self, step: int) -> None:
         """Notes that `step` is reached now."""
         now = time.perf_counter()
         if self._last is not None:
-            self._steps += step - self._last[0]
-            self._seconds += now - self._last[1]
+            self.steps += step - self._last[0]
+            self.seconds += now - self._last[1]
         self._last = step, now
 
     @contextlib.contextmanager
@@ -174,13 +182,13 @@ class _Clock:
 
     @property
     def steps_per_second(self) -> float:
-        return self._steps / self._seconds if self._seconds else 0.0
+        return self.steps / self.seconds if self.seconds else 0.0
 
     def time_left(self, num_steps: int) -> str:
         """Time for `num_steps` more, pauses included since evaluations go on happening."""
-        if not self._steps:
+        if not self.steps:
             return "?"
-        seconds = round((self._seconds + self._paused) / self._steps * num_steps)
+        seconds = round((self.seconds + self._paused) / self.steps * num_steps)
         hours, minutes = divmod(seconds // 60, 60)
         return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds % 60:02d} s"
 
@@ -198,8 +206,8 @@ def read_jsonl(path: str) -> list[dict]:
     return records
 
 
-def plot_curves(workdir: str, records: list[dict], title: str) -> str:
-    """Draws the training loss and the top-1 errors into curves.png, and returns its path."""
+def plot_curves(workdir: str, records: list[dict], title: str) -> None:
+    """Draws the training loss and the top-1 errors into curves.png."""
     path = os.path.join(workdir, "curves.png")
     figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
     loss_axes, error_axes = figure.subplots(1, 2)
@@ -220,4 +228,3 @@ def plot_curves(workdir: str, records: list[dict], title: str) -> str:
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
-    return path

@@ -15,7 +15,7 @@ from convstem_jax.step import PyTree
 
 # Fields that may change when a run is resumed, since no result depends on them.
 FREE_FIELDS = (
-    "data_dir",
+    "data_dir",  # what it holds is compared
     "num_workers",
     "num_threads",
     "read_ahead",
@@ -26,8 +26,13 @@ FREE_FIELDS = (
 )
 
 
-def prepare(workdir: str, config: ml_collections.ConfigDict) -> str:
-    """Makes the folder, or checks that it holds a run of the same configuration.
+def prepare(workdir: str, config: ml_collections.ConfigDict, data: dict[str, int]) -> str:
+    """Makes the folder, or checks that it holds a run of the same configuration and data.
+
+    Args:
+        workdir: the folder.
+        config: the configuration.
+        data: what tells the data from others of the same names, such as their sizes.
 
     Returns:
         Its absolute path.
@@ -39,10 +44,11 @@ def prepare(workdir: str, config: ml_collections.ConfigDict) -> str:
         raise ConfigError(f"--workdir {workdir} is not a folder: mount the bucket and name that")
     workdir = os.path.abspath(os.path.expanduser(workdir))
     path = os.path.join(workdir, "config.json")
-    new = json.loads(config.to_json())
+    new = json.loads(config.to_json()) | data
     try:
         os.makedirs(workdir, exist_ok=True)
-        if has_checkpoint(workdir):  # without one there is nothing that could be mixed up
+        # With neither there is nothing that could be mixed up.
+        if has_checkpoint(workdir) or read_result(workdir) is not None:
             with open(path) as file:
                 _check_same(json.load(file), new, workdir)
         _write_json(path, new)

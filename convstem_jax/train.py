@@ -62,7 +62,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     divisor = num_devices * config.accumulate * pair
     what = f"{num_devices} devices x {config.accumulate} micro-batches (config.accumulate)"
     what += " x 2 images to mix" if pair == 2 else ""
-    check_divides("batch_size", config.batch_size, divisor, what)
+    check_divides(config.batch_size, divisor, what)
 
     # ---------------------------------------------------------------------------------- data
 
@@ -130,7 +130,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         graphdef, _, _ = split(nnx.eval_shape(new_model))
     except ValueError as error:
         raise ConfigError(f"config.model={config.model}: {error}") from error
-    workdir = run_folder.prepare(workdir, config)
+    data = {
+        "train_examples": len(train_split),
+        "eval_examples": len(eval_split),
+        "num_classes": train_split.num_classes,
+    }
+    workdir = run_folder.prepare(workdir, config, data)
     if (result := run_folder.read_result(workdir)) is not None:
         print("this run is finished; its result:")
         _print_result(workdir, result)
@@ -159,10 +164,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     # -------------------------------------------------------------------------------- resume
 
     checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints)
-    first_step, seconds_before = 0, 0.0
+    first_step, loop = 0, {"seconds": 0.0, "speed": (0, 0.0)}
     if checkpoints.latest_step() is not None:
         state, loop = checkpoints.restore(state)
-        first_step, seconds_before = checkpoints.latest_step(), loop["seconds"]
+        first_step = checkpoints.latest_step()
         print(f"resumed from step {first_step}", flush=True)
     elif start_weights is not None:
         started, table = transfer(start_weights, state.ema)
@@ -175,8 +180,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
         batch_size=config.batch_size,
+        speed=loop["speed"],
     )
-    start = time.perf_counter() - seconds_before
+    start = time.perf_counter() - loop["seconds"]
 
     @functools.cache
     def precise_batches():
@@ -201,7 +207,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     def save(step, results=None):
         with records.pause(step, state):
-            loop = {"seconds": time.perf_counter() - start}
+            loop = {"seconds": time.perf_counter() - start, "speed": records.speed}
             checkpoints.save(step, state, loop, results and results["ema"])
 
     # ---------------------------------------------------------------------------------- loop
@@ -218,15 +224,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             # Anything that went between host and devices unasked would stall every step.
             with jax.transfer_guard("disallow"):
                 state, step_metrics = jit_train_step(state, batch, hparams)
-            is_last = step == num_steps
+            is_last, stopping = step == num_steps, stop.is_set()
             if step == 1 or step % config.log_every_steps == 0 or is_last:
                 records.train(step, step_metrics)
             if _is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last:
                 results = evaluate_weights(step)
                 save(step, results)
-            elif step % config.checkpoint_every_steps == 0 or stop.is_set():
+            elif step % config.checkpoint_every_steps == 0 or stopping:
                 save(step)
-            if stop.is_set() and not is_last:
+            if stopping and not is_last:
                 raise Preempted(
                     f"stopped at step {step} of {num_steps}, which is saved in {workdir}: "
                     "the same command goes on from there"
@@ -251,6 +257,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         "commit": run_folder.commit(),
     }
     if jax.process_index() == 0:
+        curves = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
+        metrics.plot_curves(workdir, curves, f"{config.model} on {result['dataset']}")
         run_folder.write_result(workdir, result)
         _print_result(workdir, result)
     return result
@@ -265,10 +273,13 @@ def _print_overview(config, workdir: str, params, num_images: int, num_steps: in
     decayed = optim.decay_mask(params)
     path = run_folder.write_overview(workdir, params, decayed)
     flags = jax.tree.leaves(decayed)
+    paths = jax.tree.leaves_with_path(decayed)
+    exempt = ", ".join(sorted({path[-1].key for path, is_decayed in paths if not is_decayed}))
     print(
         f"{config.model}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, "
         f"{config.dtype}, on {jax.device_count()} x {jax.devices()[0].device_kind}\n"
-        f"weight decay acts on {sum(flags)} of {len(flags)} arrays, listed in {path}\n"
+        f"weight decay acts on {sum(flags)} of {len(flags)} arrays, on none called {exempt}: see "
+        f"{path}\n"
         f"{num_images:,} training images, {num_steps:,} steps of {config.batch_size}\n"
         f"compiling; then a line every {config.log_every_steps} steps",
         flush=True,
@@ -276,15 +287,13 @@ def _print_overview(config, workdir: str, params, num_images: int, num_steps: in
 
 
 def _print_result(workdir: str, result: dict) -> None:
-    records = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
-    curves = metrics.plot_curves(workdir, records, f"{result['model']} on {result['dataset']}")
     print(
         f"\ntop-1 error {result['top1_error']:.2f} % on the {result['examples']:,} images of "
         f"{result['dataset']} (without EMA {result['raw_top1_error']:.2f} %), "
         f"after {result['seconds']:.0f} s\n"
         f"  result       {workdir}/result.json\n"
         f"  metrics      {workdir}/metrics.jsonl, or: tensorboard --logdir {workdir}\n"
-        f"  curves       {curves}\n"
+        f"  curves       {workdir}/curves.png\n"
         f"  checkpoints  {workdir}/checkpoints",
         flush=True,
     )

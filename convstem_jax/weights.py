@@ -129,7 +129,7 @@ def _save_run(path: str, weights: Weights, architecture: Architecture) -> None:
     opt_state = optim.adamw(0.0, 0.0).init(params)
     state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state, ema)
     checkpoints = Checkpoints(os.path.abspath(os.path.join(path, "checkpoints")))
-    checkpoints.save(0, state, {"seconds": 0.0})
+    checkpoints.save(0, state, {"seconds": 0.0, "speed": (0, 0.0)})
     checkpoints.close()
     config = {"model": architecture.model, "image_size": architecture.image_size}
     with open(os.path.join(path, "config.json"), "w") as file:

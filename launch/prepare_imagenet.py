@@ -40,19 +40,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     manual_dir, data_dir = map(os.path.expanduser, (args.manual_dir, args.data_dir))
+    import tensorflow_datasets as tfds  # loads TensorFlow when it writes
+
     try:
+        builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format="array_record")
         for name, (md5, member, _) in TARS.items():
             check_tar(os.path.join(manual_dir, name), member, None if args.any_content else md5)
     except (ValueError, OSError, tarfile.TarError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
 
-    import tensorflow_datasets as tfds  # loads TensorFlow when it writes
-
-    builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
-    )
+    try:
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
+        )
+    except (OSError, tarfile.TarError) as error:
+        print(f"error: the data set could not be built in {data_dir}: {error}", file=sys.stderr)
+        return 3
     for split, (_, _, expected) in zip(("train", "validation"), TARS.values(), strict=True):
         found = builder.info.splits[split].num_examples
         print(f"{split}: {found:,} images")

@@ -3,13 +3,16 @@
 import json
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import cv2
 import grain
 import jax
 import numpy as np
+import psutil
 import pytest
 
 from convstem_jax.data import augment, pipeline, sources
@@ -167,14 +170,22 @@ def test_flip_mirrors_half_of_the_images():
     assert all((f == image).all() or (f == image[:, ::-1]).all() for f in flipped)
 
 
-@pytest.mark.parametrize("shape", [(300, 500), (500, 300), (256, 256), (100, 90)])
-def test_center_crop_is_the_middle_of_the_resized_image(shape):
+@pytest.mark.parametrize(
+    "shape, resized_size",  # height, width; width, height of the short side 256
+    [
+        ((300, 500), (426, 256)),
+        ((500, 300), (256, 426)),
+        ((256, 256), (256, 256)),
+        ((100, 90), (256, 284)),
+        ((103, 206), (512, 256)),
+    ],
+)
+def test_center_crop_is_the_middle_of_the_resized_image(shape, resized_size):
     h, w = shape
     image = np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)
     crop = augment.center_crop(image, resize=256, size=224)
     assert crop.shape == (224, 224, 3)
-    scale = 256 / min(h, w)
-    resized = cv2.resize(image, (max(256, int(w * scale)), max(256, int(h * scale))))
+    resized = cv2.resize(image, resized_size)
     top, left = -(-(resized.shape[0] - 224) // 2), -(-(resized.shape[1] - 224) // 2)
     assert (crop == resized[top : top + 224, left : left + 224]).all()
 
@@ -206,6 +217,27 @@ def test_an_image_that_cannot_be_decoded_names_its_record():
     split = sources.Split("x/train", 2, [{"image": b"no image", "label": 1}])
     with pytest.raises(DataError, match=r"x/train, record 0: the image cannot be decoded"):
         split[0]
+
+
+def test_workers_do_not_outlive_a_main_process_that_is_killed():
+    code = (
+        "import os, signal, sys, psutil\n"
+        "sys.path.insert(0, '.')\n"
+        "from tests import test_data as t\n"
+        "workers = t.pipeline.Reading(num_workers=1, num_threads=1, read_ahead=1, prefetch=1)\n"
+        "split = t.sources.open_split(str(t.DATASETS), t.NAME, 'train')\n"
+        "t.take(t.train_batches(split, reading=workers), 1)\n"
+        "print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert pids
+    deadline = time.monotonic() + 20
+    while any(map(psutil.pid_exists, pids)):
+        assert time.monotonic() < deadline, "a worker is still there"
+        time.sleep(0.2)
 
 
 def test_a_damaged_record_is_named(copied):
@@ -241,7 +273,7 @@ def test_files_in_another_format_name_the_conversion(copied):
     path = copied / NAME / "1.0.0" / "dataset_info.json"
     info = json.loads(path.read_text()) | {"fileFormat": "tfrecord"}
     path.write_text(json.dumps(info))
-    with pytest.raises(ConfigError, match="file_format='array_record'"):
+    with pytest.raises(ConfigError, match="is in tfrecord.*'tfds convert_format'"):
         sources.open_split(str(copied), NAME, "train")
 
 
@@ -271,7 +303,9 @@ def test_a_part_of_a_split(train_split):
 
 
 def test_the_highest_version_is_taken(copied):
-    shutil.copytree(copied / NAME / "1.0.0", copied / NAME / "1.0.0.incomplete")
+    for decoy in ("1.0.0.bak", "incomplete.X1Y_2.0.0"):
+        (copied / NAME / decoy).mkdir()
+        (copied / NAME / decoy / "dataset_info.json").write_text("{")
     assert len(sources.open_split(str(copied), NAME, "test")) == 2_000
     (copied / NAME / "10.0.0").mkdir()
     (copied / NAME / "9.0.0").mkdir()

@@ -8,6 +8,8 @@ import jax
 import pytest
 
 from convstem_jax import main as main_module
+from convstem_jax import train
+from convstem_jax.errors import CheckpointError, ConfigError, DataError, NotFiniteError, Preempted
 from convstem_jax.main import main
 
 QUICK = ["--config", "configs/quickstart.py"]
@@ -24,9 +26,13 @@ def no_compilation(monkeypatch):
 
 
 def one_error(capsys):
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[0].startswith("error: ") and "Traceback" not in "".join(lines)
-    return "\n".join(lines)
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "Traceback" not in error
+    # Only what prepares a data set, and the quick-start, are commands on lines of their own.
+    assert all(
+        line.startswith("  python ") or "quick-start" in line for line in error.split("\n")[1:]
+    )
+    return error
 
 
 @pytest.mark.parametrize(
@@ -38,7 +44,11 @@ def one_error(capsys):
         (["--config.batch_size=100"], "config.batch_size=100 does not divide by 8 devices"),
         (
             ["--config.data_dir=/nonexistent"],
-            "tfds.builder('fashion_mnist_10k', data_dir=",
+            "must be there as fashion_mnist_10k/VERSION/dataset_info.json",
+        ),
+        (
+            ["--config.data_dir=/nonexistent", "--config.dataset=cifar10"],
+            "tfds.builder('cifar10', data_dir='/nonexistent'",
         ),
         (["--config.eval_split=validation"], "has no split 'validation': it has test, train"),
         (["--workdir=/proc/nowhere"], "--workdir /proc/nowhere cannot be used"),
@@ -84,7 +94,9 @@ def test_damaged_data_has_status_3(no_compilation, capsys, tmp_path):
 
 def test_the_folder_of_another_run_is_refused(no_compilation, capsys, tmp_path):
     config = json.loads(main_module.load_config("configs/quickstart.py").to_json())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"lr": 7.0, "num_threads": 5}))
+    data = {"train_examples": 10_000, "eval_examples": 2_000, "num_classes": 10}
+    saved = config | data | {"lr": 7.0, "num_threads": 5}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
     (tmp_path / "checkpoints" / "100").mkdir(parents=True)
     assert main([*QUICK, f"--workdir={tmp_path}", "--compilation_cache="]) == 2
     message = one_error(capsys)
@@ -117,7 +129,7 @@ def test_help_shows_examples_and_exit_status(capsys):
 
 
 def test_a_traceback_is_shown_when_asked_for(no_compilation, tmp_path):
-    flags = ["--config.lr=nan", "--traceback", f"--workdir={tmp_path}/run"]
+    flags = ["--config.lr=nan", "--traceback", f"--workdir={tmp_path}/run", "--compilation_cache="]
     with pytest.raises(main_module.UserError):
         main([*QUICK, *flags])
 
@@ -126,3 +138,18 @@ def test_the_run_is_named_after_the_configuration():
     fields = {"lr": "1e-3", "dtype": "x/y", "num_workers": "3"}  # the last changes no result
     name = main_module._default_workdir("configs/vitc.py:18gf,sgd", fields)
     assert pathlib.PurePath(name).parts == ("runs", "vitc_18gf_sgd_dtype=x_y_lr=1e-3")
+    again = "configs/vitc.py:sgd,num_workers=4,18gf,lr=1e-3"
+    assert main_module._default_workdir(again, {"dtype": "x/y"}) == name
+
+
+@pytest.mark.parametrize(
+    "kind", [ConfigError, DataError, CheckpointError, NotFiniteError, Preempted]
+)
+def test_every_error_has_its_exit_status(kind, monkeypatch, capsys):
+    def fail(*args):
+        raise kind("why")
+
+    monkeypatch.setattr(train, "train", fail)
+    statuses = {"ConfigError": 2, "DataError": 3, "CheckpointError": 4, "NotFiniteError": 5}
+    assert main([*QUICK, "--compilation_cache="]) == statuses.get(kind.__name__, 75)
+    assert capsys.readouterr().err == ("why\n" if kind is Preempted else "error: why\n")

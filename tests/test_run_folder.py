@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 
 import pytest
 
@@ -21,31 +22,48 @@ def without_root():
         os.seteuid(user)
 
 
-def test_a_folder_that_may_not_be_written_is_refused(tmp_path):
+def test_a_folder_that_may_not_be_written_is_refused():
     config = load_config("configs/quickstart.py")
-    tmp_path.chmod(0o500)
-    with without_root(), pytest.raises(ConfigError, match="Permission denied.*name another"):
-        run_folder.prepare(str(tmp_path), config)
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's, which only its owner may enter
+        os.chmod(folder, 0o555)
+        message = "Permission denied.*config.json.*name another"
+        with without_root(), pytest.raises(ConfigError, match=message):
+            run_folder.prepare(folder, config, {})
 
 
 def test_a_folder_of_the_same_run_is_accepted(tmp_path):
     config = load_config("configs/quickstart.py")
-    path = run_folder.prepare(str(tmp_path / "a" / "b"), config)
-    assert path == run_folder.prepare(str(tmp_path / "a" / "b"), config)
+    path = run_folder.prepare(str(tmp_path / "a" / "b"), config, {})
+    assert path == run_folder.prepare(str(tmp_path / "a" / "b"), config, {})
     assert sorted(os.listdir(path)) == ["config.json"]
 
 
 def test_a_damaged_description_is_refused_where_there_is_a_run(tmp_path):
     config = load_config("configs/quickstart.py")
     (tmp_path / "config.json").write_text("{")
-    run_folder.prepare(str(tmp_path), config)  # no checkpoint: nothing to mix up
+    run_folder.prepare(str(tmp_path), config, {})  # no checkpoint: nothing to mix up
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    run_folder.prepare(str(tmp_path), config)
+    run_folder.prepare(str(tmp_path), config, {})
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be used"):
-        run_folder.prepare(str(tmp_path), config)
+        run_folder.prepare(str(tmp_path), config, {})
+
+
+def test_other_data_of_the_same_name_are_another_run(tmp_path):
+    config = load_config("configs/quickstart.py")
+    run_folder.prepare(str(tmp_path), config, {"train_examples": 100})
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="train_examples is 100 there and 5000 here"):
+        run_folder.prepare(str(tmp_path), config, {"train_examples": 5000})
+
+
+def test_a_finished_run_keeps_its_folder_without_checkpoints(tmp_path):
+    run_folder.prepare(str(tmp_path), load_config("configs/quickstart.py"), {})
+    run_folder.write_result(str(tmp_path), {"top1_error": 10.0})
+    with pytest.raises(ConfigError, match="model is 'vitc_tiny' there and 'vitp_tiny' here"):
+        run_folder.prepare(str(tmp_path), load_config("configs/quickstart.py:vitp"), {})
 
 
 def test_a_bucket_is_refused():
     with pytest.raises(ConfigError, match="gs://bucket/run is not a folder: mount the bucket"):
-        run_folder.prepare("gs://bucket/run", load_config("configs/quickstart.py"))
+        run_folder.prepare("gs://bucket/run", load_config("configs/quickstart.py"), {})

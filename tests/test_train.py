@@ -32,6 +32,7 @@ FIELDS = {
     "checkpoint_every_steps": "5",
     "log_every_steps": "4",
     "ema_every": "4",
+    "ema_alpha": "1e-4",  # a rate of 0.13
 }
 
 
@@ -132,7 +133,7 @@ def test_an_interrupted_run_ends_the_same_to_the_last_bit(uninterrupted, tmp_pat
     status, output = run(tmp_path, worker, signal_at=8, signal_number=signal.SIGTERM)
     assert status == 75 and "Traceback" not in output, output
     assert "the same command goes on from there" in output
-    status, output = run(tmp_path, worker, signal_at=20, signal_number=signal.SIGKILL)
+    status, output = run(tmp_path, worker, signal_at=12, signal_number=signal.SIGKILL)
     assert list((tmp_path.parent / "cache").iterdir()), "compiled programs are not kept"
     assert status == -signal.SIGKILL and "resumed from step" in output, output
     status, output = run(tmp_path)  # without workers now
@@ -151,6 +152,43 @@ def test_an_interrupted_run_ends_the_same_to_the_last_bit(uninterrupted, tmp_pat
     assert resumed_result["top1_error"] == result["top1_error"]
 
 
+def test_the_configuration_reaches_the_step(tmp_path, monkeypatch):
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(config, workdir, params, num_images, num_steps):
+        raise Stop
+
+    def spy(kind):
+        def new(*args, **fields):
+            seen.append((args, fields))
+            return kind(*args, **fields)
+
+        return new
+
+    for name in ("Recipe", "HParams"):
+        monkeypatch.setattr(train_module, name, spy(getattr(train_module, name)))
+    monkeypatch.setattr(train_module, "_print_overview", stop)
+    fields = {
+        "optimizer": "sgd", "lr": "0.3", "wd": "0.07", "seed": "9", "label_smoothing": "0.2",
+        "mixup_alpha": "0.3", "cutmix_alpha": "0.4", "lighting_std": "0.5", "accumulate": "4",
+        "epochs": "2", "warmup_epochs": "0.5", "ema_alpha": "1e-3", "ema_every": "3",
+        "mean": "(0.1, 0.2, 0.3)", "std": "(0.4, 0.5, 0.6)", "batch_size": "128",
+    }  # fmt: skip
+    with pytest.raises(Stop):
+        train_module.train(config(**fields), str(tmp_path))
+    (_, recipe), (hparams, _) = seen
+    assert [float(x) for x in hparams] == pytest.approx([0.3, 0.07, 9])
+    assert recipe == {
+        "num_classes": 10, "optimizer": "sgd", "num_steps": 156, "warmup_steps": 39,
+        "label_smoothing": 0.2, "mixup_alpha": 0.3, "cutmix_alpha": 0.4, "lighting_std": 0.5,
+        "ema_rate": pytest.approx(1e-3 * 128 / 2 * 3), "ema_every": 3,
+        "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "accumulate": 4,
+    }  # fmt: skip
+
+
 def test_a_finished_run_is_not_trained_again(uninterrupted, capsys):
     workdir, result, _ = uninterrupted
     records = (workdir / "metrics.jsonl").read_text()
@@ -167,6 +205,7 @@ def test_a_run_stopped_before_its_result_is_evaluated_again(uninterrupted, tmp_p
     again = train_module.train(config(eval_split="test"), str(tmp_path / "copy"))
     assert again["top1_error"] == pytest.approx(result["top1_error"], abs=0.1)
     assert again["device"].startswith("8 x") and again["steps"] == 31
+    assert again["images_per_second"] == result["images_per_second"], "nothing was trained here"
 
 
 def test_a_run_starts_from_the_weights_of_another(uninterrupted, tmp_path, capsys):

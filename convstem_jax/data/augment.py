@@ -1,6 +1,7 @@
 """Image operations on the host, on uint8 `[h, w, 3]` arrays (section 4 and the authors' code).
 
-Resizing is OpenCV's bilinear one without anti-aliasing, as in the authors' code.
+Resizing is OpenCV's bilinear one without anti-aliasing, as in the authors' code. Differs from the
+paper: it rounds to uint8, where the authors resize float32.
 """
 
 import math
@@ -42,9 +43,8 @@ def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def center_crop(image: np.ndarray, *, resize: int, size: int) -> np.ndarray:
     """Resizes the short side to `resize` and takes the central `size` x `size` square."""
     h, w = image.shape[:2]
-    scale = resize / min(h, w)
-    if scale != 1:
-        w, h = max(resize, int(w * scale)), max(resize, int(h * scale))
+    if min(h, w) != resize:
+        w, h = (resize, int(h / w * resize)) if w < h else (int(w / h * resize), resize)
         image = cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR)
     y, x = math.ceil((h - size) / 2), math.ceil((w - size) / 2)
     return image[y : y + size, x : x + size]

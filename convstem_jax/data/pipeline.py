@@ -8,7 +8,10 @@ from collections.abc import Iterator
 import dataclasses
 import functools
 import itertools
+import multiprocessing
+import os
 import signal
+import threading
 
 from absl import flags
 import grain
@@ -144,11 +147,17 @@ def local_batches(
     return examples.batch(batch_size // num_processes)[process::num_processes]
 
 
-def _ignore_stop_signals(unused_index: int, unused_count: int) -> None:
+def _live_as_long_as_the_main_process(unused_index: int, unused_count: int) -> None:
     # Ctrl-C and cluster schedulers signal every process of a group. The main process saves and
     # then ends its workers; without them it could make no further step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)  # it was killed, and could not end its workers
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _to_devices(
@@ -167,13 +176,13 @@ def _to_devices(
     )
     batches = local.to_iter_dataset(options)
     if reading.num_workers:
-        if not flags.FLAGS.is_parsed():  # notebooks and tests; Grain's workers read its flags
+        if not flags.FLAGS.is_parsed():  # Grain's workers read its flags
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=reading.num_workers, per_worker_buffer_size=reading.read_ahead
             ),
-            worker_init_fn=_ignore_stop_signals,
+            worker_init_fn=_live_as_long_as_the_main_process,
         )
 
     def put(batch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from typing import Any
 
 from array_record.python import array_record_module
@@ -9,7 +10,7 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from convstem_jax.errors import ConfigError, DataError
+from convstem_jax.errors import ConfigError, DataError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +33,18 @@ class Split:
         try:
             record = self.records[index]
         except Exception as error:  # ArrayRecord raises a bare RuntimeError
-            raise DataError(f"{where} cannot be read: {error}; build the data anew") from error
+            raise DataError(
+                f"{where} cannot be read: {first_line(error)}; build the data anew"
+            ) from error
         label = int(record["label"])
         if not 0 <= label < self.num_classes:
             raise DataError(
                 f"{where}: label {label} is outside the {self.num_classes} classes 0 to "
                 f"{self.num_classes - 1}; build the data anew"
             )
-        # EXIF orientation is ignored, as in the authors' training data and torchvision's loader.
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        # OpenCV turns the image as EXIF says, as it does for the authors.
         encoded = np.frombuffer(record["image"], np.uint8)
-        image = cv2.imdecode(encoded, flags) if encoded.size else None
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if encoded.size else None
         if image is None:
             raise DataError(f"{where}: the image cannot be decoded; build the data anew")
         return {"image": image, "label": np.int32(label)}
@@ -64,7 +66,9 @@ def open_split(data_dir: str, dataset: str, split: str) -> Split:
     try:
         builder = tfds.builder_from_directory(path)
     except Exception as error:  # tfds raises anything from KeyError to a JSON error
-        raise ConfigError(f"{path} cannot be read as a tfds directory: {error}") from error
+        raise ConfigError(
+            f"{path} cannot be read as a tfds directory: {first_line(error)}"
+        ) from error
     whole = split.partition("[")[0]
     try:
         is_empty = whole not in builder.info.splits or not builder.info.splits[split].num_examples
@@ -77,8 +81,8 @@ def open_split(data_dir: str, dataset: str, split: str) -> Split:
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise ConfigError(
             f"{path} is in {builder.info.file_format.value}, and random access needs ArrayRecord: "
-            f"prepare it anew in another folder with\n  {_preparation(dataset, 'FOLDER')}\n"
-            "or convert it with 'tfds convert_format' (needs the package apache-beam), and set "
+            "convert it into another folder with 'tfds convert_format' (needs the package "
+            f"apache-beam), or build it anew there ({_preparation(dataset, 'FOLDER')}), and set "
             "config.data_dir to that folder"
         )
     features = builder.info.features
@@ -95,37 +99,39 @@ def open_split(data_dir: str, dataset: str, split: str) -> Split:
 def _find_version(data_dir: str, dataset: str) -> str:
     root = os.path.join(data_dir, dataset)
     try:
-        versions = [
-            entry
-            for entry in os.listdir(root)
-            if os.path.exists(os.path.join(root, entry, "dataset_info.json"))
-        ]
+        versions = [name for name in os.listdir(root) if re.fullmatch(r"\d+\.\d+\.\d+", name)]
+        for version in versions:
+            os.listdir(os.path.join(root, version))  # raises where it may not be read
     except FileNotFoundError:
         versions = []
     except OSError as error:
-        raise ConfigError(f"cannot read {root}: {error.strerror}; set config.data_dir") from error
+        raise ConfigError(
+            f"cannot read {error.filename}: {error.strerror}; set config.data_dir, or allow it"
+        ) from error
     if not versions:
         raise ConfigError(
-            f"data set '{dataset}' is not in {data_dir} (config.data_dir): prepare it with\n"
-            f"  {_preparation(dataset, data_dir)}\n"
-            "and meanwhile run the quick-start, which brings its data:\n"
+            f"data set '{dataset}' is not in {data_dir} (config.data_dir): "
+            f"{_preparation(dataset, data_dir)}\n"
+            "The quick-start brings its data and can run meanwhile:\n"
             "  python -m convstem_jax.main --config configs/quickstart.py"
         )
 
-    def number(version):
-        return [int(part) if part.isdigit() else -1 for part in version.split(".")]
-
-    return os.path.join(root, max(versions, key=number))
+    return os.path.join(root, max(versions, key=lambda name: list(map(int, name.split(".")))))
 
 
 def _preparation(dataset: str, data_dir: str) -> str:
     if dataset == "imagenet2012":
         return (
-            "python launch/prepare_imagenet.py --manual_dir FOLDER_OF_THE_TWO_TAR_FILES "
-            f"--data_dir {data_dir}"
+            "prepare it with\n  python launch/prepare_imagenet.py "
+            f"--manual_dir FOLDER_OF_THE_TWO_TAR_FILES --data_dir {data_dir}"
         )
+    try:
+        tfds.builder_cls(dataset)
+    except tfds.core.DatasetNotFoundError:
+        return f"tfds does not know it, so it must be there as {dataset}/VERSION/dataset_info.json"
     return (
-        f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{dataset}', "
+        "prepare it with\n"
+        f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{dataset}', "
         f"data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
     )
 
