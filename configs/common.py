@@ -93,9 +93,10 @@ def imagenet(
             break
     else:
         if not {"lr", "wd"} <= fields.keys():
+            example = {"adamw": "lr=1e-3,wd=0.2", "sgd": "lr=1.1,wd=2e-5"}[optimizer]
             raise ConfigError(
                 f"the paper has no {setting or 'setting'} of {optimizer} for {plain}: give both "
-                f"lr and wd, as in '{size},{optimizer},lr=1.1,wd=2e-5'"
+                f"lr and wd, as in '{size},{optimizer},{example}'"
             )
     set_fields(config, fields)
     return config

@@ -5,6 +5,8 @@ of the input, whose batches are numbered. Saving is asynchronous and atomic. Orb
 bits without a word, so a checksum of each array travels in the JSON record.
 """
 
+import os
+import shutil
 from typing import Any
 
 import jax
@@ -80,9 +82,7 @@ class Checkpoints:
             if not self._manager.save(step, args=items, metrics=metrics):
                 raise CheckpointError(f"Orbax refused to save step {step} in {self.directory}")
         except (OSError, ValueError) as error:  # perhaps of the save before, in the background
-            raise CheckpointError(
-                f"saving to {self.directory} failed: {first_line(error)}"
-            ) from error
+            raise self._failed(error) from error
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
         """Restores a checkpoint onto the devices and shardings of `like`.
@@ -150,9 +150,16 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise CheckpointError(f"the last save failed: {first_line(error)}") from error
+            raise self._failed(error) from error
         finally:
             self._manager.close()
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        free = shutil.disk_usage(os.path.dirname(self.directory)).free / 2**20
+        return CheckpointError(
+            f"saving to {self.directory} failed, where {free:,.0f} MiB are free: make room or name "
+            f"another place, and go on from the last checkpoint ({first_line(error)[:200]})"
+        )
 
 
 def _check_fit(saved: PyTree, like: PyTree) -> None:

@@ -26,8 +26,10 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
         ConfigError: the file is not there, or does not accept the argument.
     """
     path, _, arg = spec.partition(":")
-    if not os.path.isfile(path):
-        raise ConfigError(f"--config {path} is not a file: configs/ holds those of this project")
+    if not (os.path.isfile(path) and path.endswith(".py")):
+        raise ConfigError(
+            f"--config {path} is not a Python file: configs/ holds those of this project"
+        )
     name = f"config_{os.path.splitext(os.path.basename(path))[0]}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(module_spec)
@@ -75,11 +77,12 @@ def set_fields(config: ml_collections.ConfigDict, fields: dict[str, str]) -> Non
         ConfigError: likewise, and where the model or the optimiser changes alone: the learning rate
             and the weight decay belong to both.
     """
-    for name in ("model", "optimizer"):
-        if name in fields and not {"lr", "wd"} <= fields.keys():
+    for name, known in (("model", MODELS), ("optimizer", OPTIMIZERS)):
+        # An unknown one is for `validate` to refuse.
+        if fields.get(name) in known and not {"lr", "wd"} <= fields.keys():
             raise ConfigError(
                 f"config.{name}={fields[name]} alone would keep the lr and wd of another: give "
-                "both too, or choose by a word of the argument, as in configs/vitc.py:18gf,sgd"
+                "both too, or choose by a word after the configuration file, as in FILE.py:sgd"
             )
     for name, text in fields.items():
         set_field(config, name, text)

@@ -1,10 +1,14 @@
 """Trains a model, or goes on with an interrupted run."""
 
 import argparse
+import logging as python_logging
 import os
 import re
+import signal
 import sys
 
+if __name__ == "__main__":  # while the imports below take their seconds, Ctrl-C needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 # TensorFlow only writes our TensorBoard files; it need not greet.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -26,7 +30,8 @@ examples:
 configs/common.py lists the fields. The same command run again resumes an interrupted run.
 
 exit status:
-  0 done · 2 configuration · 3 data · 4 checkpoint · 5 loss not finite · 75 asked to stop, and saved
+  0 done · 2 configuration, or no such data · 3 damaged data · 4 checkpoint · 5 not finite
+  75 asked to stop, and saved · 130 interrupted
 """
 _OVERRIDE = re.compile(r"--config\.([^=]+)(=?)(.*)", re.DOTALL)
 
@@ -37,8 +42,6 @@ def main(argv: list[str]) -> int:
     try:
         config = load_config(args.config)
         set_fields(config, overrides)
-        # Orbax logs pages about a failed save before it raises the error that is printed here.
-        logging.set_verbosity(logging.ERROR if args.traceback else logging.FATAL)
         if args.compilation_cache:
             cache = os.path.expanduser(args.compilation_cache)
             jax.config.update("jax_compilation_cache_dir", cache)
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> int:
         print(f"{prefix}{error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted: what was saved before is kept", file=sys.stderr)
         return 130
     return 0
 
@@ -68,8 +71,9 @@ def _parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict[str, 
         help="configuration file, with its argument after a colon: configs/vitc.py:18gf,sgd",
     )  # fmt: skip
     parser.add_argument(
-        "--config.FIELD", dest="_", metavar="VALUE", help="override a field of the configuration"
-    )
+        "--config.FIELD=VALUE", dest="_", action="store_true",
+        help="override a field of the configuration",
+    )  # fmt: skip
     parser.add_argument(
         "--workdir", help="folder of the run (default: under runs/, named after the configuration)"
     )
@@ -108,5 +112,18 @@ def _default_workdir(config: str, overrides: dict[str, str]) -> str:
     return os.path.join("runs", re.sub(r"[^\w.=-]+", "_", text))
 
 
+def _silence_libraries() -> None:
+    """Leaves the one line of an error alone on the terminal.
+
+    Orbax, asyncio and TensorStore's callbacks write pages about a save that failed.
+    """
+    logging.set_verbosity(logging.FATAL)
+    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "--traceback" not in sys.argv:
+        _silence_libraries()
     sys.exit(main(sys.argv[1:]))

@@ -15,8 +15,8 @@ from convstem_jax.errors import NotFiniteError
 class Records:
     """Writes metrics to `workdir` and a line of progress to the terminal; process 0 only.
 
-    Training metrics are fetched from the device one log point late, so that the host has always
-    given the device more to do before it waits.
+    Training metrics are fetched from the device when they are ready, and one log point late at the
+    latest, so that the host has always given the device more to do before it waits.
 
     Args:
         workdir: folder of the run.
@@ -69,13 +69,18 @@ class Records:
         self._clock.tick(step)
         self._pending = step, metrics
 
-    def flush(self) -> None:
+    def flush(self, *, wait: bool = True) -> None:
         """Writes the training metrics that wait.
+
+        Args:
+            wait: until the device has them; without it, only if it has.
 
         Raises:
             NotFiniteError: the loss is NaN or infinite.
         """
         if self._pending is None:
+            return
+        if not wait and not all(value.is_ready() for value in self._pending[1].values()):
             return
         (step, metrics), self._pending = self._pending, None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}

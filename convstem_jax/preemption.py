@@ -1,6 +1,7 @@
 """Notices that the machine asks the run to stop, so that it can save first."""
 
 import contextlib
+import os
 import signal
 import threading
 
@@ -16,6 +17,7 @@ def stop_requested():
 
     def handle(signum, unused_frame):
         event.set()
+        os.write(2, b"stopping after this step; again to stop at once, without saving\n")
         signal.signal(signum, old[signum])
 
     if threading.current_thread() is threading.main_thread():

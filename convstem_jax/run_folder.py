@@ -21,6 +21,7 @@ FREE_FIELDS = (
     "read_ahead",
     "prefetch",
     "eval_batch_size",
+    "log_every_steps",
     "checkpoint_every_steps",
     "keep_checkpoints",
 )

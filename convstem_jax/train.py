@@ -224,6 +224,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             # Anything that went between host and devices unasked would stall every step.
             with jax.transfer_guard("disallow"):
                 state, step_metrics = jit_train_step(state, batch, hparams)
+            records.flush(wait=False)
             is_last, stopping = step == num_steps, stop.is_set()
             if step == 1 or step % config.log_every_steps == 0 or is_last:
                 records.train(step, step_metrics)

@@ -168,7 +168,7 @@ def test_the_configuration_reaches_the_step(tmp_path, monkeypatch):
 
         return new
 
-    for name in ("Recipe", "HParams"):
+    for name in ("create_model", "Recipe", "HParams"):
         monkeypatch.setattr(train_module, name, spy(getattr(train_module, name)))
     monkeypatch.setattr(train_module, "_print_overview", stop)
     fields = {
@@ -176,10 +176,14 @@ def test_the_configuration_reaches_the_step(tmp_path, monkeypatch):
         "mixup_alpha": "0.3", "cutmix_alpha": "0.4", "lighting_std": "0.5", "accumulate": "4",
         "epochs": "2", "warmup_epochs": "0.5", "ema_alpha": "1e-3", "ema_every": "3",
         "mean": "(0.1, 0.2, 0.3)", "std": "(0.4, 0.5, 0.6)", "batch_size": "128",
+        "stem_init": "later", "dtype": "bfloat16", "image_size": "64", "eval_resize": "70",
     }  # fmt: skip
     with pytest.raises(Stop):
         train_module.train(config(**fields), str(tmp_path))
-    (_, recipe), (hparams, _) = seen
+    (_, recipe), ((name,), model), *_, (hparams, _) = seen
+    assert name == "vitc_tiny" and model["num_classes"] == 10
+    assert (model["image_size"], model["stem_init"]) == (64, "later")
+    assert model["dtype"] == jax.numpy.bfloat16
     assert [float(x) for x in hparams] == pytest.approx([0.3, 0.07, 9])
     assert recipe == {
         "num_classes": 10, "optimizer": "sgd", "num_steps": 156, "warmup_steps": 39,
@@ -212,7 +216,8 @@ def test_a_run_starts_from_the_weights_of_another(uninterrupted, tmp_path, capsy
     workdir, result, _ = uninterrupted
     fields = {"init_from": str(workdir), "lr": "1e-9", "epochs": "0.0128", "warmup_epochs": "0"}
     again = train_module.train(config(**fields, eval_split="test"), str(tmp_path / "same"))
-    assert again["top1_error"] == pytest.approx(result["top1_error"], abs=0.1)
+    # Two steps without a learning rate move BatchNorm's statistics alone.
+    assert again["top1_error"] == pytest.approx(result["top1_error"], abs=3)
     assert re.search(r"the other \d+ +loaded", capsys.readouterr().out)
 
     fields |= {"image_size": "64", "eval_resize": "64"}
