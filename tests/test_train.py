@@ -24,7 +24,8 @@ from convstem_jax.errors import ConfigError, NotFiniteError
 from convstem_jax.metrics import read_jsonl
 
 ROOT = pathlib.Path(__file__).parent.parent
-# 31 steps with evaluations at 16 and 31, and checkpoints at every fifth step too.
+# 31 steps with evaluations at 16 and 31, and checkpoints at every fifth step too; all that can be
+# drawn at random is.
 FIELDS = {
     "epochs": "0.2",
     "warmup_epochs": "0.05",
@@ -33,6 +34,13 @@ FIELDS = {
     "log_every_steps": "4",
     "ema_every": "4",
     "ema_alpha": "1e-4",  # a rate of 0.13
+}
+RECIPE = {
+    "auto_augment": "true",
+    "mixup_alpha": "0.8",
+    "cutmix_alpha": "1.0",
+    "lighting_std": "0.1",
+    "precise_bn_examples": "128",
 }
 
 
@@ -50,7 +58,7 @@ def run(workdir, *flags, signal_at=None, signal_number=None):
     processes too.
     """
     command = [sys.executable, "-m", "convstem_jax.main", "--config", "configs/quickstart.py"]
-    command += [f"--config.{name}={text}" for name, text in FIELDS.items()]
+    command += [f"--config.{name}={text}" for name, text in (FIELDS | RECIPE).items()]
     command += ["--workdir", str(workdir), "--compilation_cache", str(workdir.parent / "cache")]
     command += flags
     with subprocess.Popen(
@@ -75,7 +83,7 @@ def run(workdir, *flags, signal_at=None, signal_number=None):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """A finished run: its folder, its result and what it printed."""
+    """A finished run of the whole recipe: its folder, its result and what it printed."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
     status, output = run(workdir)
     assert status == 0, output
@@ -152,14 +160,16 @@ def test_an_interrupted_run_ends_the_same_to_the_last_bit(uninterrupted, tmp_pat
     assert resumed_result["top1_error"] == result["top1_error"]
 
 
+class Stop(Exception):
+    pass
+
+
+def stop(*args, **fields):
+    raise Stop
+
+
 def test_the_configuration_reaches_the_step(tmp_path, monkeypatch):
     seen = []
-
-    class Stop(Exception):
-        pass
-
-    def stop(config, workdir, params, num_images, num_steps):
-        raise Stop
 
     def spy(kind):
         def new(*args, **fields):
@@ -196,7 +206,7 @@ def test_the_configuration_reaches_the_step(tmp_path, monkeypatch):
 def test_a_finished_run_is_not_trained_again(uninterrupted, capsys):
     workdir, result, _ = uninterrupted
     records = (workdir / "metrics.jsonl").read_text()
-    assert train_module.train(config(eval_split="test"), str(workdir)) == result
+    assert train_module.train(config(**RECIPE, eval_split="test"), str(workdir)) == result
     assert "this run is finished" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_text() == records
 
@@ -206,13 +216,13 @@ def test_a_run_stopped_before_its_result_is_evaluated_again(uninterrupted, tmp_p
     workdir, result, _ = uninterrupted
     shutil.copytree(workdir, tmp_path / "copy")
     (tmp_path / "copy" / "result.json").unlink()
-    again = train_module.train(config(eval_split="test"), str(tmp_path / "copy"))
+    again = train_module.train(config(**RECIPE, eval_split="test"), str(tmp_path / "copy"))
     assert again["top1_error"] == pytest.approx(result["top1_error"], abs=0.1)
     assert again["device"].startswith("8 x") and again["steps"] == 31
     assert again["images_per_second"] == result["images_per_second"], "nothing was trained here"
 
 
-def test_a_run_starts_from_the_weights_of_another(uninterrupted, tmp_path, capsys):
+def test_a_run_starts_from_the_weights_of_another(uninterrupted, tmp_path, capsys, monkeypatch):
     workdir, result, _ = uninterrupted
     fields = {"init_from": str(workdir), "lr": "1e-9", "epochs": "0.0128", "warmup_epochs": "0"}
     again = train_module.train(config(**fields, eval_split="test"), str(tmp_path / "same"))
@@ -220,12 +230,16 @@ def test_a_run_starts_from_the_weights_of_another(uninterrupted, tmp_path, capsy
     assert again["top1_error"] == pytest.approx(result["top1_error"], abs=3)
     assert re.search(r"the other \d+ +loaded", capsys.readouterr().out)
 
-    fields |= {"image_size": "64", "eval_resize": "64"}
-    train_module.train(config(**fields), str(tmp_path / "larger"))
-    assert "position_embedding  (1, 17, 64)  (1, 65, 64)  resized" in capsys.readouterr().out
     # Other weights than those of the folder's run: not the same run any more.
     with pytest.raises(ConfigError, match="init_from is"):
-        train_module.train(config(**(fields | {"init_from": ""})), str(tmp_path / "larger"))
+        others = config(**(fields | {"init_from": ""}), eval_split="test")
+        train_module.train(others, str(tmp_path / "same"))
+
+    monkeypatch.setattr(train_module.metrics, "Records", stop)  # the table is printed before
+    fields |= {"image_size": "64", "eval_resize": "64"}
+    with pytest.raises(Stop):
+        train_module.train(config(**fields), str(tmp_path / "larger"))
+    assert "position_embedding  (1, 17, 64)  (1, 65, 64)  resized" in capsys.readouterr().out
 
 
 def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path):
@@ -244,23 +258,14 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path):
 
 
 def test_regnety_trains_with_the_whole_recipe(tmp_path):
-    """AutoAugment, lighting, mixing, precise statistics; interrupted, at that."""
-    fields = {
+    fields = RECIPE | {
         "model": "regnety_tiny", "optimizer": "sgd", "lr": "0.1", "wd": "1e-4",
-        "auto_augment": "true", "mixup_alpha": "0.8", "cutmix_alpha": "1.0",
-        "lighting_std": "0.1", "precise_bn_examples": "64", "epochs": "0.0256",
-        "warmup_epochs": "0.01", "eval_every_epochs": "0.0128", "eval_split": "test[:64]",
+        "epochs": "0.0128", "warmup_epochs": "0", "eval_split": "test[:64]",
     }  # fmt: skip
     result = train_module.train(config(**fields), str(tmp_path))
-    assert result["steps"] == 4
-    _, expected = restore_latest(tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints" / "4")
-    (tmp_path / "result.json").unlink()
-    train_module.train(config(**fields), str(tmp_path))
-    step, resumed = restore_latest(tmp_path)
-    assert step == 4
-    for name, array in expected.items():
-        np.testing.assert_array_equal(resumed[name], array, err_msg=name)
+    assert result["steps"] == 2 and np.isfinite(result["top1_error"])
+    _, arrays = restore_latest(tmp_path)
+    assert all(np.isfinite(array).all() for array in arrays.values())
 
 
 @pytest.mark.parametrize(
