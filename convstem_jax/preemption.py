@@ -10,8 +10,9 @@ import threading
 def stop_requested():
     """Catches SIGTERM and Ctrl-C inside the block, and yields an event that they set.
 
-    A second signal of the same kind acts as if nothing caught it. Outside the main thread, where
-    Python allows no handlers, the event is never set.
+    A second signal of the same kind acts as if nothing caught it. A signal that the process was
+    started to ignore stays ignored, such as Ctrl-C in a shell script's background job. Outside the
+    main thread, where Python allows no handlers, the event is never set.
     """
     event, old = threading.Event(), {}
 
@@ -22,7 +23,8 @@ def stop_requested():
 
     if threading.current_thread() is threading.main_thread():
         for signum in (signal.SIGTERM, signal.SIGINT):
-            old[signum] = signal.signal(signum, handle)
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                old[signum] = signal.signal(signum, handle)
     try:
         yield event
     finally:

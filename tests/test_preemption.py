@@ -8,6 +8,17 @@ import pytest
 from convstem_jax.preemption import stop_requested
 
 
+@pytest.fixture
+def usual_handlers():
+    """Whoever started the tests may have had signals ignored, as shells do for background jobs."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {signum: signal.signal(signum, handler) for signum, handler in usual.items()}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("usual_handlers")
 def test_the_second_signal_acts():
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with stop_requested() as stop:
@@ -20,6 +31,16 @@ def test_the_second_signal_acts():
         signal.raise_signal(signal.SIGTERM)
         assert stop.is_set()
     assert before == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.usefixtures("usual_handlers")
+def test_what_is_ignored_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_requested() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.is_set()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.is_set()
 
 
 def test_a_thread_may_train_too():

@@ -44,6 +44,12 @@ RECIPE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def few_devices(monkeypatch):
+    """Programs for 8 devices take three times as long to compile."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
 def config(**fields):
     config = load_config("configs/quickstart.py")
     for name, text in (FIELDS | {"eval_split": "test[:256]"} | fields).items():
@@ -212,13 +218,13 @@ def test_a_finished_run_is_not_trained_again(uninterrupted, capsys):
 
 
 def test_a_run_stopped_before_its_result_is_evaluated_again(uninterrupted, tmp_path):
-    """On another number of devices, at that: 8 here, 2 there."""
+    """On another number of devices, at that: 1 here, 2 there."""
     workdir, result, _ = uninterrupted
     shutil.copytree(workdir, tmp_path / "copy")
     (tmp_path / "copy" / "result.json").unlink()
     again = train_module.train(config(**RECIPE, eval_split="test"), str(tmp_path / "copy"))
     assert again["top1_error"] == pytest.approx(result["top1_error"], abs=0.1)
-    assert again["device"].startswith("8 x") and again["steps"] == 31
+    assert again["device"].startswith("1 x") and again["steps"] == 31
     assert again["images_per_second"] == result["images_per_second"], "nothing was trained here"
 
 
@@ -255,17 +261,6 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path):
     assert errors["0"]["top1_error"] != errors["256"]["top1_error"]
     ema = precise["['ema']['batch_stats']['stem']['norms']['0']['mean']"]
     assert np.abs(ema).max() > 3 * np.abs(plain[name]).max()
-
-
-def test_regnety_trains_with_the_whole_recipe(tmp_path):
-    fields = RECIPE | {
-        "model": "regnety_tiny", "optimizer": "sgd", "lr": "0.1", "wd": "1e-4",
-        "epochs": "0.0128", "warmup_epochs": "0", "eval_split": "test[:64]",
-    }  # fmt: skip
-    result = train_module.train(config(**fields), str(tmp_path))
-    assert result["steps"] == 2 and np.isfinite(result["top1_error"])
-    _, arrays = restore_latest(tmp_path)
-    assert all(np.isfinite(array).all() for array in arrays.values())
 
 
 @pytest.mark.parametrize(
@@ -342,6 +337,7 @@ def make_imagenet_tars(folder, num_train, val_numbers):
 
 
 def test_imagenet_is_prepared_and_trained_on(tmp_path):
+    """By the CNN, with the whole recipe."""
     make_imagenet_tars(tmp_path / "tars", num_train=24, val_numbers=range(1, 8))
     command = [sys.executable, "launch/prepare_imagenet.py", "--any_content"]
     command += ["--manual_dir", str(tmp_path / "tars"), "--data_dir", str(tmp_path / "data")]
@@ -349,14 +345,14 @@ def test_imagenet_is_prepared_and_trained_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "train: 24 images\nvalidation: 7 images" in done.stdout
 
-    config = load_config("configs/vitc.py:sgd")
+    config = load_config("configs/regnety.py:4gf")
     for name, value in {
         "data_dir": str(tmp_path / "data"),
-        "model": "vitc_tiny",
+        "model": "regnety_tiny",
+        "dtype": "float32",
         "image_size": 32,
         "eval_resize": 36,
         "batch_size": 32,
-        "accumulate": 2,
         "precise_bn_examples": 64,
         "eval_batch_size": 5,
         "epochs": 6.0,
@@ -365,6 +361,8 @@ def test_imagenet_is_prepared_and_trained_on(tmp_path):
         config[name] = value
     result = train_module.train(config, str(tmp_path / "run"))
     assert (result["steps"], result["examples"]) == (4, 7)
+    _, arrays = restore_latest(tmp_path / "run")
+    assert all(np.isfinite(array).all() for array in arrays.values())
 
 
 def test_tar_files_of_the_wrong_form_are_refused(tmp_path):
