@@ -62,19 +62,23 @@ class GroupedConv(nnx.Module):
     """3x3 convolution in groups, on `[N, H, W, width]`.
 
     The one place that knows how grouped convolutions are computed: XLA's gradient of
-    `feature_group_count` is as slow as that of the ungrouped convolution (jax-ml/jax#13800).
+    `feature_group_count` is slow (jax-ml/jax#13800). A few groups are convolved one by one instead,
+    30 to 70 times faster on a CPU; many of them would take too long to compile.
     """
+
+    MAX_SPLIT = 8  # groups
 
     def __init__(
         self, width: int, group_width: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
+        self.num_groups = width // group_width
         self.conv = nnx.Conv(
             width,
             width,
             kernel_size=(3, 3),
             strides=stride,
             padding=((1, 1), (1, 1)),
-            feature_group_count=width // group_width,
+            feature_group_count=self.num_groups,
             use_bias=False,
             kernel_init=_kernel_init,
             dtype=dtype,
@@ -82,7 +86,23 @@ class GroupedConv(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(x)
+        if self.num_groups > self.MAX_SPLIT:
+            return self.conv(x)
+        groups = zip(
+            jnp.split(x.astype(self.conv.dtype), self.num_groups, axis=-1),
+            jnp.split(self.conv.kernel.astype(self.conv.dtype), self.num_groups, axis=-1),
+            strict=True,
+        )
+        return jnp.concatenate([self._convolve(*group) for group in groups], axis=-1)
+
+    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(self.conv.strides,) * 2,
+            padding=self.conv.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
 
 class SqueezeExcite(nnx.Module):
