@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, curves.png, and progress on the terminal."""
+"""Records of a run: metrics.jsonl, TensorBoard, curves.png, parameters.txt, and progress lines."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ import jax
 import matplotlib.figure
 
 from convstem_jax.errors import NotFiniteError
+from convstem_jax.step import PyTree
 
 
 class Records:
@@ -196,6 +197,20 @@ class _Clock:
         seconds = round((self.seconds + self._paused) / self.steps * num_steps)
         hours, minutes = divmod(seconds // 60, 60)
         return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds % 60:02d} s"
+
+
+def write_overview(workdir: str, params: PyTree, decayed: PyTree) -> str:
+    """Writes the parameters and the decay mask to parameters.txt, and returns its path."""
+    from clu import parameter_overview
+
+    path = os.path.join(workdir, "parameters.txt")
+    with open(path, "w") as file:
+        file.write(parameter_overview.get_parameter_overview(params, include_stats="global"))
+        file.write("\n\nWeight decay acts on\n")
+        for key, yes in jax.tree.leaves_with_path(decayed):
+            name = jax.tree_util.keystr(key, simple=True, separator="/")
+            file.write(f"{'yes' if yes else 'no':4}{name}\n")
+    return path
 
 
 def read_jsonl(path: str) -> list[dict]:

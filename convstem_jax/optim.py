@@ -1,8 +1,8 @@
 """The paper's optimisation (section 4 and appendix): AdamW, SGD, the schedule, the EMA.
 
 The optimisers follow torch.optim, since the paper's learning rates and weight decays mean what
-they mean there. Both take the learning rate and the weight decay as numbers or traced arrays, so
-that a study can vary them inside one compiled program.
+they mean there. Learning rate, weight decay and schedule are numbers or traced arrays, so that a
+study can vary them inside one compiled program.
 """
 
 import jax
@@ -44,17 +44,18 @@ def sgd(lr, wd) -> optax.GradientTransformation:
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
 
 
-def lr_factor(step, *, num_steps: int, warmup_steps: int):
+def lr_factor(step, *, num_steps, warmup_steps):
     """Learning rate at `step` as a fraction of the base one.
 
     A half-period cosine over all `num_steps` from 1 to `FINAL_FACTOR`; during the first
     `warmup_steps` it is multiplied by a line from `WARMUP_FACTOR` to 1, as in the authors' code.
     Differs from the paper: changes at every step, not once an epoch.
     """
-    cosine = optax.cosine_decay_schedule(1.0, num_steps, alpha=FINAL_FACTOR)
-    if not warmup_steps:
-        return cosine(step)
-    return cosine(step) * optax.linear_schedule(WARMUP_FACTOR, 1.0, warmup_steps)(step)
+    # Optax's schedules take no traced lengths.
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * step / num_steps))
+    progress = jnp.clip(step / jnp.maximum(warmup_steps, 1), 0, 1)
+    warmup = jnp.where(warmup_steps, WARMUP_FACTOR + (1 - WARMUP_FACTOR) * progress, 1.0)
+    return (FINAL_FACTOR + (1 - FINAL_FACTOR) * cosine) * warmup
 
 
 def ema_rate(*, alpha: float, batch_size: int, epochs: float, every: int) -> float:
@@ -66,7 +67,7 @@ def ema_rate(*, alpha: float, batch_size: int, epochs: float, every: int) -> flo
     return min(1.0, alpha * batch_size / epochs * every)
 
 
-def update_ema(ema, new, step, *, rate: float, every: int, warmup_steps: int):
+def update_ema(ema, new, step, *, rate, every: int, warmup_steps):
     """EMA of parameters or statistics after the update numbered `step` (from 0).
 
     Every `every` steps `ema` moves by `rate` towards `new`; during the warm-up it becomes `new`.

@@ -1,17 +1,15 @@
-"""The folder of a run: config.json, parameters.txt and result.json."""
+"""The folder of a run: config.json and result.json."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 
-from clu import parameter_overview
-import jax
 import ml_collections
 
 from convstem_jax.errors import ConfigError
-from convstem_jax.step import PyTree
 
 # Fields that may change when a run is resumed, since no result depends on them.
 FREE_FIELDS = (
@@ -77,18 +75,6 @@ def _check_same(old: dict, new: dict, workdir: str) -> None:
         )
 
 
-def write_overview(workdir: str, params: PyTree, decayed: PyTree) -> str:
-    """Writes the parameters and the decay mask to parameters.txt, and returns its path."""
-    path = os.path.join(workdir, "parameters.txt")
-    with open(path, "w") as file:
-        file.write(parameter_overview.get_parameter_overview(params, include_stats="global"))
-        file.write("\n\nWeight decay acts on\n")
-        for key, yes in jax.tree.leaves_with_path(decayed):
-            name = jax.tree_util.keystr(key, simple=True, separator="/")
-            file.write(f"{'yes' if yes else 'no':4}{name}\n")
-    return path
-
-
 def write_result(workdir: str, result: dict) -> None:
     """Writes result.json."""
     _write_json(os.path.join(workdir, "result.json"), result)
@@ -113,9 +99,11 @@ def _write_json(path: str, content: dict) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version()} | found
+    found = {"python": platform.python_version()}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the study needs few
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def commit() -> str | None:

@@ -34,6 +34,9 @@ class HParams(NamedTuple):
     lr: jax.Array  # base learning rate
     wd: jax.Array  # weight decay
     seed: jax.Array  # of lighting, mixup and CutMix, uint32
+    num_steps: jax.Array  # updates of the whole schedule, int32
+    warmup_steps: jax.Array  # of which the learning rate is warmed up, int32
+    ema_rate: jax.Array  # see `optim.ema_rate`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +45,10 @@ class Recipe:
 
     num_classes: int
     optimizer: str  # a key of `optim.OPTIMIZERS`
-    num_steps: int
-    warmup_steps: int
     label_smoothing: float
     mixup_alpha: float  # 0 for none
     cutmix_alpha: float  # likewise
     lighting_std: float  # likewise
-    ema_rate: float
     ema_every: int
     mean: tuple[float, float, float]  # of the images' channels, in [0, 1]
     std: tuple[float, float, float]
@@ -81,7 +81,7 @@ def train_step(
         recipe: what is fixed.
         state: before the update; donate it.
         batch: `image` uint8 `[N, H, W, 3]` and `label` int32 `[N]`.
-        hparams: learning rate, weight decay and seed.
+        hparams: learning rate, weight decay, seed and schedule.
 
     Returns:
         The state after the update, and scalars: loss, gradient norm, learning rate.
@@ -130,7 +130,7 @@ def train_step(
         loss, grads = jax.tree.map(lambda x: x / recipe.accumulate, sums)
 
     lr = hparams.lr * optim.lr_factor(
-        state.step, num_steps=recipe.num_steps, warmup_steps=recipe.warmup_steps
+        state.step, num_steps=hparams.num_steps, warmup_steps=hparams.warmup_steps
     )
     optimizer = optim.OPTIMIZERS[recipe.optimizer](lr, hparams.wd)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -139,9 +139,9 @@ def train_step(
         state.ema,
         {"params": params, "batch_stats": batch_stats},
         state.step,
-        rate=recipe.ema_rate,
+        rate=hparams.ema_rate,
         every=recipe.ema_every,
-        warmup_steps=recipe.warmup_steps,
+        warmup_steps=hparams.warmup_steps,
     )
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "lr": lr}
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics

@@ -11,16 +11,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from convstem_jax import metrics, optim, preemption, run_folder, weights
+from convstem_jax import build, metrics, optim, preemption, run_folder, weights
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.config import check_divides, validate
 from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import ConfigError, Preempted
 from convstem_jax.evaluate import evaluate, precise_batch_stats
-from convstem_jax.models import create_model
 from convstem_jax.step import (
-    HParams,
-    Recipe,
     batch_statistics,
     eval_step,
     init_state,
@@ -73,7 +70,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         config.image_size, config.min_crop_area, config.flip, config.auto_augment
     )
     steps_per_epoch = len(train_split) / config.batch_size
-    num_steps = max(1, round(config.epochs * steps_per_epoch))
+    num_steps = build.num_steps(config, len(train_split))
 
     new_train_batches = functools.partial(
         pipeline.train_batches,
@@ -95,36 +92,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     # ----------------------------------------------------------------------- model and state
 
-    recipe = Recipe(
-        num_classes=train_split.num_classes,
-        optimizer=config.optimizer,
-        num_steps=num_steps,
-        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
-        label_smoothing=config.label_smoothing,
-        mixup_alpha=config.mixup_alpha,
-        cutmix_alpha=config.cutmix_alpha,
-        lighting_std=config.lighting_std,
-        ema_rate=optim.ema_rate(
-            alpha=config.ema_alpha,
-            batch_size=config.batch_size,
-            epochs=config.epochs,
-            every=config.ema_every,
-        ),
-        ema_every=config.ema_every,
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-        accumulate=config.accumulate,
-    )
+    recipe = build.recipe(config, train_split.num_classes)
 
     def new_model():
-        return create_model(
-            config.model,
-            num_classes=recipe.num_classes,
-            image_size=config.image_size,
-            dtype=jnp.dtype(config.dtype),
-            rngs=nnx.Rngs(config.seed),
-            **({} if config.stem_init == "paper" else {"stem_init": config.stem_init}),
-        )
+        return build.new_model(config, recipe.num_classes, config.seed)
 
     try:
         graphdef, _, _ = split(nnx.eval_shape(new_model))
@@ -144,9 +115,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     if config.init_from and not run_folder.has_checkpoint(workdir):
         start_weights, _ = weights.load(config.init_from)
     state = jax.jit(lambda: init_state(recipe, new_model()), out_shardings=replicated)()
-    hparams = jax.device_put(
-        HParams(jnp.float32(config.lr), jnp.float32(config.wd), jnp.uint32(config.seed)), replicated
-    )
+    hparams = jax.device_put(build.hparams(config, len(train_split)), replicated)
     jit_train_step = jax.jit(
         functools.partial(train_step, graphdef, recipe),
         donate_argnums=0,
@@ -272,7 +241,7 @@ def _is_due(step: int, every: float) -> bool:
 
 def _print_overview(config, workdir: str, params, num_images: int, num_steps: int) -> None:
     decayed = optim.decay_mask(params)
-    path = run_folder.write_overview(workdir, params, decayed)
+    path = metrics.write_overview(workdir, params, decayed)
     flags = jax.tree.leaves(decayed)
     paths = jax.tree.leaves_with_path(decayed)
     exempt = ", ".join(sorted({path[-1].key for path, is_decayed in paths if not is_decayed}))

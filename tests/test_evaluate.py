@@ -46,13 +46,10 @@ def test_precise_statistics_are_means_over_batches():
     recipe = Recipe(
         num_classes=10,
         optimizer="sgd",
-        num_steps=1,
-        warmup_steps=0,
         label_smoothing=0.0,
         mixup_alpha=0.8,
         cutmix_alpha=1.0,
         lighting_std=0.0,
-        ema_rate=1.0,
         ema_every=1,
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),

@@ -32,17 +32,15 @@ from tests.networks import random_model, torchvision_network
 RECIPE = Recipe(
     num_classes=10,
     optimizer="sgd",
-    num_steps=100,
-    warmup_steps=4,
     label_smoothing=0.1,
     mixup_alpha=0.0,
     cutmix_alpha=0.0,
     lighting_std=0.0,
-    ema_rate=0.25,
     ema_every=2,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
 )
+SCHEDULE = {"num_steps": 100, "warmup_steps": 4, "ema_rate": 0.25}
 # The tests spend their time in the compiler, not in what it makes.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -100,7 +98,7 @@ def make_run(name="vitc_tiny", *, num_devices=1, lr=0.1, wd=1e-4, seed=0, **reci
     sharded, replicated = (jax.sharding.NamedSharding(mesh, p) for p in (jax.P("data"), jax.P()))
     # A copy of the model, whose own arrays must survive the donation.
     state = init_state(recipe, jax.tree.map(jnp.copy, tiny(name)))
-    hparams = HParams(jnp.float32(lr), jnp.float32(wd), jnp.uint32(seed))
+    hparams = HParams(jnp.float32(lr), jnp.float32(wd), jnp.uint32(seed), **SCHEDULE)
     state, hparams = jax.device_put((state, hparams), replicated)
     batch = jax.device_put(make_batch(), sharded)
     return Run(jit_step(name, recipe, replicated), state, batch, hparams, sharded)
@@ -199,7 +197,7 @@ def test_one_step_is_pytorchs(name, optimizer):
     labels = rng.integers(0, 10, 16).astype(np.int32)
 
     graphdef, params, _ = split(model)
-    hparams = HParams(jnp.float32(lr), jnp.float32(wd), jnp.uint32(0))
+    hparams = HParams(jnp.float32(lr), jnp.float32(wd), jnp.uint32(0), **SCHEDULE)
     step = jit(functools.partial(train_step, graphdef, recipe))
     batch = {"image": images, "label": labels}
     state, metrics = step(init_state(recipe, model), batch, hparams)
@@ -306,7 +304,7 @@ def test_learning_rates_can_be_vmapped():
     graphdef, _, _ = split(tiny("vitp_tiny"))
     step = functools.partial(train_step, graphdef, RECIPE)
     run = make_run("vitp_tiny")
-    trials = jit(jax.vmap(step, in_axes=(0, None, HParams(0, None, None))))
+    trials = jit(jax.vmap(step, in_axes=(0, None, HParams(0, *[None] * 5))))
     states = jax.tree.map(lambda x: jnp.stack([x] * len(lrs)), run.state)
     hparams = run.hparams._replace(lr=jnp.array(lrs))
     for _ in range(2):

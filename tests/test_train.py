@@ -174,41 +174,6 @@ def stop(*args, **fields):
     raise Stop
 
 
-def test_the_configuration_reaches_the_step(tmp_path, monkeypatch):
-    seen = []
-
-    def spy(kind):
-        def new(*args, **fields):
-            seen.append((args, fields))
-            return kind(*args, **fields)
-
-        return new
-
-    for name in ("create_model", "Recipe", "HParams"):
-        monkeypatch.setattr(train_module, name, spy(getattr(train_module, name)))
-    monkeypatch.setattr(train_module, "_print_overview", stop)
-    fields = {
-        "optimizer": "sgd", "lr": "0.3", "wd": "0.07", "seed": "9", "label_smoothing": "0.2",
-        "mixup_alpha": "0.3", "cutmix_alpha": "0.4", "lighting_std": "0.5", "accumulate": "4",
-        "epochs": "2", "warmup_epochs": "0.5", "ema_alpha": "1e-3", "ema_every": "3",
-        "mean": "(0.1, 0.2, 0.3)", "std": "(0.4, 0.5, 0.6)", "batch_size": "128",
-        "stem_init": "later", "dtype": "bfloat16", "image_size": "64", "eval_resize": "70",
-    }  # fmt: skip
-    with pytest.raises(Stop):
-        train_module.train(config(**fields), str(tmp_path))
-    (_, recipe), ((name,), model), *_, (hparams, _) = seen
-    assert name == "vitc_tiny" and model["num_classes"] == 10
-    assert (model["image_size"], model["stem_init"]) == (64, "later")
-    assert model["dtype"] == jax.numpy.bfloat16
-    assert [float(x) for x in hparams] == pytest.approx([0.3, 0.07, 9])
-    assert recipe == {
-        "num_classes": 10, "optimizer": "sgd", "num_steps": 156, "warmup_steps": 39,
-        "label_smoothing": 0.2, "mixup_alpha": 0.3, "cutmix_alpha": 0.4, "lighting_std": 0.5,
-        "ema_rate": pytest.approx(1e-3 * 128 / 2 * 3), "ema_every": 3,
-        "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "accumulate": 4,
-    }  # fmt: skip
-
-
 def test_a_finished_run_is_not_trained_again(uninterrupted, capsys):
     workdir, result, _ = uninterrupted
     records = (workdir / "metrics.jsonl").read_text()
@@ -276,7 +241,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, log_every_s
 
 def test_the_loop_fetches_nothing_between_log_points(tmp_path, monkeypatch):
     """On the CPU JAX's guard sees only transfers to the device, so fetches are counted as well."""
-    monkeypatch.setattr(train_module.run_folder, "write_overview", lambda *args: "")  # fetches
+    monkeypatch.setattr(train_module.metrics, "write_overview", lambda *args: "")  # fetches
     monkeypatch.setattr(train_module.Checkpoints, "save", lambda *args: None)  # likewise
     fetches, fetch, value = [], jax.device_get, ArrayImpl._value
 

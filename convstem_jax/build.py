@@ -1,0 +1,67 @@
+"""From a configuration to the model, the recipe and the hyper-parameters of the step."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from convstem_jax import optim
+from convstem_jax.models import create_model
+from convstem_jax.step import HParams, Recipe
+
+
+def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
+    """Updates of a whole run."""
+    return max(1, round(config.epochs * num_examples / config.batch_size))
+
+
+def new_model(
+    config: ml_collections.ConfigDict, num_classes: int, seed: int | jax.Array
+) -> nnx.Module:
+    """The configuration's model with random weights; `seed` may be traced.
+
+    Raises:
+        ValueError: its sizes do not fit together.
+    """
+    return create_model(
+        config.model,
+        num_classes=num_classes,
+        image_size=config.image_size,
+        dtype=jnp.dtype(config.dtype),
+        rngs=nnx.Rngs(jax.random.key(seed)),
+        **({} if config.stem_init == "paper" else {"stem_init": config.stem_init}),
+    )
+
+
+def recipe(config: ml_collections.ConfigDict, num_classes: int) -> Recipe:
+    """What is fixed when the step is traced."""
+    return Recipe(
+        num_classes=num_classes,
+        optimizer=config.optimizer,
+        label_smoothing=config.label_smoothing,
+        mixup_alpha=config.mixup_alpha,
+        cutmix_alpha=config.cutmix_alpha,
+        lighting_std=config.lighting_std,
+        ema_every=config.ema_every,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        accumulate=config.accumulate,
+    )
+
+
+def hparams(config: ml_collections.ConfigDict, num_examples: int) -> HParams:
+    """What is not: arrays that a study may vary."""
+    rate = optim.ema_rate(
+        alpha=config.ema_alpha,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        every=config.ema_every,
+    )
+    return HParams(
+        lr=jnp.float32(config.lr),
+        wd=jnp.float32(config.wd),
+        seed=jnp.uint32(config.seed),
+        num_steps=jnp.int32(num_steps(config, num_examples)),
+        warmup_steps=jnp.int32(round(config.warmup_epochs * num_examples / config.batch_size)),
+        ema_rate=jnp.float32(rate),
+    )

@@ -1,0 +1,32 @@
+"""The configuration reaches the step."""
+
+import jax.numpy as jnp
+import pytest
+
+from convstem_jax import build
+from convstem_jax.config import load_config, set_field
+from convstem_jax.step import HParams, Recipe
+
+
+def test_every_field_arrives():
+    config = load_config("configs/quickstart.py")
+    for name, text in {
+        "optimizer": "sgd", "lr": "0.3", "wd": "0.07", "seed": "9", "label_smoothing": "0.2",
+        "mixup_alpha": "0.3", "cutmix_alpha": "0.4", "lighting_std": "0.5", "accumulate": "4",
+        "epochs": "2", "warmup_epochs": "0.5", "ema_alpha": "1e-3", "ema_every": "3",
+        "mean": "(0.1, 0.2, 0.3)", "std": "(0.4, 0.5, 0.6)", "batch_size": "128",
+        "stem_init": "later", "dtype": "bfloat16", "image_size": "64", "eval_resize": "70",
+    }.items():  # fmt: skip
+        set_field(config, name, text)
+    assert build.recipe(config, 10) == Recipe(
+        num_classes=10, optimizer="sgd", label_smoothing=0.2, mixup_alpha=0.3, cutmix_alpha=0.4,
+        lighting_std=0.5, ema_every=3, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), accumulate=4,
+    )  # fmt: skip
+    expected = HParams(0.3, 0.07, 9, num_steps=156, warmup_steps=39, ema_rate=1e-3 * 128 / 2 * 3)
+    assert [float(x) for x in build.hparams(config, 10_000)] == pytest.approx(expected)
+
+    model = build.new_model(config, 10, seed=9)
+    assert (model.spec.image_size, model.spec.stem_init) == (64, "later")
+    assert model.dtype == jnp.bfloat16 and model.head.out_features == 10
+    other = build.new_model(config, 10, seed=8)
+    assert (model.position_embedding[...] != other.position_embedding[...]).any()
