@@ -1,4 +1,4 @@
-"""From a configuration to the model, the recipe and the hyper-parameters of the step."""
+"""From a configuration to the examples, the model and what else the step is given."""
 
 from flax import nnx
 import jax
@@ -6,8 +6,23 @@ import jax.numpy as jnp
 import ml_collections
 
 from convstem_jax import optim
+from convstem_jax.data.examples import EvalExamples, TrainExamples, TrainTransform
+from convstem_jax.data.sources import Split
 from convstem_jax.models import create_model
 from convstem_jax.step import HParams, Recipe
+
+
+def train_examples(config: ml_collections.ConfigDict, split: Split) -> TrainExamples:
+    """The training examples in their order, augmented."""
+    transform = TrainTransform(
+        config.image_size, config.min_crop_area, config.flip, config.auto_augment
+    )
+    return TrainExamples(split, transform, config.seed)
+
+
+def eval_examples(config: ml_collections.ConfigDict, split: Split) -> EvalExamples:
+    """The examples of an evaluation."""
+    return EvalExamples(split, config.eval_resize, config.image_size)
 
 
 def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:

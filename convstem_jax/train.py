@@ -66,25 +66,18 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     reading = pipeline.Reading(
         config.num_workers, config.num_threads, config.read_ahead, config.prefetch
     )
-    transform = pipeline.TrainTransform(
-        config.image_size, config.min_crop_area, config.flip, config.auto_augment
-    )
     steps_per_epoch = len(train_split) / config.batch_size
     num_steps = build.num_steps(config, len(train_split))
 
     new_train_batches = functools.partial(
         pipeline.train_batches,
-        train_split,
-        transform,
+        build.train_examples(config, train_split),
         batch_size=config.batch_size,
-        seed=config.seed,
         sharding=sharded,
         reading=reading,
     )
     eval_batches = pipeline.EvalBatches(
-        eval_split,
-        resize=config.eval_resize,
-        image_size=config.image_size,
+        build.eval_examples(config, eval_split),
         batch_size=config.eval_batch_size,
         sharding=sharded,
         reading=reading,

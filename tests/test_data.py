@@ -16,13 +16,14 @@ import psutil
 import pytest
 
 from convstem_jax.data import augment, pipeline, sources
+from convstem_jax.data.examples import EvalExamples, TrainExamples, TrainTransform
 from convstem_jax.errors import ConfigError, DataError
 
 ROOT = pathlib.Path(__file__).parent.parent
 DATASETS = ROOT / "datasets"
 NAME = "fashion_mnist_10k"
 THREADS = pipeline.Reading(num_workers=0, num_threads=2, read_ahead=2, prefetch=2)
-TRANSFORM = pipeline.TrainTransform(image_size=32, min_area=0.5, flip=True)
+TRANSFORM = TrainTransform(image_size=32, min_area=0.5, flip=True)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +55,8 @@ def sharding(num_devices=1):
 
 def train_batches(split, *, seed=0, first_step=0, reading=THREADS, transform=TRANSFORM):
     return pipeline.train_batches(
-        split,
-        transform,
+        TrainExamples(split, transform, seed),
         batch_size=64,
-        seed=seed,
         sharding=sharding(),
         reading=reading,
         first_step=first_step,
@@ -92,7 +91,7 @@ def test_every_epoch_is_another_permutation_of_the_whole_split():
         def __getitem__(self, i):
             return {"image": np.full((4, 4, 3), 0, np.uint8), "label": np.int32(i)}
 
-    plain = pipeline.TrainTransform(image_size=4, min_area=1.0, flip=False)
+    plain = TrainTransform(image_size=4, min_area=1.0, flip=False)
 
     def epochs(seed):
         batches = train_batches(Numbers(), seed=seed, transform=plain)
@@ -129,9 +128,7 @@ def test_processes_share_out_each_global_batch_in_order():
 @pytest.mark.parametrize("num_devices, batch_size", [(1, 300), (8, 7), (8, 500), (8, 3000)])
 def test_evaluation_covers_every_example_once(test_split, num_devices, batch_size):
     batches = pipeline.EvalBatches(
-        test_split,
-        resize=32,
-        image_size=32,
+        EvalExamples(test_split, resize=32, image_size=32),
         batch_size=batch_size,
         sharding=sharding(num_devices),
         reading=THREADS,
@@ -194,7 +191,7 @@ def test_colours_arrive_as_rgb():
     red = np.zeros((8, 8, 3), np.uint8)
     red[..., 0] = 255
     encoded = cv2.imencode(".png", red[..., ::-1])[1].tobytes()
-    split = sources.Split("x/train", 1, [{"image": encoded, "label": 0}])
+    split = sources.Split("x/train", [{"image": encoded, "label": 0}], 1)
     assert (split[0]["image"] == red).all()
 
 
@@ -214,7 +211,7 @@ def test_a_label_outside_the_classes_names_split_record_and_label(copied):
 
 
 def test_an_image_that_cannot_be_decoded_names_its_record():
-    split = sources.Split("x/train", 2, [{"image": b"no image", "label": 1}])
+    split = sources.Split("x/train", [{"image": b"no image", "label": 1}], 2)
     with pytest.raises(DataError, match=r"x/train, record 0: the image cannot be decoded"):
         split[0]
 

@@ -1,25 +1,23 @@
-"""Batches on the devices, by Grain: shuffle, augment, batch, shard by process, prefetch.
+"""Batches on the devices, by Grain: read in parallel, batch, shard by process, prefetch.
 
-Grain addresses every batch by its number, so the order depends on the seed alone: not on the number
-of processes, workers or threads, nor on where a run was interrupted.
+Grain addresses every batch by its number, so the order does not depend on the number of processes,
+workers or threads, nor on where a run was interrupted.
 """
 
 from collections.abc import Iterator
 import dataclasses
-import functools
 import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 
 from absl import flags
 import grain
 import jax
-import numpy as np
 
-from convstem_jax.data import augment, autoaugment
-from convstem_jax.data.sources import Split
+from convstem_jax.data.examples import EvalExamples, TrainExamples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,61 +30,30 @@ class Reading:
     prefetch: int  # batches that are on the devices ahead of the step
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainTransform:
-    """Random resized crop, or the centre crop, then flip and AutoAugment where asked for."""
-
-    image_size: int
-    min_area: float  # of the random resized crop; 1 for the centre crop
-    flip: bool
-    auto_augment: bool = False
-
-    def __call__(self, example: dict, rng: np.random.Generator) -> dict:
-        """Transforms one example; `rng` is its own."""
-        image, size = example["image"], self.image_size
-        if self.min_area < 1:
-            image = augment.random_resized_crop(image, rng, size=size, min_area=self.min_area)
-        else:
-            image = augment.center_crop(image, resize=size, size=size)
-        if self.flip:
-            image = augment.random_flip(image, rng)
-        if self.auto_augment:
-            image = autoaugment.auto_augment(np.ascontiguousarray(image), rng)
-        return example | {"image": image}
-
-
 def train_batches(
-    split: Split,
-    transform: TrainTransform,
+    examples: TrainExamples,
     *,
     batch_size: int,
-    seed: int,
     sharding: jax.sharding.Sharding,
     reading: Reading,
     first_step: int = 0,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches `{"image": uint8 [N, H, W, 3], "label": int32 [N]}`.
 
-    Every epoch is a new permutation of the whole split, and batches run across the boundary
-    between two epochs. Batch k is the same whatever `first_step` is, which is what makes resuming
-    exact: the state of the input is the number of the next batch. (Grain's own iterator state says
-    the same, but only fits the number of workers that it was taken with.)
+    Batches run across the boundary between two epochs. Batch k is the same whatever `first_step`
+    is, which is what makes resuming exact: the state of the input is the number of the next batch.
+    (Grain's own iterator state says the same, but only fits the number of workers that it was taken
+    with.)
 
     Args:
-        split: the records.
-        transform: what is done to each.
+        examples: which example comes when.
         batch_size: of all processes together.
-        seed: of the order and of the augmentation.
         sharding: of the batch over the devices.
         reading: how hard the host works.
         first_step: number of the first batch to yield.
     """
-    examples = grain.MapDataset.source(split).seed(seed).shuffle().repeat()
-    return iter(
-        _to_devices(
-            examples.random_map(transform), batch_size, sharding, reading, first_batch=first_step
-        )
-    )
+    endless = grain.MapDataset.range(sys.maxsize).map(examples.__getitem__)
+    return iter(_to_devices(endless, batch_size, sharding, reading, first_batch=first_step))
 
 
 class EvalBatches:
@@ -99,9 +66,7 @@ class EvalBatches:
     batches of the next pass are ready when it begins. A pass has to be finished.
 
     Args:
-        split: the records.
-        resize: short side before the centre crop.
-        image_size: of the centre crop.
+        examples: what to read.
         batch_size: of all processes together; raised to a multiple of the devices.
         sharding: of the batch over the devices.
         reading: how hard the host works.
@@ -109,31 +74,22 @@ class EvalBatches:
 
     def __init__(
         self,
-        split: Split,
+        examples: EvalExamples,
         *,
-        resize: int,
-        image_size: int,
         batch_size: int,
         sharding: jax.sharding.Sharding,
         reading: Reading,
     ):
         batch_size += -batch_size % sharding.num_devices
-        self._num_batches = -(-len(split) // batch_size)
-        read = functools.partial(_eval_example, split, resize, image_size)
-        examples = grain.MapDataset.range(self._num_batches * batch_size).map(read).repeat()
-        self._batches = _to_devices(examples, batch_size, sharding, reading)
+        self._num_batches = -(-len(examples.split) // batch_size)
+        padded = grain.MapDataset.range(self._num_batches * batch_size).map(examples.__getitem__)
+        self._batches = _to_devices(padded.repeat(), batch_size, sharding, reading)
         self._stream = None
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         if self._stream is None:
             self._stream = iter(self._batches)
         return itertools.islice(self._stream, self._num_batches)
-
-
-def _eval_example(split: Split, resize: int, image_size: int, index: int) -> dict:
-    example = split[min(index, len(split) - 1)]
-    image = augment.center_crop(example["image"], resize=resize, size=image_size)
-    return example | {"image": image, "mask": np.bool_(index < len(split))}
 
 
 def local_batches(

@@ -1,15 +1,13 @@
-"""Splits of a tfds directory in ArrayRecord, as random-access records. Needs no TensorFlow."""
+"""Splits of image classification data sets, as decoded records with random access."""
 
 import dataclasses
 import os
-import re
 from typing import Any
 
-from array_record.python import array_record_module
 import cv2
 import numpy as np
-import tensorflow_datasets as tfds
 
+from convstem_jax.data import packed
 from convstem_jax.errors import ConfigError, DataError, first_line
 
 
@@ -22,8 +20,8 @@ class Split:
     """
 
     name: str
-    num_classes: int
     records: Any  # of dicts with "image" (encoded bytes) and "label"
+    num_classes: int
 
     def __len__(self) -> int:
         return len(self.records)
@@ -51,7 +49,7 @@ class Split:
 
 
 def open_split(data_dir: str, dataset: str, split: str) -> Split:
-    """Opens `split` of `data_dir/dataset/<highest version>` and checks it against its description.
+    """Opens a split of a tfds directory, or of the packed file that stands for it.
 
     Args:
         data_dir: folder of data sets.
@@ -59,92 +57,19 @@ def open_split(data_dir: str, dataset: str, split: str) -> Split:
         split: name of one of its splits, or a part as tfds writes it: `train[:90%]`.
 
     Raises:
-        ConfigError: there is no such folder or split, or it is not in ArrayRecord.
-        DataError: a file holds another number of records than `dataset_info.json` says.
+        ConfigError: there is no such data set or split, or its format is another one.
+        DataError: it is damaged.
     """
-    path = _find_version(os.path.expanduser(data_dir), dataset)
+    data_dir = os.path.expanduser(data_dir)
+    packed_file = os.path.join(data_dir, f"{dataset}.npz")
+    if os.path.exists(packed_file):
+        return Split(f"{dataset}/{split}", *packed.read(packed_file, split))
     try:
-        builder = tfds.builder_from_directory(path)
-    except Exception as error:  # tfds raises anything from KeyError to a JSON error
+        from convstem_jax.data import tfds_directory
+    except ImportError as error:
         raise ConfigError(
-            f"{path} cannot be read as a tfds directory: {first_line(error)}"
+            f"{packed_file} is not there, and a tfds directory cannot be read: {error}. Install "
+            "requirements.txt, or pack the data set where that is installed: "
+            "python -m convstem_jax.data.packed --help"
         ) from error
-    whole = split.partition("[")[0]
-    try:
-        is_empty = whole not in builder.info.splits or not builder.info.splits[split].num_examples
-    except ValueError as error:  # the part in brackets
-        raise ConfigError(f"'{split}' is not a part of the split '{whole}': {error}") from error
-    if is_empty:
-        raise ConfigError(
-            f"{path} has no split '{split}': it has {', '.join(sorted(builder.info.splits))}"
-        )
-    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-        raise ConfigError(
-            f"{path} is in {builder.info.file_format.value}, and random access needs ArrayRecord: "
-            "convert it into another folder with 'tfds convert_format' (needs the package "
-            f"apache-beam), or build it anew there ({_preparation(dataset, 'FOLDER')}), and set "
-            "config.data_dir to that folder"
-        )
-    features = builder.info.features
-    for key in ("image", "label"):
-        if key not in features:
-            raise ConfigError(f"{path} has no feature '{key}': it has {', '.join(features)}")
-    if not isinstance(features["label"], tfds.features.ClassLabel):
-        raise ConfigError(f"{path}: the feature 'label' is {features['label']}, not a ClassLabel")
-    _check_counts(builder.info.splits[whole])
-    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    return Split(f"{dataset}/{split}", features["label"].num_classes, records)
-
-
-def _find_version(data_dir: str, dataset: str) -> str:
-    root = os.path.join(data_dir, dataset)
-    try:
-        versions = [name for name in os.listdir(root) if re.fullmatch(r"\d+\.\d+\.\d+", name)]
-        for version in versions:
-            os.listdir(os.path.join(root, version))  # raises where it may not be read
-    except FileNotFoundError:
-        versions = []
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {error.filename}: {error.strerror}; set config.data_dir, or allow it"
-        ) from error
-    if not versions:
-        raise ConfigError(
-            f"data set '{dataset}' is not in {data_dir} (config.data_dir): "
-            f"{_preparation(dataset, data_dir)}\n"
-            "The quick-start brings its data and can run meanwhile:\n"
-            "  python -m convstem_jax.main --config configs/quickstart.py"
-        )
-
-    return os.path.join(root, max(versions, key=lambda name: list(map(int, name.split(".")))))
-
-
-def _preparation(dataset: str, data_dir: str) -> str:
-    if dataset == "imagenet2012":
-        return (
-            "prepare it with\n  python launch/prepare_imagenet.py "
-            f"--manual_dir FOLDER_OF_THE_TWO_TAR_FILES --data_dir {data_dir}"
-        )
-    try:
-        tfds.builder_cls(dataset)
-    except tfds.core.DatasetNotFoundError:
-        return f"tfds does not know it, so it must be there as {dataset}/VERSION/dataset_info.json"
-    return (
-        "prepare it with\n"
-        f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{dataset}', "
-        f"data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
-    )
-
-
-def _check_counts(info: tfds.core.SplitInfo) -> None:
-    # A file cut in half reads as 0 records with no error, so each file is counted.
-    for path, expected in zip(info.filepaths, info.shard_lengths, strict=True):
-        try:
-            found = array_record_module.ArrayRecordReader(str(path)).num_records()
-        except Exception as error:
-            raise DataError(f"{path} cannot be read: {error}; copy or build it again") from error
-        if found != expected:
-            raise DataError(
-                f"{path} holds {found} records, but dataset_info.json says {expected}: "
-                "the file is damaged or incomplete; copy or build it again"
-            )
+    return Split(f"{dataset}/{split}", *tfds_directory.read(data_dir, dataset, split))

@@ -1,0 +1,131 @@
+"""A data set in one file, for machines that have neither tfds nor ArrayRecord.
+
+    python -m convstem_jax.data.packed --dataset fashion_mnist_10k --output FOLDER
+
+`FOLDER/fashion_mnist_10k.npz` then stands for the tfds directory where `config.data_dir=FOLDER`. It
+is read whole, so this is for data sets of some hundred megabytes.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+
+import numpy as np
+
+from convstem_jax.errors import ConfigError, DataError, UserError, first_line
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRecords:
+    """Records of a split: `records[i]` is `{"image": encoded bytes, "label": int}`."""
+
+    content: np.ndarray  # uint8, one encoded image after another
+    starts: np.ndarray  # [N], where each of them starts
+    ends: np.ndarray  # [N]
+    labels: np.ndarray  # [N]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict:
+        image = self.content[self.starts[i] : self.ends[i]]
+        return {"image": image.tobytes(), "label": self.labels[i]}
+
+
+def write(path: str, splits: dict[str, PackedRecords], num_classes: int) -> None:
+    """Writes the splits of a data set, as `read` reads them."""
+    arrays = {
+        f"{name}/{key}": array
+        for name, records in splits.items()
+        for key, array in vars(records).items()
+    }
+    with open(path + ".tmp", "wb") as file:
+        np.savez(file, num_classes=num_classes, **arrays)
+    os.replace(path + ".tmp", path)
+
+
+def read(path: str, split: str) -> tuple[PackedRecords, int]:
+    """Reads a split, or a part of it as tfds writes it, such as `train[:90%]` or `test[:256]`.
+
+    Returns:
+        The records and the number of classes.
+
+    Raises:
+        ConfigError: there is no such split.
+        DataError: the file is damaged.
+    """
+    match = re.fullmatch(r"(\w+)(?:\[(\d+%?)?:(\d+%?)?\])?", split)
+    if not match:
+        raise ConfigError(f"'{split}' is not a split or a part of one, such as train[:90%]")
+    name, *bounds = match.groups()
+    try:
+        with np.load(path) as arrays:
+            if f"{name}/labels" not in arrays:
+                known = sorted(key.partition("/")[0] for key in arrays if key.endswith("/labels"))
+                raise ConfigError(f"{path} has no split '{name}': it has {', '.join(known)}")
+            fields = [field.name for field in dataclasses.fields(PackedRecords)]
+            whole = PackedRecords(*(arrays[f"{name}/{field}"] for field in fields))
+            num_classes = int(arrays["num_classes"])
+    except ConfigError:
+        raise
+    except Exception as error:  # of zip files and NumPy
+        raise DataError(f"{path} cannot be read: {first_line(error)}; pack it again") from error
+    first, last = (
+        default if not bound
+        else round(len(whole) * int(bound[:-1]) / 100) if bound.endswith("%")
+        else min(int(bound), len(whole))
+        for bound, default in zip(bounds, (0, len(whole)), strict=True)
+    )  # fmt: skip
+    if first >= last:
+        raise ConfigError(f"'{split}' of {path} is empty: '{name}' has {len(whole)} records")
+    part = slice(first, last)
+    arrays = whole.starts[part], whole.ends[part], whole.labels[part]
+    return PackedRecords(whole.content, *arrays), num_classes
+
+
+def pack(split) -> PackedRecords:
+    """Packs a `sources.Split`."""
+    records = [split.records[i] for i in range(len(split))]
+    ends = np.cumsum([len(record["image"]) for record in records])
+    return PackedRecords(
+        content=np.frombuffer(b"".join(record["image"] for record in records), np.uint8),
+        starts=np.concatenate([[0], ends[:-1]]),
+        ends=ends,
+        labels=np.array([int(record["label"]) for record in records]),
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Packs the splits of a tfds directory; returns the exit status."""
+    from convstem_jax.data import sources
+
+    parser = argparse.ArgumentParser(
+        prog="python -m convstem_jax.data.packed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--dataset", required=True, help="its name, such as fashion_mnist_10k")
+    add("--data_dir", default="datasets", help="folder that holds it (default: %(default)s)")
+    add("--splits", default="train,test", help="(default: %(default)s)")
+    add("--output", required=True, help="folder to write DATASET.npz in")
+    args = parser.parse_args(argv)
+    try:
+        splits = {
+            name: sources.open_split(args.data_dir, args.dataset, name)
+            for name in args.splits.split(",")
+        }
+        path = os.path.join(args.output, f"{args.dataset}.npz")
+        num_classes = next(iter(splits.values())).num_classes
+        write(path, {name: pack(split) for name, split in splits.items()}, num_classes)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_status", 2)
+    print(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,113 @@
+"""Records of a tfds directory in ArrayRecord, with random access. Needs no TensorFlow."""
+
+from collections.abc import Sequence
+import os
+import re
+
+from array_record.python import array_record_module
+import tensorflow_datasets as tfds
+
+from convstem_jax.errors import ConfigError, DataError, first_line
+
+
+def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], int]:
+    """Reads `split` of `data_dir/dataset/<highest version>` and checks it against its description.
+
+    Args:
+        data_dir: folder of data sets.
+        dataset: name of one.
+        split: name of one of its splits, or a part as tfds writes it: `train[:90%]`.
+
+    Returns:
+        The records, each with `image`, encoded, and `label`; and the number of classes.
+
+    Raises:
+        ConfigError: there is no such folder or split, or it is not in ArrayRecord.
+        DataError: a file holds another number of records than `dataset_info.json` says.
+    """
+    path = _find_version(data_dir, dataset)
+    try:
+        builder = tfds.builder_from_directory(path)
+    except Exception as error:  # tfds raises anything from KeyError to a JSON error
+        raise ConfigError(
+            f"{path} cannot be read as a tfds directory: {first_line(error)}"
+        ) from error
+    whole = split.partition("[")[0]
+    try:
+        is_empty = whole not in builder.info.splits or not builder.info.splits[split].num_examples
+    except ValueError as error:  # the part in brackets
+        raise ConfigError(f"'{split}' is not a part of the split '{whole}': {error}") from error
+    if is_empty:
+        raise ConfigError(
+            f"{path} has no split '{split}': it has {', '.join(sorted(builder.info.splits))}"
+        )
+    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+        raise ConfigError(
+            f"{path} is in {builder.info.file_format.value}, and random access needs ArrayRecord: "
+            "convert it into another folder with 'tfds convert_format' (needs the package "
+            f"apache-beam), or build it anew there ({_preparation(dataset, 'FOLDER')}), and set "
+            "config.data_dir to that folder"
+        )
+    features = builder.info.features
+    for key in ("image", "label"):
+        if key not in features:
+            raise ConfigError(f"{path} has no feature '{key}': it has {', '.join(features)}")
+    if not isinstance(features["label"], tfds.features.ClassLabel):
+        raise ConfigError(f"{path}: the feature 'label' is {features['label']}, not a ClassLabel")
+    _check_counts(builder.info.splits[whole])
+    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    return records, features["label"].num_classes
+
+
+def _find_version(data_dir: str, dataset: str) -> str:
+    root = os.path.join(data_dir, dataset)
+    try:
+        versions = [name for name in os.listdir(root) if re.fullmatch(r"\d+\.\d+\.\d+", name)]
+        for version in versions:
+            os.listdir(os.path.join(root, version))  # raises where it may not be read
+    except FileNotFoundError:
+        versions = []
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {error.filename}: {error.strerror}; set config.data_dir, or allow it"
+        ) from error
+    if not versions:
+        raise ConfigError(
+            f"data set '{dataset}' is not in {data_dir} (config.data_dir): "
+            f"{_preparation(dataset, data_dir)}\n"
+            "The quick-start brings its data and can run meanwhile:\n"
+            "  python -m convstem_jax.main --config configs/quickstart.py"
+        )
+
+    return os.path.join(root, max(versions, key=lambda name: list(map(int, name.split(".")))))
+
+
+def _preparation(dataset: str, data_dir: str) -> str:
+    if dataset == "imagenet2012":
+        return (
+            "prepare it with\n  python launch/prepare_imagenet.py "
+            f"--manual_dir FOLDER_OF_THE_TWO_TAR_FILES --data_dir {data_dir}"
+        )
+    try:
+        tfds.builder_cls(dataset)
+    except tfds.core.DatasetNotFoundError:
+        return f"tfds does not know it, so it must be there as {dataset}/VERSION/dataset_info.json"
+    return (
+        "prepare it with\n"
+        f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{dataset}', "
+        f"data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
+    )
+
+
+def _check_counts(info: tfds.core.SplitInfo) -> None:
+    # A file cut in half reads as 0 records with no error, so each file is counted.
+    for path, expected in zip(info.filepaths, info.shard_lengths, strict=True):
+        try:
+            found = array_record_module.ArrayRecordReader(str(path)).num_records()
+        except Exception as error:
+            raise DataError(f"{path} cannot be read: {error}; copy or build it again") from error
+        if found != expected:
+            raise DataError(
+                f"{path} holds {found} records, but dataset_info.json says {expected}: "
+                "the file is damaged or incomplete; copy or build it again"
+            )
