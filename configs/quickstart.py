@@ -16,6 +16,7 @@ import os
 
 from configs import common
 from convstem_jax.config import set_fields
+from convstem_jax.optim import OPTIMIZERS
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -23,7 +24,7 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def get_config(arg: str = ""):
     """`arg` holds a model (vitc, vitp, regnety), an optimiser (adamw, sgd) and FIELD=VALUE."""
     families = ("vitc", "vitp", "regnety")
-    (family, optimizer), fields = common.parse(arg, families, common.OPTIMIZERS)
+    (family, optimizer), fields = common.parse(arg, families, tuple(OPTIMIZERS))
     config = common.base()
     config.model = f"{family}_tiny"
     config.dtype = "float32"  # bfloat16 is slower on most CPUs

@@ -119,6 +119,8 @@ def _count(jaxpr, params: dict) -> Iterator[tuple[tuple, int, int]]:
                 params[eqn.outvars[0]] = path
             if products.intersection(inputs):
                 products.add(eqn.outvars[0])
+        if name in ("scan", "while", "cond"):
+            raise ValueError(f"this model's program has a {name}, which is not counted")
         for inner in jax.tree.leaves(
             eqn.params, is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr)
         ):
@@ -200,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         "numbers (default: %(default)s)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    changes = {"image_size": args.image_size} if args.image_size else {}
+    changes = {} if args.image_size is None else {"image_size": args.image_size}
     try:
         table = rows(args.model or PAPER, num_classes=args.num_classes, **changes)
     except ValueError as error:

@@ -75,7 +75,7 @@ def set_fields(config: ml_collections.ConfigDict, fields: dict[str, str]) -> Non
 
     Raises:
         ConfigError: likewise, and where the model or the optimiser changes alone: the learning rate
-            and the weight decay belong to both.
+            and the weight decay belong to both, the image size to the model.
     """
     for name, known in (("model", MODELS), ("optimizer", OPTIMIZERS)):
         # An unknown one is for `validate` to refuse.
@@ -84,6 +84,12 @@ def set_fields(config: ml_collections.ConfigDict, fields: dict[str, str]) -> Non
                 f"config.{name}={fields[name]} alone would keep the lr and wd of another: give "
                 "both too, or choose by a word after the configuration file, as in FILE.py:sgd"
             )
+    size = MODELS[fields["model"]].image_size if fields.get("model") in MODELS else None
+    if size not in (None, config.image_size) and not {"image_size", "eval_resize"} <= fields.keys():
+        raise ConfigError(
+            f"config.model={fields['model']} is made for {size} pixels and this configuration has "
+            f"{config.image_size}: give image_size and eval_resize too, or choose another file"
+        )
     for name, text in fields.items():
         set_field(config, name, text)
 

@@ -14,9 +14,10 @@ import safetensors
 import safetensors.numpy
 
 from convstem_jax import layouts, weights
-from convstem_jax.errors import CheckpointError, ConfigError, UserError
+from convstem_jax.errors import CheckpointError, ConfigError, UserError, first_line
 from convstem_jax.models import MODELS
 
+TORCH_SUFFIXES = (".pt", ".pth", ".pyth", ".bin")
 _EPILOG = """\
 examples:
   python -m convstem_jax.convert runs/quickstart quickstart.safetensors
@@ -26,6 +27,10 @@ examples:
 
 The result of the last one starts a training with --config.init_from=vitp_18gf.safetensors, and
 convstem_jax.load_model gives a model from it. Torch files are read without running code in them.
+
+pycls is written as its branch vitconfigs has it, and read from its main branch too. Of timm's
+networks with the paper's sizes vit_base_patch16_224 alone has the paper's architecture; mind the
+mean and standard deviation that its images were normalised with.
 
 exit status:
   0 done · 2 wrong arguments · 4 weights that cannot be read or do not fit
@@ -50,29 +55,39 @@ def read_torch(path: str, *, raw: bool = False) -> dict[str, np.ndarray]:
     torch = _import_torch(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file raises anything
         raise CheckpointError(
             f"{path} is refused: it is damaged, or holds more than tensors, such as code "
-            f"({str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from error
     for key in ("model_state", "ema_state") if raw else ("ema_state", "model_state"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
+    is_state = isinstance(content, dict) and all(
+        isinstance(name, str) and torch.is_tensor(x) and not x.is_complex()
+        for name, x in content.items()
+    )
+    if not is_state:
         raise CheckpointError(f"{path} holds no state dict: save model.state_dict()")
     return {name: tensor.float().numpy() for name, tensor in content.items()}
 
 
-def write_torch(path: str, state: dict[str, np.ndarray]) -> None:
-    """Writes a state dict of contiguous arrays, in PyTorch's format or safetensors."""
+def write_torch(path: str, state: dict[str, np.ndarray], layout: str) -> None:
+    """Writes a state dict of contiguous arrays, in PyTorch's format or safetensors.
+
+    In PyTorch's format pycls has it under the key `model_state`.
+    """
     try:
         if path.endswith(".safetensors"):
             safetensors.numpy.save_file(state, path, {"format": "pt"})
         else:
             torch = _import_torch(path)
-            torch.save({name: torch.from_numpy(np.array(x)) for name, x in state.items()}, path)
-    except (OSError, RuntimeError) as error:
+            tensors = {name: torch.from_numpy(np.array(x)) for name, x in state.items()}
+            torch.save({"model_state": tensors} if layout == "pycls" else tensors, path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
@@ -84,6 +99,25 @@ def _import_torch(path: str):
             f"{path} needs PyTorch: pip install torch, or use a .safetensors file"
         ) from error
     return torch
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses arguments that would be ignored or do harm."""
+    if os.path.exists(args.target):
+        raise ConfigError(f"{args.target} is there already: delete it, or name another target")
+    if args.source_layout and not args.model:
+        raise ConfigError(f"--from {args.source_layout} needs --model")
+    for name in ("model", "num_classes", "image_size"):
+        if getattr(args, name) is not None and not args.source_layout:
+            raise ConfigError(f"--{name} is for a source with --from: {args.source} has its own")
+    if (args.raw or args.step is not None) and args.source.endswith(".safetensors"):
+        raise ConfigError(f"--raw and --step are for a run's folder: {args.source} is one state")
+    for path, layout, flag in (
+        (args.source, args.source_layout, "--from"),
+        (args.target, args.target_layout, "--to"),
+    ):
+        if path.endswith(TORCH_SUFFIXES) and not layout:
+            raise ConfigError(f"{path} is a PyTorch file: say its layout with {flag}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         "--model", choices=MODELS, metavar="NAME",
         help="of a source with --from; one of " + ", ".join(MODELS),
     )  # fmt: skip
-    parser.add_argument("--num_classes", type=int, default=1000, help="likewise; default 1000")
+    parser.add_argument("--num_classes", type=int, help="likewise; default: 1000")
     parser.add_argument("--image_size", type=int, help="likewise; default: the model's own")
     parser.add_argument("--step", type=int, help="checkpoint of a run (default: the latest)")
     parser.add_argument(
@@ -116,19 +150,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        if os.path.exists(args.target):
-            raise ConfigError(f"{args.target} is there already: delete it, or name another target")
+        _check(args)
         if args.source_layout:
-            if not args.model:
-                raise ConfigError(f"--from {args.source_layout} needs --model")
-            image_size = args.image_size or MODELS[args.model].image_size
-            architecture = weights.Architecture(args.model, args.num_classes, image_size)
+            image_size = args.image_size
+            if image_size is None:
+                image_size = MODELS[args.model].image_size
+            num_classes = 1000 if args.num_classes is None else args.num_classes
+            architecture = weights.Architecture(args.model, num_classes, image_size)
+            shapes = architecture.shapes()
             state = read_torch(args.source, raw=args.raw)
-            converted = layouts.from_torch(state, architecture.shapes(), args.source_layout)
+            converted = layouts.from_torch(state, shapes, args.source_layout)
         else:
             converted, architecture = weights.load(args.source, raw=args.raw, step=args.step)
         if args.target_layout:
-            write_torch(args.target, layouts.to_torch(converted, args.target_layout))
+            state = layouts.to_torch(converted, args.target_layout)
+            write_torch(args.target, state, args.target_layout)
         else:
             weights.save(args.target, converted, architecture)
     except (UserError, ValueError) as error:

@@ -1,7 +1,8 @@
 """Names and axes of the weights in PyTorch implementations of the same networks.
 
 A table maps the path of a module or parameter here to the beginning of the names there; `{i}` and
-`{j}` stand for numbers, which some count from one: `{i1}`, `{j1}`.
+`{j}` stand for numbers, which some count from one: `{i1}`, `{j1}`. pycls feeds its networks blue,
+green, red, so the first convolution's inputs are reversed.
 """
 
 from collections.abc import Iterator
@@ -145,8 +146,12 @@ def from_torch(state: dict[str, np.ndarray], like: PyTree, layout: str) -> PyTre
     Raises:
         CheckpointError: listing all tensors that are missing, unknown or of another shape.
     """
-    state = {_rename(name, layout): x for name, x in state.items()}
-    wrong, used, flat = [], set(), {}
+    wrong, used, flat, renamed = [], set(), {}, {}
+    for name, x in state.items():
+        if (new := _rename(name, layout)) in renamed:
+            wrong.append(f"twice: {new}, once as {name}")
+        renamed[new] = x
+    state = renamed
     for path, name, kind in _names(like, layout):
         used.add(name)
         shape = _get(like, path).shape
@@ -155,12 +160,12 @@ def from_torch(state: dict[str, np.ndarray], like: PyTree, layout: str) -> PyTre
             continue
         array = np.asarray(state[name], np.float32)
         wanted = _transpose(kind, np.empty(shape, np.bool_)).shape
-        # pycls's main branch has the position embedding as [T, 1, d].
-        squeezed = [tuple(n for n in s if n != 1) for s in (array.shape, wanted)]
-        if array.shape != wanted and not (array.ndim == 3 and squeezed[0] == squeezed[1]):
+        if name == "pos_embedding" and array.ndim == 3 and array.shape[1] == 1:
+            array = array.transpose(1, 0, 2)  # [T, 1, d] in pycls's main branch
+        if array.shape != wanted:
             wrong.append(f"shape: {name} is {array.shape} and should be {wanted}")
             continue
-        flat[path] = _transpose_back(kind, array.reshape(wanted))
+        flat[path] = _transpose_back(kind, array)
     ignored = re.compile(r"(^|\.)num_batches_tracked$")
     wrong += [f"unknown: {name}" for name in state if name not in used and not ignored.search(name)]
     if wrong:
@@ -202,18 +207,19 @@ def _names(weights: PyTree, layout: str) -> Iterator[tuple[tuple, str, str]]:
             if match := pattern.fullmatch("/".join(map(str, module))):
                 numbers = {key: int(value) for key, value in match.groupdict().items()}
                 numbers |= {f"{key}1": value + 1 for key, value in numbers.items()}
-                yield path, template.format(**numbers) + leaf, _kind(path, len(x.shape))
+                yield path, template.format(**numbers) + leaf, _kind(path, x.shape, layout)
                 break
         else:
             name = "/".join(map(str, module))
             raise CheckpointError(f"{layout} has no {name}: it cannot hold this model")
 
 
-def _kind(path: tuple, ndim: int) -> str:
+def _kind(path: tuple, shape: tuple[int, ...], layout: str) -> str:
     if path[-1] != "kernel":
         return "plain"
-    if ndim == 4:
-        return "conv"
+    if len(shape) == 4:
+        sees_colours = path[1] == "stem" and shape[2] == 3
+        return "conv of BGR" if layout == "pycls" and sees_colours else "conv"
     return "pointwise" if "se" in path else "linear"  # squeeze-and-excitation is 1x1 convolutions
 
 
@@ -227,6 +233,8 @@ def _transpose(kind: str, x: np.ndarray) -> np.ndarray:
     match kind:
         case "conv":
             return x.transpose(3, 2, 0, 1)
+        case "conv of BGR":
+            return x.transpose(3, 2, 0, 1)[:, ::-1]
         case "linear":
             return x.T
         case "pointwise":
@@ -238,6 +246,8 @@ def _transpose_back(kind: str, x: np.ndarray) -> np.ndarray:
     match kind:
         case "conv":
             return x.transpose(2, 3, 1, 0)
+        case "conv of BGR":
+            return x[:, ::-1].transpose(2, 3, 1, 0)
         case "linear":
             return x.T
         case "pointwise":

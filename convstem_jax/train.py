@@ -149,7 +149,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     @functools.cache
     def precise_batches():
         num = max(1, config.precise_bn_examples // config.batch_size)
-        return list(itertools.islice(new_train_batches(first_step=0), num))
+        # By threads: worker processes would keep their memory to the end of the run.
+        threads = pipeline.Reading(0, min(num, max(1, config.num_workers)), 1, 1)
+        return list(itertools.islice(new_train_batches(first_step=0, reading=threads), num))
 
     def precise(weights):
         batch_stats = precise_batch_stats(jit_batch_statistics, weights, precise_batches())
@@ -179,6 +181,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     with (
         contextlib.closing(records),
         contextlib.closing(checkpoints),
+        jax.set_mesh(mesh),
         preemption.stop_requested() as stop,
     ):
         for step in range(first_step + 1, num_steps + 1):  # `step` updates made, after this one

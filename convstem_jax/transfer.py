@@ -14,7 +14,7 @@ from convstem_jax.weights import Weights
 def transfer(old: Weights, new: Weights) -> tuple[Weights, str]:
     """Puts the weights of one model into another of the same architecture.
 
-    A position embedding for another image size is resized, bicubically and without the class
+    A position embedding for another image size is resized, bicubically and but for the class
     token's; a head for other classes stays new.
 
     Args:
@@ -34,10 +34,10 @@ def transfer(old: Weights, new: Weights) -> tuple[Weights, str]:
         shapes = [tree[path].shape if path in tree else "–" for tree in (old, new)]
         if shapes[0] == shapes[1]:
             result[path] = old[path]
-        elif path[1] == "head" and "–" not in shapes:
+        elif path[1] == "head" and "–" not in shapes and shapes[0][:-1] == shapes[1][:-1]:
             result[path] = new[path]
-            lines.append([name, *shapes, "replaced: drawn anew"])
-        elif path[1] == "position_embedding" and "–" not in shapes:
+            lines.append([name, *shapes, "replaced: new"])
+        elif path[1] == "position_embedding" and shapes[0][-1] == shapes[1][-1]:
             result[path] = resize_position_embedding(old[path], new[path].shape[1])
             lines.append([name, *shapes, "resized"])
         else:
@@ -52,7 +52,10 @@ def transfer(old: Weights, new: Weights) -> tuple[Weights, str]:
 
 
 def resize_position_embedding(embedding: jax.Array, num_tokens: int) -> jax.Array:
-    """Resizes a position embedding `[1, 1 + side^2, d]` to `num_tokens`, bicubically."""
+    """Resizes a position embedding `[1, 1 + side^2, d]` to `num_tokens`, bicubically.
+
+    With anti-aliasing where it gets smaller, and a = -0.5, as in Pillow.
+    """
     class_token, grid = embedding[:, :1], embedding[:, 1:]
     old, new = math.isqrt(grid.shape[1]), math.isqrt(num_tokens - 1)
     d = grid.shape[-1]

@@ -65,18 +65,39 @@ def load(path: str, *, raw: bool = False, step: int | None = None) -> tuple[Weig
     """Loads weights and what they belong to; see `load_model`."""
     if os.path.isdir(path):
         return _load_run(path, raw, step)
+    convert = "convert it first, with python -m convstem_jax.convert"
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             names, metadata = file.keys(), file.metadata() or {}
-            flat = {tuple(map(_key, name.split("/"))): file.get_tensor(name) for name in names}
+            found = {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not there") from error
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-    if "convstem_jax" not in metadata:
         raise CheckpointError(
-            f"{path} was not written by this project: convert it first, with "
-            "python -m convstem_jax.convert"
+            f"{path} is neither a run's folder nor a safetensors file ({error}). Another project's "
+            f"file? Then {convert}"
+        ) from error
+    if "convstem_jax" not in metadata:
+        raise CheckpointError(f"{path} was not written by this project: {convert}")
+    try:
+        architecture = Architecture(**json.loads(metadata["convstem_jax"]))
+        shapes = architecture.shapes()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} describes no model of this version: {error}") from error
+    wanted = {"/".join(map(str, k)): x for k, x in traverse_util.flatten_dict(shapes).items()}
+    wrong = [f"missing: {name}" for name in wanted.keys() - found.keys()]
+    wrong += [f"unknown: {name}" for name in found.keys() - wanted.keys()]
+    wrong += [
+        f"shape: {name} is {found[name].shape} and should be {wanted[name].shape}"
+        for name in wanted.keys() & found.keys()
+        if found[name].shape != wanted[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not hold a {architecture.model}; {len(wrong)} tensors do not fit:\n  "
+            + "\n  ".join(sorted(wrong))
         )
-    architecture = Architecture(**json.loads(metadata["convstem_jax"]))
+    flat = {tuple(map(_key, name.split("/"))): x for name, x in found.items()}
     return {"batch_stats": {}} | traverse_util.unflatten_dict(flat), architecture
 
 
@@ -95,7 +116,7 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
             safetensors.numpy.save_file(arrays, path, metadata)
         else:
             _save_run(path, weights, architecture)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convstem_jax import mixing
 from convstem_jax.evaluate import evaluate, precise_batch_stats
 from convstem_jax.step import Recipe, batch_statistics, split
 from tests.networks import random_model
@@ -49,7 +50,7 @@ def test_precise_statistics_are_means_over_batches():
         label_smoothing=0.0,
         mixup_alpha=0.8,
         cutmix_alpha=1.0,
-        lighting_std=0.0,
+        lighting_std=0.1,
         ema_every=1,
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
@@ -64,10 +65,11 @@ def test_precise_statistics_are_means_over_batches():
     weights = {"params": params, "batch_stats": batch_stats}
     got = precise_batch_stats(step, weights, batches)
 
-    convolved = [
-        np.array(model.stem.convs[0]((batch["image"] / np.float32(255) - 0.5) / 0.25))
-        for batch in batches
-    ]
+    convolved = []
+    for i, batch in enumerate(batches):
+        light = np.array(mixing.lighting(jax.random.key(i), 16, 0.1))[:, None, None]
+        images = (batch["image"] / np.float32(255) + light - 0.5) / 0.25
+        convolved.append(np.array(model.stem.convs[0](images)))
     mean = np.mean([x.mean(axis=(0, 1, 2)) for x in convolved], axis=0)
     var = np.mean([x.var(axis=(0, 1, 2)) for x in convolved], axis=0)
     first = got["stem"]["norms"][0]

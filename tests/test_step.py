@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from convstem_jax import layouts, optim
+from convstem_jax import layouts, mixing, optim
 from convstem_jax.models import create_model
+from convstem_jax.models.regnet import GroupedConv
 from convstem_jax.step import (
     HParams,
     Recipe,
@@ -41,6 +42,7 @@ RECIPE = Recipe(
     std=(0.229, 0.224, 0.225),
 )
 SCHEDULE = {"num_steps": 100, "warmup_steps": 4, "ema_rate": 0.25}
+MIXING = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "lighting_std": 0.1}
 # The tests spend their time in the compiler, not in what it makes.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -177,6 +179,28 @@ def test_learning_rate_and_weight_decay_act_on_the_update():
     assert distance(jax.tree.map(np.subtract, moves[1], moves[0]), expected) < 1e-4
 
 
+@pytest.mark.parametrize("seed", [0, 3, 9, 11])  # two draw mixup and two CutMix
+def test_the_step_lights_and_mixes(seed):
+    run = make_run("vitp_tiny", seed=seed, **MIXING)
+    light_key, mix_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0))
+    light = mixing.lighting(light_key, 32, 0.1)
+    mask = np.array(mixing.draw_mask(mix_key, 16, 16, mixup_alpha=0.8, cutmix_alpha=1.0))
+    assert np.abs(light).max() > 0.01 and mask.mean() < 0.99
+
+    images = np.array(run.batch["image"]) / 255 + np.array(light)[:, None, None]
+    images = (images - RECIPE.mean) / RECIPE.std
+    targets = 0.9 * np.eye(10)[np.array(run.batch["label"])] + 0.01
+    neighbour = np.arange(32) ^ 1
+    images = mask[..., None] * images + (1 - mask[..., None]) * images[neighbour]
+    targets = mask.mean() * targets + (1 - mask.mean()) * targets[neighbour]
+    model = nnx.clone(tiny("vitp_tiny"))
+    model.train()
+    log_p = jax.nn.log_softmax(model(jnp.array(images, jnp.float32)))
+    loss = float(-(targets * log_p).sum(axis=1).mean())
+    _, metrics = run.step(run.state, run.batch, run.hparams)
+    assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
+
+
 def test_normalize():
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype(np.uint8)
     expected = (images / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
@@ -232,15 +256,15 @@ def test_one_step_is_pytorchs(name, optimizer):
         strict=True,
     ):
         error = np.abs(new - e)
-        if jax.tree_util.keystr(path, simple=True, separator="/").endswith("qkv/bias"):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if recipe.optimizer == "adamw" and name.endswith("qkv/bias"):
             # The exact gradient of the key's bias is 0; AdamW makes whole steps of its rounding.
             error = np.delete(error, np.s_[len(error) // 3 : len(error) // 3 * 2])
         assert np.abs(new - old).max() > 1e-4, "every parameter has to move"
         errors.append(error.ravel())
     errors = np.concatenate(errors)
     # AdamW's first step is +-lr, so that a gradient of the size of its rounding may go astray.
-    assert np.quantile(errors, 0.9999) < 1e-5
-    assert (errors > 1e-5).sum() <= 10
+    assert (errors > 1e-5).sum() <= {"adamw": 10, "sgd": 0}[recipe.optimizer]
 
 
 # ------------------------------------------------------------------- devices and micro-batches
@@ -265,9 +289,25 @@ def assert_same_step(a, b, tolerance):
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_8_devices_do_what_1_device_does(accumulate):
     """BatchNorm's statistics included: they are over the whole (micro-)batch."""
-    one = one_step("vitc_tiny", num_devices=1, accumulate=accumulate)
-    eight = one_step("vitc_tiny", num_devices=8, accumulate=accumulate)
+    one = one_step("vitc_tiny", num_devices=1, accumulate=accumulate, **MIXING)
+    eight = one_step("vitc_tiny", num_devices=8, accumulate=accumulate, **MIXING)
     assert_same_step(eight, one, 2e-5)
+
+
+def test_8_devices_share_grouped_convolutions(monkeypatch):
+    """XLA alone would have each of them compute the whole batch."""
+    monkeypatch.setattr(GroupedConv, "MAX_SPLIT", 0)
+    model = random_model("regnety_tiny", num_classes=10, depths=(1,), widths=(8,), group_width=2)
+    graphdef, _, _ = split(model)
+    grads = []
+    for num_devices in (1, 8):
+        run = make_run("vitc_tiny", num_devices=num_devices)  # for its batch
+        with jax.set_mesh(run.sharding.mesh):
+            state = jax.device_put(init_state(RECIPE, model), run.hparams.lr.sharding)
+            step = jit(functools.partial(train_step, graphdef, RECIPE))
+            assert "all-gather" not in step.lower(state, run.batch, run.hparams).compile().as_text()
+            grads.append(fetch(step(state, run.batch, run.hparams)[0].params))
+    assert distance(grads[1], grads[0]) < 1e-5
 
 
 def test_accumulated_micro_batches_make_the_same_update():

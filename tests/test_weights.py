@@ -99,6 +99,23 @@ def test_names_of_other_layouts(layout, name):
     assert not missing, missing
 
 
+@pytest.mark.parametrize(
+    "name, first",
+    [
+        ("vitc_tiny", ("stem.cstem0_conv.weight", "conv_proj.conv_bn_relu_0.0.weight")),
+        ("vitp_tiny", ("stem.patchify.weight", "conv_proj.weight")),
+        ("regnety_tiny", ("stem.conv.weight", "stem.0.weight")),
+    ],
+)
+def test_pycls_sees_blue_first(name, first):
+    found, _ = random_weights(name)
+    theirs, torchvisions = (
+        layouts.to_torch(found, layout)[key]
+        for layout, key in zip(("pycls", "torchvision"), first, strict=True)
+    )
+    np.testing.assert_array_equal(theirs, torchvisions[:, ::-1])
+
+
 def test_older_and_newer_names_are_read():
     found, architecture = random_weights("vitc_tiny")
     state = {
@@ -124,7 +141,7 @@ def test_all_tensors_that_do_not_fit_are_listed(tmp_path, capsys):
     del state["encoder.ln.weight"]
     state["conv_proj.conv_last.bias"] = np.zeros(7, np.float32)
     state["encoder.extra"] = np.zeros(1, np.float32)
-    convert.write_torch(str(tmp_path / "a.pt"), state)
+    convert.write_torch(str(tmp_path / "a.pt"), state, "torchvision")
     flags = ["--from", "torchvision", "--model", "vitc_tiny", "--num_classes", 10]
     assert run(tmp_path / "a.pt", tmp_path / "b.safetensors", *flags) == 4
     error = capsys.readouterr().err
@@ -133,6 +150,36 @@ def test_all_tensors_that_do_not_fit_are_listed(tmp_path, capsys):
     assert "shape: conv_proj.conv_last.bias is (7,) and should be (64,)" in error
     assert "unknown: encoder.extra" in error
     assert not (tmp_path / "b.safetensors").exists()
+
+    state = {"encoder.layers.0.mlp.0.bias": 1, "encoder.layers.0.mlp.linear_1.bias": 2}
+    with pytest.raises(CheckpointError, match="twice: encoder.layers.0.mlp.0.bias"):
+        layouts.from_torch(state, found, "torchvision")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda arrays: arrays.pop("params/head/bias"), "missing: params/head/bias"),
+        (
+            lambda arrays: arrays.update({"params/head/bias": np.zeros(7, np.float32)}),
+            "shape: params/head/bias is (7,) and should be (10,)",
+        ),
+        (lambda arrays: arrays.update({"params/x": np.zeros(7)}), "unknown: params/x"),
+    ],
+)
+def test_our_own_file_is_checked_too(change, message, tmp_path, capsys):
+    weights.save(str(tmp_path / "a.safetensors"), *random_weights("vitp_tiny"))
+    with safetensors.safe_open(tmp_path / "a.safetensors", framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    change(arrays)
+    safetensors.numpy.save_file(arrays, tmp_path / "b.safetensors", metadata)
+    assert run(tmp_path / "b.safetensors", tmp_path / "c.safetensors") == 4
+    error = capsys.readouterr().err
+    assert message in error and "1 tensors do not fit" in error
+    safetensors.numpy.save_file(arrays, tmp_path / "d.safetensors", {"convstem_jax": "{}"})
+    assert run(tmp_path / "d.safetensors", tmp_path / "c.safetensors") == 4
+    assert "describes no model" in capsys.readouterr().err
 
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, capsys):
@@ -174,18 +221,36 @@ def test_wrong_files_have_one_line_and_status_4(tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     safetensors.numpy.save_file({"a": np.zeros(3)}, tmp_path / "foreign.safetensors")
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbered.pt")
+    (tmp_path / "empty.pt").touch()
     flags = ["--from", "timm", "--model", "vitp_tiny"]
     for source, extra, message in (
-        ("a.safetensors", [], "cannot be read as safetensors"),
-        ("none.safetensors", [], "cannot be read as safetensors"),
+        ("a.safetensors", [], "is neither a run's folder nor a safetensors file"),
+        ("none.safetensors", [], "none.safetensors is not there"),
+        ("none.pt", flags, "No such file"),
+        ("empty.pt", flags, "is refused: it is damaged"),
+        ("numbered.pt", flags, "holds no state dict"),
         ("folder", [], "holds no checkpoint"),
         ("foreign.safetensors", [], "was not written by this project"),
         ("list.pt", flags, "holds no state dict"),
     ):
         assert run(tmp_path / source, tmp_path / "out.safetensors", *extra) == 4, source
         assert message in capsys.readouterr().err
-    assert run(tmp_path / "a.safetensors", tmp_path / "folder") == 2
-    assert "is there already" in capsys.readouterr().err
+    for arguments, message in (
+        (["a.safetensors", "folder"], "is there already"),
+        (["list.pt", "out.safetensors"], "say its layout with --from"),
+        (["a.safetensors", "out.pth"], "say its layout with --to"),
+        (["a.safetensors", "out.safetensors", "--model", "vitp_tiny"], "--model is for a source"),
+        (["a.safetensors", "out.safetensors", "--raw"], "is one state"),
+        (["list.pt", "out.safetensors", *flags, "--num_classes", 0], "num_classes is 0"),
+    ):
+        paths = [tmp_path / name for name in arguments[:2]]
+        assert run(*paths, *arguments[2:]) == 2, arguments
+        assert message in capsys.readouterr().err
+    target = tmp_path / "absent" / "out.safetensors"
+    weights.save(str(tmp_path / "good.safetensors"), *random_weights("vitp_tiny"))
+    assert run(tmp_path / "good.safetensors", target) == 4
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_a_model_is_loaded_with_its_weights(tmp_path):
@@ -220,11 +285,11 @@ def test_position_embedding_is_resized_bicubically():
     np.testing.assert_allclose(same, embedding, atol=1e-6)
     larger = np.array(resize_position_embedding(embedding, 1 + 24**2))
     np.testing.assert_array_equal(larger[:, 0], embedding[:, 0])
-    # Bicubic interpolation keeps a plane a plane, away from the border.
-    y, x = np.mgrid[:14, :14].astype(np.float32)
-    plane = np.stack([y, x, y + 2 * x], axis=-1).reshape(1, -1, 3)
-    plane = np.concatenate([np.zeros((1, 1, 3), np.float32), plane], axis=1)
-    got = np.array(resize_position_embedding(jnp.array(plane), 1 + 28**2))[:, 1:].reshape(28, 28, 3)
-    y, x = (np.mgrid[:28, :28] + 0.5) / 2 - 0.5
-    expected = np.stack([y, x, y + 2 * x], axis=-1)
-    np.testing.assert_allclose(got[4:-4, 4:-4], expected[4:-4, 4:-4], atol=1e-4)
+    grid = torch.tensor(np.array(embedding[0, 1:].reshape(14, 14, 8))).permute(2, 0, 1)[None]
+    for side in (24, 16, 7):
+        expected = torch.nn.functional.interpolate(
+            grid, size=(side, side), mode="bicubic", antialias=True
+        )
+        got = np.array(resize_position_embedding(embedding, 1 + side**2))[0, 1:]
+        expected = expected[0].permute(1, 2, 0).reshape(-1, 8)
+        np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=str(side))

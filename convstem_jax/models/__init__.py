@@ -39,6 +39,8 @@ def create_model(
     """
     if name not in MODELS:
         raise ValueError(f"unknown model '{name}': choose one of {', '.join(MODELS)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}: it must be 1 or more")
     spec = MODELS[name]
     network = ViT if isinstance(spec, ViTSpec) else RegNet
     fields = [field.name for field in dataclasses.fields(spec)]

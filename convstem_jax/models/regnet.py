@@ -1,6 +1,7 @@
 """RegNetY, the paper's CNN baseline (Table 2): convolutional blocks with squeeze-and-excitation."""
 
 import dataclasses
+import functools
 import math
 
 from flax import nnx
@@ -61,9 +62,12 @@ def _conv(
 class GroupedConv(nnx.Module):
     """3x3 convolution in groups, on `[N, H, W, width]`.
 
-    The one place that knows how grouped convolutions are computed: XLA's gradient of
-    `feature_group_count` is slow (jax-ml/jax#13800). A few groups are convolved one by one instead,
-    30 to 70 times faster on a CPU; many of them would take too long to compile.
+    The one place that knows how grouped convolutions are computed, since XLA has two weaknesses:
+
+    - Its gradient of `feature_group_count` is slow (jax-ml/jax#13800). A few groups are convolved
+      one by one instead, 30 to 70 times faster on a CPU; many would take too long to compile.
+    - It gathers a batch that is sharded over devices on each of them (openxla/xla#47945). So each
+      device is given its part of the batch where the mesh in use has an axis `data`.
     """
 
     MAX_SPLIT = 8  # groups
@@ -86,22 +90,26 @@ class GroupedConv(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.num_groups > self.MAX_SPLIT:
-            return self.conv(x)
-        groups = zip(
-            jnp.split(x.astype(self.conv.dtype), self.num_groups, axis=-1),
-            jnp.split(self.conv.kernel.astype(self.conv.dtype), self.num_groups, axis=-1),
-            strict=True,
-        )
-        return jnp.concatenate([self._convolve(*group) for group in groups], axis=-1)
+        x, kernel = x.astype(self.conv.dtype), self.conv.kernel.astype(self.conv.dtype)
+        if self.num_groups <= self.MAX_SPLIT:
+            groups = (jnp.split(y, self.num_groups, axis=-1) for y in (x, kernel))
+            parts = [self._convolve(*group, 1) for group in zip(*groups, strict=True)]
+            return jnp.concatenate(parts, axis=-1)
+        convolve = functools.partial(self._convolve, num_groups=self.num_groups)
+        if "data" in jax.sharding.get_abstract_mesh().axis_names:
+            convolve = jax.shard_map(
+                convolve, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data")
+            )
+        return convolve(x, kernel)
 
-    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def _convolve(self, x: jax.Array, kernel: jax.Array, num_groups: int) -> jax.Array:
         return jax.lax.conv_general_dilated(
             x,
             kernel,
             window_strides=(self.conv.strides,) * 2,
             padding=self.conv.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=num_groups,
         )
 
 

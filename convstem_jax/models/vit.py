@@ -180,7 +180,7 @@ class ViT(nnx.Module):
 
 
 def _check(spec: ViTSpec) -> None:
-    sizes = dataclasses.asdict(spec)
+    sizes, kernels, strides = dataclasses.asdict(spec), spec.stem_kernels, spec.stem_strides
     for name in ("width", "mlp_dim", "num_heads", "patch_size", "image_size"):
         if sizes[name] < 1:
             raise ValueError(f"{name} is {sizes[name]}: it must be 1 or more")
@@ -192,6 +192,13 @@ def _check(spec: ViTSpec) -> None:
     for field, known in (("stem_norm", (None, *stems.NORMS)), ("stem_init", stems.INITS)):
         if (value := getattr(spec, field)) not in known:
             raise ValueError(f"{field} is {value!r}: it must be one of {known}")
+    if spec.stem_init != "paper" and not spec.stem_channels:
+        raise ValueError(f"stem_init={spec.stem_init!r} is of the convolutional stem: leave it out")
+    if any(kernel > max(3, stride) for kernel, stride in zip(kernels, strides, strict=False)):
+        raise ValueError(
+            f"the stem's kernels {kernels} are neither 3 nor at most its strides {strides}, and "
+            "would not reach the patchify stem's grid"
+        )
     if spec.width % spec.num_heads:
         raise ValueError(f"width {spec.width} is not a multiple of {spec.num_heads} heads")
     if spec.image_size % spec.patch_size:
