@@ -162,7 +162,8 @@ def base() -> ml_collections.ConfigDict:
     config.lighting_std = 0.1  # of the three principal components of colour
     config.ema_alpha = 1e-5  # per example and epoch: see optim.ema_rate
     config.ema_every = 32  # steps between two updates of the EMA
-    config.seed = 0  # of the initialisation, the order of the data and the augmentation
+    config.seed = 0  # of the initialisation and of mixing
+    config.data_seed = -1  # of the order of the data and of augmentation; -1 for the same as `seed`
 
     # Data
     config.dataset = "imagenet2012"

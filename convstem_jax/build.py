@@ -17,7 +17,8 @@ def train_examples(config: ml_collections.ConfigDict, split: Split) -> TrainExam
     transform = TrainTransform(
         config.image_size, config.min_crop_area, config.flip, config.auto_augment
     )
-    return TrainExamples(split, transform, config.seed)
+    seed = config.seed if config.data_seed == -1 else config.data_seed
+    return TrainExamples(split, transform, seed)
 
 
 def eval_examples(config: ml_collections.ConfigDict, split: Split) -> EvalExamples:
@@ -80,3 +81,8 @@ def hparams(config: ml_collections.ConfigDict, num_examples: int) -> HParams:
         warmup_steps=jnp.int32(round(config.warmup_epochs * num_examples / config.batch_size)),
         ema_rate=jnp.float32(rate),
     )
+
+
+def is_due(step: int, every: float) -> bool:
+    """Whether `step` is the first at or after a multiple of `every`, which need not be whole."""
+    return step // every > (step - 1) // every

@@ -103,22 +103,25 @@ def _unknown_field(name: str, known) -> ConfigError:
 # A rule is the types that a field may have, what its value must satisfy, and the words for it.
 
 
-def _one_of(choices):
+def one_of(choices):
+    """A rule: one of some texts."""
     choices = tuple(choices)
     return str, lambda v: v in choices, f"one of {', '.join(choices)}"
 
 
-def _integer(low, high=math.inf):
+def integer(low, high=math.inf):
+    """A rule: a whole number."""
     words = f"a whole number of {low} or more" if high == math.inf else f"from {low} to {high}"
     return int, lambda v: low <= v <= high, words
 
 
-def _number(holds, words):
+def number(holds, words):
+    """A rule: a finite number that `holds`, which `words` describe."""
     return (int, float), lambda v: math.isfinite(v) and holds(v), f"a number {words}"
 
 
-_POSITIVE = _number(lambda v: v > 0, "above 0")
-_NOT_NEGATIVE = _number(lambda v: v >= 0, "of 0 or more")
+_POSITIVE = number(lambda v: v > 0, "above 0")
+_NOT_NEGATIVE = number(lambda v: v >= 0, "of 0 or more")
 _CHANNELS = (
     tuple,
     lambda v: len(v) == 3 and all(isinstance(x, numbers.Real) and 0 < x < 1 for x in v),
@@ -127,46 +130,47 @@ _CHANNELS = (
 _TEXT = str, bool, "a text that is not empty"
 _FLAG = bool, lambda v: True, "True or False"
 
-_RULES = {
-    "model": _one_of(MODELS),
-    "dtype": _one_of(["bfloat16", "float32"]),
-    "stem_init": _one_of(INITS),
+RULES = {
+    "model": one_of(MODELS),
+    "dtype": one_of(["bfloat16", "float32"]),
+    "stem_init": one_of(INITS),
     "init_from": (str, lambda v: True, "a path, or empty"),
-    "optimizer": _one_of(OPTIMIZERS),
+    "optimizer": one_of(OPTIMIZERS),
     "lr": _POSITIVE,
     "wd": _NOT_NEGATIVE,
-    "batch_size": _integer(1),
-    "accumulate": _integer(1),
+    "batch_size": integer(1),
+    "accumulate": integer(1),
     "epochs": _POSITIVE,
     "warmup_epochs": _NOT_NEGATIVE,
-    "label_smoothing": _number(lambda v: 0 <= v < 1, "from 0 to below 1"),
+    "label_smoothing": number(lambda v: 0 <= v < 1, "from 0 to below 1"),
     "mixup_alpha": _NOT_NEGATIVE,
     "cutmix_alpha": _NOT_NEGATIVE,
     "lighting_std": _NOT_NEGATIVE,
     "ema_alpha": _POSITIVE,
-    "ema_every": _integer(1),
-    "seed": _integer(0, 2**32 - 1),
+    "ema_every": integer(1),
+    "seed": integer(0, 2**32 - 1),
+    "data_seed": integer(-1, 2**32 - 1),
     "dataset": _TEXT,
     "data_dir": _TEXT,
     "train_split": _TEXT,
     "eval_split": _TEXT,
-    "image_size": _integer(1),
-    "eval_resize": _integer(1),
-    "min_crop_area": _number(lambda v: 0 < v <= 1, "above 0, to 1"),
+    "image_size": integer(1),
+    "eval_resize": integer(1),
+    "min_crop_area": number(lambda v: 0 < v <= 1, "above 0, to 1"),
     "flip": _FLAG,
     "auto_augment": _FLAG,
     "mean": _CHANNELS,
     "std": _CHANNELS,
-    "num_workers": _integer(0),
-    "num_threads": _integer(0),
-    "read_ahead": _integer(1),
-    "prefetch": _integer(1),
-    "eval_batch_size": _integer(1),
-    "precise_bn_examples": _integer(0),
+    "num_workers": integer(0),
+    "num_threads": integer(0),
+    "read_ahead": integer(1),
+    "prefetch": integer(1),
+    "eval_batch_size": integer(1),
+    "precise_bn_examples": integer(0),
     "eval_every_epochs": _POSITIVE,
-    "log_every_steps": _integer(1),
-    "checkpoint_every_steps": _integer(1),
-    "keep_checkpoints": _integer(1),
+    "log_every_steps": integer(1),
+    "checkpoint_every_steps": integer(1),
+    "keep_checkpoints": integer(1),
 }
 
 
@@ -176,17 +180,7 @@ def validate(config) -> None:
     Raises:
         ConfigError: naming the field, its value and what it must be.
     """
-    for name in config:
-        if name not in _RULES:
-            raise _unknown_field(name, _RULES)
-    for name, (types, holds, words) in _RULES.items():
-        if name not in config:
-            raise ConfigError(f"the configuration has no field '{name}': it must be {words}")
-        value = config[name]
-        # True is an integer to Python, and to nobody else.
-        is_type = isinstance(value, types) and (types is bool or not isinstance(value, bool))
-        if not is_type or not holds(value):
-            raise ConfigError(f"config.{name}={value!r}: it must be {words}")
+    check_fields(config, RULES)
     if config.warmup_epochs >= config.epochs:
         raise ConfigError(
             f"config.warmup_epochs={config.warmup_epochs} is not below config.epochs="
@@ -197,6 +191,25 @@ def validate(config) -> None:
             f"config.eval_resize={config.eval_resize} is below config.image_size="
             f"{config.image_size}: the centre crop would not fit"
         )
+
+
+def check_fields(config, rules) -> None:
+    """Checks that a configuration has exactly the fields of `rules`, each as its rule says.
+
+    Raises:
+        ConfigError: likewise.
+    """
+    for name in config:
+        if name not in rules:
+            raise _unknown_field(name, rules)
+    for name, (types, holds, words) in rules.items():
+        if name not in config:
+            raise ConfigError(f"the configuration has no field '{name}': it must be {words}")
+        value = config[name]
+        # True is an integer to Python, and to nobody else.
+        is_type = isinstance(value, types) and (types is bool or not isinstance(value, bool))
+        if not is_type or not holds(value):
+            raise ConfigError(f"config.{name}={value!r}: it must be {words}")
 
 
 def check_divides(batch_size: int, divisor: int, what: str) -> None:

@@ -22,12 +22,20 @@ def evaluate(
         For each name: `top1_error` and `top5_error` in percent, the mean cross-entropy `loss`, and
         the number of `examples`.
     """
+    sums = evaluation_sums(eval_step, weights, batches)
+    return {name: _means(s) for name, s in sums.items()}
+
+
+def evaluation_sums(
+    eval_step: Callable, weights: dict[str, PyTree], batches: Iterable
+) -> dict[str, dict]:
+    """What `evaluate` divides: for each name the sums that `eval_step` gives."""
     # The sums stay on the device until the end, so that no batch waits for the host.
     sums = {}
     for batch in batches:
         new = {name: eval_step(w["params"], w["batch_stats"], batch) for name, w in weights.items()}
         sums = jax.tree.map(jnp.add, sums, new) if sums else new
-    return {name: _means(s) for name, s in jax.device_get(sums).items()}
+    return jax.device_get(sums)
 
 
 def precise_batch_stats(

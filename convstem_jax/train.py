@@ -193,7 +193,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             is_last, stopping = step == num_steps, stop.is_set()
             if step == 1 or step % config.log_every_steps == 0 or is_last:
                 records.train(step, step_metrics)
-            if _is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last:
+            if build.is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last:
                 results = evaluate_weights(step)
                 save(step, results)
             elif step % config.checkpoint_every_steps == 0 or stopping:
@@ -228,11 +228,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         run_folder.write_result(workdir, result)
         _print_result(workdir, result)
     return result
-
-
-def _is_due(step: int, every: float) -> bool:
-    """Whether `step` is the first at or after a multiple of `every`, which need not be whole."""
-    return step // every > (step - 1) // every
 
 
 def _print_overview(config, workdir: str, params, num_images: int, num_steps: int) -> None:

@@ -22,6 +22,9 @@ def test_every_field_arrives():
         num_classes=10, optimizer="sgd", label_smoothing=0.2, mixup_alpha=0.3, cutmix_alpha=0.4,
         lighting_std=0.5, ema_every=3, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), accumulate=4,
     )  # fmt: skip
+    assert build.train_examples(config, None).seed == 9
+    config.data_seed = 4
+    assert build.train_examples(config, None).seed == 4
     expected = HParams(0.3, 0.07, 9, num_steps=156, warmup_steps=39, ema_rate=1e-3 * 128 / 2 * 3)
     assert [float(x) for x in build.hparams(config, 10_000)] == pytest.approx(expected)
 

@@ -7,9 +7,16 @@ import shutil
 import jax
 import pytest
 
-from convstem_jax import main as main_module
-from convstem_jax import train
-from convstem_jax.errors import CheckpointError, ConfigError, DataError, NotFiniteError, Preempted
+from convstem_jax import command_line, train
+from convstem_jax.config import load_config
+from convstem_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NotFiniteError,
+    Preempted,
+    UserError,
+)
 from convstem_jax.main import main
 
 QUICK = ["--config", "configs/quickstart.py"]
@@ -93,7 +100,7 @@ def test_damaged_data_has_status_3(no_compilation, capsys, tmp_path):
 
 
 def test_the_folder_of_another_run_is_refused(no_compilation, capsys, tmp_path):
-    config = json.loads(main_module.load_config("configs/quickstart.py").to_json())
+    config = json.loads(load_config("configs/quickstart.py").to_json())
     data = {"train_examples": 10_000, "eval_examples": 2_000, "num_classes": 10}
     saved = config | data | {"lr": 7.0, "num_threads": 5}
     (tmp_path / "config.json").write_text(json.dumps(saved))
@@ -130,16 +137,16 @@ def test_help_shows_examples_and_exit_status(capsys):
 
 def test_a_traceback_is_shown_when_asked_for(no_compilation, tmp_path):
     flags = ["--config.lr=nan", "--traceback", f"--workdir={tmp_path}/run", "--compilation_cache="]
-    with pytest.raises(main_module.UserError):
+    with pytest.raises(UserError):
         main([*QUICK, *flags])
 
 
 def test_the_run_is_named_after_the_configuration():
     fields = {"lr": "1e-3", "dtype": "x/y", "num_workers": "3"}  # the last changes no result
-    name = main_module._default_workdir("configs/vitc.py:18gf,sgd", fields)
+    name = command_line.default_workdir("configs/vitc.py:18gf,sgd", fields)
     assert pathlib.PurePath(name).parts == ("runs", "vitc_18gf_sgd_dtype=x_y_lr=1e-3")
     again = "configs/vitc.py:sgd,num_workers=4,18gf,lr=1e-3"
-    assert main_module._default_workdir(again, {"dtype": "x/y"}) == name
+    assert command_line.default_workdir(again, {"dtype": "x/y"}) == name
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,22 @@ for name, kernels, channels, strides in (
     ("s4", (3, 3, 3, 16), (8, 16, 32, 64), (1, 1, 1, 16)),
 ):
     VITS[f"vitc_4gf_{name}"] = ViTSpec(384, 1152, 6, 11, channels, strides, kernels)
-# The other norm (Figure 7).
-VITS["vitp_4gf_bn"] = dataclasses.replace(VITS["vitp_4gf"], stem_norm="batch")
-VITS["vitc_4gf_ln"] = dataclasses.replace(VITS["vitc_4gf"], stem_norm="layer")
+# The same for 32x32, where patches of 8 leave room for three.
+for name, kernels, channels, strides in (
+    ("s1", (3, 3, 2), (18, 36, 72), (2, 2, 2)),
+    ("s2", (3, 3, 4), (10, 20, 40), (2, 1, 4)),
+    ("s3", (3, 3, 8), (5, 10, 20), (1, 1, 8)),
+):
+    VITS[f"vitc_tiny_{name}"] = dataclasses.replace(
+        VITS["vitc_tiny"], stem_channels=channels, stem_strides=strides, stem_kernels=kernels
+    )
+# The other norm (Figure 7), and four times as deep (Figure 8).
+for size in ("4gf", "tiny"):
+    p, c = VITS[f"vitp_{size}"], VITS[f"vitc_{size}"]
+    VITS[f"vitp_{size}_bn"] = dataclasses.replace(p, stem_norm="batch")
+    VITS[f"vitc_{size}_ln"] = dataclasses.replace(c, stem_norm="layer")
+    VITS[f"vitp_{size}_deep"] = dataclasses.replace(p, depth=4 * p.depth)
+    VITS[f"vitc_{size}_deep"] = dataclasses.replace(c, depth=4 * p.depth - 1)
 
 
 class Attention(nnx.Module):

@@ -1,0 +1,59 @@
+"""The stability study (section 5): six experiments on ViT_P, ViT_C and a CNN, and their verdicts.
+
+    python -m convstem_jax.study --config configs/study.py            minutes on 2 CPU cores
+    python -m convstem_jax.study --config configs/study.py:full       one large GPU
+    python -m convstem_jax.study --config configs/study.py:imagenet   the 4GF models, on a pod
+    python -m convstem_jax.study --config configs/study.py:full,num_seeds=5
+
+`quick`, the first, passes through all experiments with few trials on a part of the embedded data:
+it shows that everything works, and decides little. `full` and `imagenet` have not been run yet.
+"""
+
+from configs import common, quickstart
+from convstem_jax.config import set_fields
+
+
+def get_config(arg: str = ""):
+    """`arg` holds quick, full or imagenet, and FIELD=VALUE."""
+    (scale,), fields = common.parse(arg, ("quick", "full", "imagenet"))
+    config = common.base() if scale == "imagenet" else quickstart.get_config()
+
+    config.experiments = ("length", "optimizer", "lr_wd", "stems", "norms", "depth")
+    config.vitp = "vitp_tiny"  # the models to compare; their variants are named after them
+    config.vitc = "vitc_tiny"
+    config.cnn = "regnety_tiny"
+    config.lengths = (
+        5.0,
+        10.0,
+        20.0,
+        40.0,
+    )  # epochs; all but `length` and `optimizer` use the first
+    config.num_seeds = 3  # of every comparison at one setting
+    config.num_random = 64  # settings drawn for each model and optimiser, in `lr_wd` and `depth`
+    # The coarse grid from which each model's own optimum is taken: factors to these centres.
+    config.grid_factors = (0.25, 1.0, 4.0)
+    config.adamw_center = (2e-3, 0.2)  # learning rate, weight decay
+    config.sgd_center = (0.1, 5e-4)
+    config.memory_gb = 0.0  # of each device to use; 0 for what it has
+    config.data_seed = 0  # one order for all trials, which read the same batches
+
+    if scale == "quick":
+        config.train_split = "train[:2000]"
+        config.eval_split = "test[:1000]"
+        config.lengths = (3.0, 6.0)
+        config.num_seeds = 2
+        config.num_random = 8
+        config.grid_factors = (0.5, 2.0)
+    elif scale == "full":
+        config.dataset = "fashion_mnist"
+        config.batch_size = 256
+        config.eval_batch_size = 2000
+    else:
+        config.vitp, config.vitc, config.cnn = "vitp_4gf", "vitc_4gf", "regnety_4gf"
+        config.lengths = (50.0, 100.0, 200.0, 400.0)
+        config.adamw_center = (2e-3, 0.2)
+        config.sgd_center = (1.9, 2e-5)
+    config.warmup_epochs = 0.1 * config.lengths[0]
+    config.eval_every_epochs = config.lengths[0] / 2
+    set_fields(config, fields)
+    return config

@@ -1,0 +1,128 @@
+"""The command line of a program that reads a configuration: flags, errors, exit status."""
+
+import argparse
+from collections.abc import Callable
+import logging as python_logging
+import os
+import re
+import sys
+
+from absl import logging
+import jax
+import ml_collections
+
+from convstem_jax.config import load_config, set_fields
+from convstem_jax.errors import Preempted, UserError
+from convstem_jax.run_folder import FREE_FIELDS
+
+EXIT_STATUS = """\
+exit status:
+  0 done · 2 configuration, or no such data · 3 damaged data · 4 checkpoint · 5 not finite
+  75 asked to stop, and saved · 130 interrupted
+"""
+_OVERRIDE = re.compile(r"--config\.([^=]+)(=?)(.*)", re.DOTALL)
+
+
+def run(
+    program: Callable[[ml_collections.ConfigDict, str], object],
+    argv: list[str],
+    *,
+    name: str,
+    description: str,
+    epilog: str,
+    default_config: str | None = None,
+) -> int:
+    """Reads the command line and runs `program(config, workdir)`; returns the exit status.
+
+    Args:
+        program: raises UserError for what the user can act on: one line, not a traceback.
+        argv: without the program's name.
+        name: of the module, after `python -m`.
+        description: for --help.
+        epilog: likewise.
+        default_config: for --config, which must be given without it.
+    """
+    args, overrides = _parse(argv, name, description, epilog, default_config)
+    try:
+        config = load_config(args.config)
+        set_fields(config, overrides)
+        if args.compilation_cache:
+            cache = os.path.expanduser(args.compilation_cache)
+            jax.config.update("jax_compilation_cache_dir", cache)
+        program(config, args.workdir or default_workdir(args.config, overrides))
+    except UserError as error:
+        if args.traceback:
+            raise
+        prefix = "" if isinstance(error, Preempted) else "error: "
+        print(f"{prefix}{error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted: what was saved before is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(
+    argv: list[str], name: str, description: str, epilog: str, default_config: str | None
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {name}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", required=default_config is None, default=default_config, metavar="FILE[:ARG]",
+        help="configuration file, with its argument after a colon: configs/vitc.py:18gf,sgd",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config.FIELD=VALUE", dest="_", action="store_true",
+        help="override a field of the configuration",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workdir", help="folder of the run (default: under runs/, named after the configuration)"
+    )
+    parser.add_argument(
+        "--compilation_cache", default="~/.cache/convstem_jax", metavar="DIR",
+        help="folder that keeps compiled programs between runs, or '' (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--traceback", action="store_true", help="show the whole traceback of an error"
+    )
+    args, rest = parser.parse_known_args(argv)
+    overrides = {}
+    for arg in rest:
+        match = _OVERRIDE.fullmatch(arg)
+        if not match:
+            parser.error(f"unexpected argument '{arg}'")
+        field, equals, text = match.groups()
+        if not equals:
+            parser.error(f"{arg} has no value: write {arg}=VALUE")
+        overrides[field] = text
+    return args, overrides
+
+
+def default_workdir(config: str, overrides: dict[str, str]) -> str:
+    """runs/ and the configuration's name, argument and overridden fields.
+
+    Fields that change no result are left out: with other values the run is still the same.
+    """
+    path, _, arg = config.partition(":")
+    parts = [part.strip() for part in arg.split(",")]
+    words = sorted(part for part in parts if "=" not in part)
+    fields = dict(part.split("=", 1) for part in parts if "=" in part) | overrides
+    named = [f"{key}={value}" for key, value in sorted(fields.items()) if key not in FREE_FIELDS]
+    name = os.path.splitext(os.path.basename(path))[0]
+    text = "_".join(filter(None, [name, *words, *named]))
+    return os.path.join("runs", re.sub(r"[^\w.=-]+", "_", text))
+
+
+def silence_libraries() -> None:
+    """Leaves the one line of an error alone on the terminal.
+
+    Orbax, asyncio and TensorStore's callbacks write pages about a save that failed.
+    """
+    logging.set_verbosity(logging.FATAL)
+    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None

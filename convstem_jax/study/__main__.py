@@ -1,0 +1,188 @@
+"""Runs the stability study, or goes on with an interrupted one, and writes its report."""
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+
+import jax
+
+if __name__ == "__main__" and not os.environ.get("JAX_NUM_CPU_DEVICES"):
+    # One trial on each core of a CPU; this says nothing to other devices.
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+from flax import nnx
+import ml_collections
+import numpy as np
+
+from convstem_jax import build, command_line, preemption, run_folder
+from convstem_jax.complexity import complexity
+from convstem_jax.data import sources
+from convstem_jax.study import experiments
+from convstem_jax.study.population import Programs, train_population
+
+_EPILOG = f"""\
+examples:
+  python -m convstem_jax.study
+  python -m convstem_jax.study --config configs/study.py:full --workdir runs/study
+  python -m convstem_jax.study --config configs/study.py:full,num_seeds=5
+
+configs/study.py lists the fields. The same command run again goes on where it was interrupted.
+
+{command_line.EXIT_STATUS}"""
+
+
+def study(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Trains all populations, the coarse grids first, and writes trials.jsonl.
+
+    Args:
+        config: see configs/study.py.
+        workdir: folder of the study; made if it is not there.
+
+    Raises:
+        UserError: as `train.train`.
+    """
+    grids = list(experiments.grids(config))
+    experiments.run_config(config, grids[0])  # raises where a field is wrong
+    splits = tuple(
+        sources.open_split(config.data_dir, config.dataset, split)
+        for split in (config.train_split, config.eval_split)
+    )
+    data = {"train_examples": len(splits[0]), "eval_examples": len(splits[1])}
+    workdir = run_folder.prepare(workdir, config, data)
+    centers = {(p.model, p.optimizer): config[f"{p.optimizer}_center"] for p in grids}
+    later = experiments.populations(config, centers)  # for their sizes; the optima come later
+    progress = _Progress(config, [*grids, *later])
+    print(
+        f"{len(grids) + len(later)} populations, {sum(len(p.trials) for p in [*grids, *later])} "
+        f"trials, {data['train_examples']:,} training images, on {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}",
+        flush=True,
+    )
+
+    @functools.cache
+    def programs(model, optimizer, num_trials):
+        population = next(
+            p for p in [*grids, *later] if (p.model, p.optimizer) == (model, optimizer)
+        )
+        run = experiments.run_config(config, population)
+        return Programs(run, splits[0].num_classes, num_trials)
+
+    records = []
+    with preemption.stop_requested() as stop:
+
+        def train(population):
+            progress.start(population)
+            results = train_population(
+                experiments.run_config(config, population),
+                population.trials,
+                os.path.join(workdir, "populations", population.name),
+                splits=splits,
+                new_programs=functools.partial(programs, population.model, population.optimizer),
+                progress=progress.show,
+                stop=stop,
+            )
+            progress.finish(population, results)
+            about = {
+                name: getattr(population, name) for name in ("kind", "model", "optimizer", "epochs")
+            }
+            records.extend(about | result for result in results)
+            return results
+
+        optima = {}
+        for population in grids:
+            best = min(train(population), key=lambda result: result["top1_error"])
+            optima[population.model, population.optimizer] = best["lr"], best["wd"]
+        for population in experiments.populations(config, optima):
+            train(population)
+
+    with open(os.path.join(workdir, "trials.jsonl"), "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    run_folder.write_result(
+        workdir,
+        {
+            "trials": len(records),
+            "dataset": f"{config.dataset}/{config.eval_split}",
+            **data,
+            "seconds": round(progress.seconds, 1),
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "versions": run_folder.versions(),
+            "commit": run_folder.commit(),
+        },
+    )
+    print(f"{len(records)} trials in {workdir}/trials.jsonl")
+
+
+class _Progress:
+    """A line for each log point, with the share of all work done and the time left."""
+
+    def __init__(self, config, populations):
+        @functools.cache
+        def flops(model):
+            spec = experiments.run_config(config, next(p for p in populations if p.model == model))
+            return complexity(nnx.eval_shape(lambda: build.new_model(spec, 10, 0))).flops
+
+        self._flops = flops
+        self._total = sum(map(self._work, populations))
+        self._num, self._index = len(populations), 0
+        self._done = self._before = 0.0
+        self._start = time.perf_counter()
+
+    def _work(self, population) -> float:
+        return self._flops(population.model) * population.epochs * len(population.trials)
+
+    def start(self, population) -> None:
+        self._population, self._index = population, self._index + 1
+        self._trials_done = 0
+
+    def show(self, num_trials: int, share: float, losses: np.ndarray) -> None:
+        p = self._population
+        each = self._work(p) / len(p.trials)
+        done = self._done + each * (self._trials_done + num_trials * share)
+        if share == 1:
+            self._trials_done += num_trials
+        left = self.seconds / (done - self._before) * (self._total - done)
+        loss = f"loss {np.median(losses):.3f}" if len(losses) else "all diverged"
+        print(
+            f"{self._index:3}/{self._num}  {p.name:36} {num_trials} trials at {share:4.0%}  "
+            f"{loss}  {done / self._total:4.0%} of all, "
+            f"{left // 60:.0f} min {left % 60:02.0f} s left",
+            flush=True,
+        )
+
+    def finish(self, population, results: list[dict]) -> None:
+        if not self._trials_done:  # it was finished before
+            self._before += self._work(population)
+        self._done += self._work(population)
+        best = min(result["top1_error"] for result in results)
+        diverged = sum(result["diverged_at"] is not None for result in results)
+        print(
+            f"{self._index:3}/{self._num}  {population.name:36} best top-1 error {best:.2f} %, "
+            f"{diverged} of {len(results)} diverged",
+            flush=True,
+        )
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def main(argv: list[str]) -> int:
+    """Reads the command line and runs the study; returns the exit status."""
+    return command_line.run(
+        study,
+        argv,
+        name="convstem_jax.study",
+        description=__doc__,
+        epilog=_EPILOG,
+        default_config="configs/study.py",
+    )
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "--traceback" not in sys.argv:
+        command_line.silence_libraries()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,167 @@
+"""What the study trains: a coarse grid for each model's optimum, then the six experiments."""
+
+from collections.abc import Iterator
+import dataclasses
+import itertools
+import zlib
+
+import ml_collections
+import numpy as np
+
+from convstem_jax import config as rules
+from convstem_jax.models import MODELS
+from convstem_jax.study.population import Trial
+
+OPTIMIZERS = ("adamw", "sgd")
+# From end to end of the intervals that the paper draws from (section 5.3): of lr, of wd.
+WIDTHS = {
+    ("vit", "adamw"): (8e-3 / 2.5e-4, 0.8 / 0.02),
+    ("vit", "sgd"): (3.2 / 0.1, 1.2e-4 / 4e-6),
+    ("regnety", "adamw"): (4e-2 / 1.25e-3, 0.24 / 0.0075),
+    ("regnety", "sgd"): (8 / 0.25, 8e-5 / 3e-6),
+}
+Optima = dict[tuple[str, str], tuple[float, float]]  # (model, optimiser) -> lr, wd
+
+
+EXPERIMENTS = ("length", "optimizer", "lr_wd", "stems", "norms", "depth")
+
+
+def _increasing(values) -> bool:
+    return bool(values) and values[0] > 0 and all(a < b for a, b in itertools.pairwise(values))
+
+
+_CENTER = (tuple, lambda v: len(v) == 2 and min(v) > 0, "a learning rate and a weight decay")
+# Fields of a study beside those of a run; rules as in `config.RULES`.
+RULES = {
+    "experiments": (
+        tuple, lambda v: v and set(v) <= set(EXPERIMENTS), "some of " + ", ".join(EXPERIMENTS)
+    ),
+    "vitp": rules.one_of(MODELS),
+    "vitc": rules.one_of(MODELS),
+    "cnn": rules.one_of(MODELS),
+    "lengths": (tuple, _increasing, "numbers of epochs above 0, the shortest first"),
+    "num_seeds": rules.integer(1),
+    "num_random": rules.integer(1),
+    "grid_factors": (tuple, _increasing, "factors above 0, the smallest first"),
+    "adamw_center": _CENTER,
+    "sgd_center": _CENTER,
+    "memory_gb": rules.number(lambda v: v >= 0, "of 0 or more"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Population:
+    """Trials that are trained together."""
+
+    kind: str  # grid, seeds or random
+    model: str
+    optimizer: str
+    epochs: float
+    trials: tuple[Trial, ...]
+
+    @property
+    def name(self) -> str:
+        """Also of its folder."""
+        return f"{self.model}-{self.optimizer}-{self.epochs:g}ep-{self.kind}"
+
+
+def grids(config: ml_collections.ConfigDict) -> Iterator[Population]:
+    """The coarse grid around the configuration's centre, for each model and optimiser."""
+    for model, optimizer in itertools.product(families(config), OPTIMIZERS):
+        lr, wd = config[f"{optimizer}_center"]
+        factors = itertools.product(config.grid_factors, repeat=2)
+        trials = tuple(Trial(lr * a, wd * b, 0) for a, b in factors)
+        yield Population("grid", model, optimizer, config.lengths[0], trials)
+
+
+def populations(config: ml_collections.ConfigDict, optima: Optima) -> list[Population]:
+    """What the experiments need, each population once.
+
+    Args:
+        config: the study's.
+        optima: best setting of each model that the configuration names; a variant takes that of
+            the model that it is one of, as in the paper.
+    """
+    seeds, random = set(), set()  # (model, optimiser, epochs)
+    first, second = config.lengths[0], config.lengths[:2][-1]
+    for experiment in config.experiments:
+        match experiment:
+            case "length" | "optimizer":
+                both = experiment == "optimizer"
+                for model, epochs in itertools.product(families(config), config.lengths):
+                    used = OPTIMIZERS if both else [usual_optimizer(model)]
+                    seeds |= {(model, optimizer, epochs) for optimizer in used}
+            case "lr_wd":
+                random |= {
+                    (*pair, first) for pair in itertools.product(families(config), OPTIMIZERS)
+                }
+            case "stems":
+                seeds |= {(*pair, first) for pair in itertools.product(stems(config), OPTIMIZERS)}
+            case "norms":
+                seeds |= {(model, "adamw", second) for model in norms(config)}
+            case "depth":
+                random |= {(model, "adamw", first) for model in deep(config)}
+
+    def trials(kind, model, optimizer):
+        lr, wd = optima[_base(model, config), optimizer]
+        if kind == "seeds":
+            return tuple(Trial(lr, wd, seed) for seed in range(config.num_seeds))
+        # Log-uniform in an interval of the paper's width around the optimum.
+        rng = np.random.default_rng(zlib.crc32(f"{model} {optimizer}".encode()))
+        exponents = rng.uniform(-0.5, 0.5, size=(config.num_random, 2))
+        family = "vit" if model.startswith("vit") else "regnety"
+        factors = np.array(WIDTHS[family, optimizer]) ** exponents
+        return tuple(Trial(float(lr * a), float(wd * b), i) for i, (a, b) in enumerate(factors))
+
+    return [
+        Population(kind, model, optimizer, epochs, trials(kind, model, optimizer))
+        for kind, wanted in (("seeds", seeds), ("random", random))
+        for model, optimizer, epochs in sorted(wanted)
+    ]
+
+
+def families(config: ml_collections.ConfigDict) -> tuple[str, str, str]:
+    """The three models that the study compares."""
+    return config.vitp, config.vitc, config.cnn
+
+
+def usual_optimizer(model: str) -> str:
+    """What the model is usually trained with (Figure 2)."""
+    return "adamw" if model.startswith("vit") else "sgd"
+
+
+def stems(config: ml_collections.ConfigDict) -> list[str]:
+    """P, C, and as many of S1 to S4 as the patch size allows (Table 3)."""
+    variants = [f"{config.vitc}_s{i}" for i in range(1, 5)]
+    return [config.vitp, config.vitc, *(name for name in variants if name in MODELS)]
+
+
+def norms(config: ml_collections.ConfigDict) -> list[str]:
+    """P, P with BatchNorm and ReLU, C, C with LayerNorm (Figure 7)."""
+    return [config.vitp, f"{config.vitp}_bn", config.vitc, f"{config.vitc}_ln"]
+
+
+def deep(config: ml_collections.ConfigDict) -> list[str]:
+    """A deep P and a deep C (Figure 8)."""
+    return [f"{config.vitp}_deep", f"{config.vitc}_deep"]
+
+
+def _base(model: str, config: ml_collections.ConfigDict) -> str:
+    return next(name for name in families(config) if model.startswith(name))
+
+
+def run_config(
+    config: ml_collections.ConfigDict, population: Population
+) -> ml_collections.ConfigDict:
+    """Configuration of a population's runs: what `main` would be given for one of them.
+
+    Raises:
+        ConfigError: a field is wrong.
+    """
+    rules.check_fields(config, rules.RULES | RULES)
+    own = {name: value for name, value in config.items() if name not in RULES}
+    run = ml_collections.ConfigDict(own)
+    run.model, run.optimizer, run.epochs = population.model, population.optimizer, population.epochs
+    run.lr, run.wd, run.seed = population.trials[0]
+    rules.validate(run)
+    return run

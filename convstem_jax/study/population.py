@@ -1,0 +1,346 @@
+"""Population training: many trials of one model as one compiled program.
+
+Trials differ in learning rate, weight decay, seed and length of the schedule, which are arrays to
+`train_step`. They are mapped over, sharded over the devices, and all see the same batches.
+"""
+
+from collections.abc import Callable, Sequence
+import contextlib
+import functools
+import glob
+import itertools
+import json
+import math
+import os
+import shutil
+import threading
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from convstem_jax import build
+from convstem_jax.checkpoint import Checkpoints
+from convstem_jax.data import threaded
+from convstem_jax.data.sources import Split
+from convstem_jax.errors import ConfigError, Preempted
+from convstem_jax.evaluate import evaluation_sums, precise_batch_stats
+from convstem_jax.step import (
+    HParams,
+    PyTree,
+    Recipe,
+    TrainState,
+    batch_statistics,
+    eval_step,
+    init_state,
+    split,
+    train_step,
+)
+
+
+class Trial(NamedTuple):
+    """What tells a trial from the others of its population."""
+
+    lr: float
+    wd: float
+    seed: int
+
+
+class PopulationState(NamedTuple):
+    """All that the training of a population carries from step to step; T trials."""
+
+    step: jax.Array  # steps made so far, int32
+    trials: TrainState  # each array with a leading axis [T]
+    updates: jax.Array  # int32 [T]: fewer than `step` for those that diverged
+
+
+def population_step(
+    graphdef: nnx.GraphDef, recipe: Recipe, state: PopulationState, batch: PyTree, hparams: HParams
+) -> tuple[PopulationState, dict[str, jax.Array]]:
+    """One step of every trial on the same batch.
+
+    A trial whose loss, parameters or statistics would not be finite has diverged: from then on it
+    keeps the state that it had before, and with it the last error that it could be given.
+
+    Args:
+        graphdef: the model's structure, from `step.split`.
+        recipe: what is fixed.
+        state: before the step.
+        batch: as for `train_step`.
+        hparams: of all trials, arrays `[T]`.
+
+    Returns:
+        The state after it, and `train_step`'s metrics, each `[T]`.
+    """
+
+    def step(old, updates, hparams):
+        new, metrics = train_step(graphdef, recipe, old, batch, hparams)
+        size = optax.tree.norm((new.params, new.batch_stats)) + metrics["loss"]
+        is_alive = (updates == state.step) & jnp.isfinite(size)
+        kept = jax.tree.map(lambda n, o: jnp.where(is_alive, n, o), new, old)
+        return kept._replace(step=new.step), updates + is_alive, metrics
+
+    trials, updates, metrics = jax.vmap(step)(state.trials, state.updates, hparams)
+    return PopulationState(state.step + 1, trials, updates), metrics
+
+
+class Programs:
+    """The compiled functions of a population.
+
+    Args:
+        config: of the trials.
+        num_classes: of the data.
+        num_trials: wanted. `num_trials` of the object are what memory allows, and a multiple of the
+            number of devices. On a CPU it is one a device: XLA's convolutions over several trials
+            take twice as long there as the trials one after another.
+        memory: bytes of each device to use; by default what it has.
+
+    Raises:
+        ConfigError: the model's sizes do not fit together, or one trial needs more memory.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        num_classes: int,
+        num_trials: int,
+        memory: float | None = None,
+    ):
+        try:
+            graphdef, _, _ = split(nnx.eval_shape(lambda: build.new_model(config, num_classes, 0)))
+        except ValueError as error:
+            raise ConfigError(f"config.model={config.model}: {error}") from error
+        recipe = build.recipe(config, num_classes)
+        num_devices = jax.device_count()
+        auto = (jax.sharding.AxisType.Auto,)
+        mesh = jax.make_mesh((num_devices,), ("trial",), axis_types=auto)
+        trials, all_devices = jax.P("trial"), jax.P()
+        self.by_trial = jax.NamedSharding(mesh, trials)
+        self.replicated = jax.NamedSharding(mesh, all_devices)
+        state = PopulationState(all_devices, trials, trials)
+
+        def jit(function, inputs, outputs=trials, **options):
+            # Left to itself, the partitioner would gather mapped convolutions on every device.
+            mapped = jax.shard_map(
+                function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False
+            )
+            shardings = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), inputs)
+            return jax.jit(mapped, in_shardings=shardings, **options)
+
+        def vmap(function, *in_axes):
+            return jax.vmap(functools.partial(function, graphdef, recipe), in_axes=in_axes)
+
+        def init(seeds):
+            def new(seed):
+                return init_state(recipe, build.new_model(config, num_classes, seed))
+
+            zeros = jnp.zeros(seeds.shape, jnp.int32)
+            return PopulationState(jnp.zeros((), jnp.int32), jax.vmap(new)(seeds), zeros)
+
+        self.init = jit(init, (trials,), state)
+        self.eval_step = jit(vmap(eval_step, 0, 0, None), (trials, trials, all_devices))
+        self.batch_statistics = jit(
+            vmap(batch_statistics, 0, 0, None, None), (trials, trials, all_devices, all_devices)
+        )
+        step = jit(
+            functools.partial(population_step, graphdef, recipe),
+            (state, all_devices, trials),
+            (state, trials),
+            donate_argnums=0,
+        )
+        per_device = math.ceil(num_trials / num_devices)
+        if memory is None:
+            memory = _memory(jax.devices()[0])
+            per_device = 1 if jax.default_backend() == "cpu" else per_device
+        while True:
+            self.num_trials = per_device * num_devices
+            self.step = step.lower(*self._shapes(config)).compile()
+            need = _need(self.step)
+            if need <= memory:
+                return
+            if per_device == 1:
+                raise ConfigError(
+                    f"one trial of {config.model} needs {need / 2**30:.2f} GiB, and a device has "
+                    f"{memory / 2**30:.2f}: lower config.batch_size, or raise config.accumulate"
+                )
+            per_device = max(1, min(per_device - 1, int(per_device * memory / need)))
+
+    def _shapes(self, config):
+        n, size = config.batch_size, config.image_size
+        batch = {
+            "image": jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((n,), jnp.int32),
+        }
+        hparams = jax.eval_shape(
+            lambda: stack_hparams(config, [Trial(0.0, 0.0, 0)] * self.num_trials, 1)
+        )
+        return jax.eval_shape(self.init, hparams.seed), batch, hparams
+
+
+def _memory(device: jax.Device) -> float:
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
+
+
+def _need(compiled: Any) -> float:
+    """Bytes that a program takes on each device."""
+    found = compiled.memory_analysis()
+    inputs, outputs = found.argument_size_in_bytes, found.output_size_in_bytes
+    return inputs + outputs - found.alias_size_in_bytes + found.temp_size_in_bytes
+
+
+def stack_hparams(
+    config: ml_collections.ConfigDict, trials: Sequence[Trial], num_examples: int
+) -> HParams:
+    """Hyper-parameters of all trials, arrays `[T]`."""
+    same = build.hparams(config, num_examples)
+    stacked = jax.tree.map(lambda x: jnp.full(len(trials), x), same)
+    lr, wd, seed = (jnp.array(x) for x in zip(*trials, strict=True))
+    return stacked._replace(
+        lr=lr.astype(jnp.float32), wd=wd.astype(jnp.float32), seed=seed.astype(jnp.uint32)
+    )
+
+
+def train_population(
+    config: ml_collections.ConfigDict,
+    trials: Sequence[Trial],
+    folder: str,
+    *,
+    splits: tuple[Split, Split],
+    new_programs: Callable[[int], Programs],
+    progress: Callable[[int, float, np.ndarray], None],
+    stop: threading.Event,
+) -> list[dict]:
+    """Trains all trials, or those that `folder` does not hold the results of.
+
+    Args:
+        config: what the trials have in common; its lr, wd and seed are not used, but `data_seed`.
+        trials: the trials.
+        folder: absolute path, for results and checkpoints.
+        splits: of training and of evaluation.
+        new_programs: gives `Programs` for a number of trials; called only if some are missing.
+        progress: called at log points with the trials, the share of their steps that is made, and
+            the losses of those that have not diverged.
+        stop: set when the machine asks to stop.
+
+    Returns:
+        For each trial: `lr`, `wd`, `seed`, `top1_error` in percent (EMA weights), `diverged_at`,
+        a step or None, and `curve`, a list of [epoch, error].
+
+    Raises:
+        UserError: as from `train`.
+    """
+    results = _read_results(folder)
+    missing = [i for i in range(len(trials)) if i not in results]
+    programs = new_programs(len(missing)) if missing else None
+    while missing:
+        part, missing = missing[: programs.num_trials], missing[programs.num_trials :]
+        name = f"{part[0]:03}-{part[-1]:03}"
+        found = _train_part(
+            config, [trials[i] for i in part], os.path.join(folder, name), programs, splits,
+            functools.partial(progress, len(part)), stop,
+        )  # fmt: skip
+        lines = [json.dumps({"trial": i} | r) + "\n" for i, r in zip(part, found, strict=True)]
+        path = os.path.join(folder, f"trials_{name}.jsonl")
+        with open(path + ".tmp", "w") as file:
+            file.writelines(lines)
+        os.replace(path + ".tmp", path)
+        shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    results = _read_results(folder)
+    return [results[i] for i in range(len(trials))]
+
+
+def _read_results(folder: str) -> dict[int, dict]:
+    results = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), "trials_*.jsonl")):
+        with open(path) as file:
+            records = [json.loads(line) for line in file]
+        results |= {record.pop("trial"): record for record in records}
+    return results
+
+
+def _train_part(config, trials, folder, programs, splits, progress, stop) -> list[dict]:
+    """Trains as many trials as `programs` takes; `train.train` for a population."""
+    train_split, eval_split = splits
+    padded = [*trials, *[trials[-1]] * (programs.num_trials - len(trials))]
+    hparams = jax.device_put(stack_hparams(config, padded, len(train_split)), programs.by_trial)
+    state = programs.init(hparams.seed)
+    reading = {
+        "sharding": programs.replicated,
+        "num_threads": max(1, config.num_workers * config.num_threads),
+        "ahead": config.read_ahead,
+    }
+    steps_per_epoch = len(train_split) / config.batch_size
+    num_steps = build.num_steps(config, len(train_split))
+    train_examples = build.train_examples(config, train_split)
+    eval_examples = build.eval_examples(config, eval_split)
+
+    checkpoints = Checkpoints(os.path.join(folder, "checkpoints"), keep=1)
+    curves, first_step = [], 0
+    if checkpoints.latest_step() is not None:
+        state, loop = checkpoints.restore(state)
+        curves, first_step = loop["curves"], checkpoints.latest_step()
+
+    @functools.cache
+    def precise_batches():
+        num = max(1, config.precise_bn_examples // config.batch_size)
+        batches = threaded.train_batches(train_examples, batch_size=config.batch_size, **reading)
+        return list(itertools.islice(batches, num))
+
+    def evaluate_trials(step):
+        ema = state.trials.ema
+        if config.precise_bn_examples and ema["batch_stats"]:
+            precise = precise_batch_stats(programs.batch_statistics, ema, precise_batches())
+            ema = ema | {"batch_stats": precise}
+        batches = threaded.eval_batches(eval_examples, batch_size=config.eval_batch_size, **reading)
+        sums = evaluation_sums(programs.eval_step, {"ema": ema}, batches)["ema"]
+        before = curves[-1][1] if curves else [100.0] * len(trials)
+        # Weights on their way to NaN may give logits that are not finite already.
+        errors = [
+            100 * float(wrong) / float(examples) if math.isfinite(loss) else last
+            for wrong, examples, loss, last in zip(
+                sums["top1_errors"], sums["examples"], sums["loss_sum"], before, strict=False
+            )
+        ]
+        curves.append([round(step / steps_per_epoch, 4), errors])
+
+    def save(step):
+        checkpoints.save(step, state, {"curves": curves})
+
+    batches = threaded.train_batches(
+        train_examples, batch_size=config.batch_size, first_step=first_step, **reading
+    )
+    with contextlib.closing(checkpoints), contextlib.closing(batches):
+        for step in range(first_step + 1, num_steps + 1):
+            batch = next(batches)
+            with jax.transfer_guard("disallow"):
+                state, metrics = programs.step(state, batch, hparams)
+            is_last, stopping = step == num_steps, stop.is_set()
+            if build.is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last:
+                evaluate_trials(step)
+            if step % config.log_every_steps == 0 or is_last:
+                losses, updates = jax.device_get((metrics["loss"], state.updates))
+                progress(step / num_steps, losses[: len(trials)][updates[: len(trials)] == step])
+            if stopping or is_last or step % config.checkpoint_every_steps == 0:
+                save(step)
+            if stopping and not is_last:
+                raise Preempted(
+                    f"stopped at step {step} of {num_steps}, which is saved in {folder}: the same "
+                    "command goes on from there"
+                )
+    updates = jax.device_get(state.updates)
+    return [
+        trial._asdict()
+        | {
+            "top1_error": curves[-1][1][i],
+            "diverged_at": None if updates[i] == num_steps else int(updates[i]) + 1,
+            "curve": [[epoch, errors[i]] for epoch, errors in curves],
+        }
+        for i, trial in enumerate(trials)
+    ]
