@@ -13,6 +13,7 @@ import sys
 
 import matplotlib
 import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
 from tabulate import tabulate
 
@@ -141,6 +142,7 @@ def draw_scatter(study: Study):
             ax.set(
                 xscale="log", xlabel=f"{name}, {OPTIMIZERS[optimizer]}", ylabel="top-1 error (%)"
             )
+            ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes[0].legend()
     return figure
 
@@ -277,7 +279,8 @@ def conditions(study: Study) -> str:
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-size: 0.9rem } figure { margin: 2rem 0 }
-td, th { text-align: left; vertical-align: top; padding: 0.3rem 0.6rem; border-bottom: 1px solid #ddd }
+td, th { text-align: left; vertical-align: top }
+td, th { padding: 0.3rem 0.6rem; border-bottom: 1px solid #ddd }
 figure svg { max-width: 100%; height: auto } figcaption { color: #555 }
 """
 
