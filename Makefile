@@ -19,13 +19,16 @@ ARGS ?=
 # An environment whose interpreter is gone (an upgraded system, a copied folder) is made anew.
 $(shell $(PY) -c '' 2>/dev/null || rm -f .venv/.runtime .venv/.test)
 
-.PHONY: help train test lint format lock clean
+.PHONY: help train study test lint format lock clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 train: .venv/.runtime  ## Train the quickstart model (ARGS="--config.…=…")
 	$(PY) -m convstem_jax.main --config configs/quickstart.py $(ARGS)
+
+study: .venv/.runtime  ## Run the short stability study and write its report
+	$(PY) -m convstem_jax.study $(ARGS)
 
 test: .venv/.test  ## Run the tests (ARGS="-k …")
 	$(PY) -m pytest $(ARGS)

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from convstem_jax.config import set_fields
+from convstem_jax.config import set_fields, split_argument
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
 from convstem_jax.optim import OPTIMIZERS
@@ -112,7 +112,7 @@ def parse(arg: str, *choices: tuple[str | None, ...]) -> tuple[list[str | None],
         ConfigError: a word is in no group, or two are in one.
     """
     chosen, taken, fields = [group[0] for group in choices], set(), {}
-    for part in filter(None, (part.strip() for part in arg.split(","))):
+    for part in split_argument(arg):
         name, equals, value = part.partition("=")
         if equals:
             fields[name] = value

@@ -11,7 +11,7 @@ from absl import logging
 import jax
 import ml_collections
 
-from convstem_jax.config import load_config, set_fields
+from convstem_jax.config import load_config, set_fields, split_argument
 from convstem_jax.errors import Preempted, UserError
 from convstem_jax.run_folder import FREE_FIELDS
 
@@ -109,7 +109,7 @@ def default_workdir(config: str, overrides: dict[str, str]) -> str:
     Fields that change no result are left out: with other values the run is still the same.
     """
     path, _, arg = config.partition(":")
-    parts = [part.strip() for part in arg.split(",")]
+    parts = split_argument(arg)
     words = sorted(part for part in parts if "=" not in part)
     fields = dict(part.split("=", 1) for part in parts if "=" in part) | overrides
     named = [f"{key}={value}" for key, value in sorted(fields.items()) if key not in FREE_FIELDS]

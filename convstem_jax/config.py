@@ -9,6 +9,7 @@ import importlib.util
 import math
 import numbers
 import os
+import re
 import sys
 
 import ml_collections
@@ -43,6 +44,12 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"--config {spec} fails with {first_line(error)}") from error
     finally:
         sys.path.pop(0)
+
+
+def split_argument(arg: str) -> list[str]:
+    """Parts of an argument such as `18gf,sgd,mean=(0.5, 0.5, 0.5)`."""
+    parts = re.split(r",(?![^(]*\))", arg)  # not at commas in parentheses
+    return [part.strip() for part in parts if part.strip()]
 
 
 def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:

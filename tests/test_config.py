@@ -70,6 +70,8 @@ def test_fields_in_the_argument():
     config = load_config("configs/vitc.py:4gf,epochs=50,sgd,lr=0.5")
     assert (config.epochs, config.optimizer, config.lr) == (50.0, "sgd", 0.5)
     assert load_config("configs/quickstart.py:sgd,vitp").model == "vitp_tiny"
+    config = load_config("configs/quickstart.py:mean=(0.1, 0.2,0.3),seed=3")
+    assert (config.mean, config.seed) == ((0.1, 0.2, 0.3), 3)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Population training against single runs; divergence, memory, interruption."""
 
+import functools
 import threading
 
 import jax
@@ -15,11 +16,17 @@ from convstem_jax.study import population
 from convstem_jax.study.population import Trial, train_population
 
 
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch):
+    """Programs for 8 devices take long to compile."""
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+
+
 def config(arg="", **fields):
     config = load_config(f"configs/quickstart.py:{arg}")
     fields = {
         "eval_split": "test[:256]", "log_every_steps": 10, "epochs": 0.32, "warmup_epochs": 0.05,
-        "eval_every_epochs": 0.16, "checkpoint_every_steps": 20,
+        "eval_every_epochs": 0.16, "checkpoint_every_steps": 20, "ema_every": 1,
     } | fields  # fmt: skip
     for name, value in fields.items():
         config[name] = value
@@ -34,7 +41,13 @@ class Progress:
         self.losses[round(share, 2)] = losses
 
 
-def run(config, trials, folder, *, progress=None, stop=None, memory=None):
+@functools.cache
+def programs(optimizer):
+    """For two trials; the tests spend their time in the compiler."""
+    return population.Programs(config(f"vitp,{optimizer}"), 10, 2)
+
+
+def run(config, trials, folder, *, progress=None, stop=None, new_programs=None):
     splits = tuple(
         sources.open_split(config.data_dir, config.dataset, split)
         for split in (config.train_split, config.eval_split)
@@ -42,69 +55,67 @@ def run(config, trials, folder, *, progress=None, stop=None, memory=None):
     return train_population(
         config, trials, str(folder), splits=splits, progress=progress or Progress(),
         stop=stop or threading.Event(),
-        new_programs=lambda num: population.Programs(config, 10, num, memory),
+        new_programs=new_programs or (lambda num: programs(config.optimizer)),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("arg, tolerance", [("vitc,sgd", 5e-3), ("vitp,adamw", 1e-4)])
-def test_a_trial_is_a_run_of_main(arg, tolerance, tmp_path, monkeypatch):
-    """50 steps. Rounding grows by ReLU's kinks and BatchNorm at SGD's large learning rate."""
-    c, progress = config(arg, mixup_alpha=0.8, lighting_std=0.1, data_seed=7), Progress()
-    trials = [
-        Trial(c.lr * factor, c.wd * factor, seed) for factor, seed in ((1, 0), (0.3, 1), (3, 2))
-    ]
-    results = run(c, trials, tmp_path / "population", progress=progress)
+def test_a_trial_is_a_run_of_main(tmp_path, monkeypatch):
+    """50 steps; the losses agree to 1e-4, the errors to one of 256 images."""
+    c = config("vitp,adamw", mixup_alpha=0.8, lighting_std=0.1, data_seed=7)
+    trials, progress = [Trial(c.lr, c.wd, 0), Trial(c.lr / 3, c.wd * 3, 1)], Progress()
+    new_programs = functools.partial(population.Programs, c, 10)  # they mix
+    results = run(c, trials, tmp_path / "all", progress=progress, new_programs=new_programs)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     c.lr, c.wd, c.seed = trials[1]
     result = train_module.train(c, str(tmp_path / "run"))
     records = read_jsonl(str(tmp_path / "run" / "metrics.jsonl"))
     losses = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
     for step in range(10, 51, 10):
-        assert progress.losses[step / 50][1] == pytest.approx(losses[step], rel=tolerance), step
-        assert abs(progress.losses[step / 50][0] / losses[step] - 1) > 2 * tolerance, (
-            "trials are alike"
-        )
-    assert results[1]["top1_error"] == pytest.approx(result["top1_error"], abs=1)
+        other, loss = progress.losses[step / 50]
+        assert loss == pytest.approx(losses[step], rel=1e-4), step
+        assert abs(other / losses[step] - 1) > 1e-3, "trials are alike"
+    assert results[1]["top1_error"] == pytest.approx(result["top1_error"], abs=0.4)
     assert results[1]["lr"] == c.lr and results[1]["diverged_at"] is None
 
 
 def test_a_trial_that_diverges_disturbs_no_other_and_keeps_its_last_error(tmp_path):
-    c = config("vitc,sgd", epochs=0.1, eval_every_epochs=0.02)
+    c = config("vitp,sgd", epochs=0.1, eval_every_epochs=0.02)
     good = Trial(0.1, 0.0, 0)
     alone = run(c, [good], tmp_path / "alone")
-    bad, beside, weak = run(c, [Trial(1e9, 0.0, 0), good, Trial(1e-9, 0.0, 0)], tmp_path / "all")
-    assert bad["diverged_at"] and beside["diverged_at"] is None and weak["diverged_at"] is None
+    bad, beside = run(c, [Trial(1e9, 0.0, 0), good], tmp_path / "both")
+    assert bad["diverged_at"] and beside["diverged_at"] is None
     assert beside == alone[0]
     errors = [error for _, error in bad["curve"]]
     assert np.isfinite(errors).all()
-    last = bad["diverged_at"] // 3 + 1  # evaluations are 3 steps apart
+    last = bad["diverged_at"] // 3 + 1  # evaluations are 3 or 4 steps apart
     assert len(set(errors[last:])) == 1, "a diverged trial goes on changing"
-    assert len({error for _, error in weak["curve"]}) >= 1
+    assert len({error for _, error in beside["curve"]}) > 2
 
 
-def test_too_large_a_population_is_split_with_the_same_results(tmp_path, monkeypatch):
-    c = config("vitp,adamw", epochs=0.04, warmup_epochs=0.0)
-    trials = [Trial(1e-3, 0.1, seed) for seed in range(11)]  # on 8 devices
-    whole = run(c, trials, tmp_path / "whole", memory=1e12)
-    two = population.Programs(c, 10, 16, memory=1e12)
-    need = population._need(two.step)
-    parts = run(c, trials, tmp_path / "parts", memory=0.9 * need)
-    assert [p.name for p in sorted((tmp_path / "parts").iterdir())] == [
-        "trials_000-007.jsonl", "trials_008-010.jsonl"
+def test_too_large_a_population_is_split_with_the_same_results(tmp_path):
+    c = config("vitp,sgd", epochs=0.04, warmup_epochs=0.0)
+    trials = [Trial(0.1, 0.0, seed) for seed in range(3)]
+    both = population.Programs(c, 10, 3, memory=1e12)
+    assert both.num_trials == 4  # one more than wanted, to divide by the devices
+    whole = run(c, trials, tmp_path / "whole", new_programs=lambda num: both)
+    memory = 0.9 * population._need(both.step)
+    fewer = functools.partial(population.Programs, c, 10, memory=memory)
+    assert run(c, trials, tmp_path / "parts", new_programs=fewer) == whole
+    assert [path.name for path in sorted((tmp_path / "parts").iterdir())] == [
+        "trials_000-001.jsonl", "trials_002-002.jsonl"
     ]  # fmt: skip
-    assert two.num_trials == 16 and parts == whole
     with pytest.raises(ConfigError, match="one trial of vitp_tiny needs"):
-        run(c, trials, tmp_path / "none", memory=1000.0)
+        population.Programs(c, 10, 3, memory=1000.0)
 
 
-def test_an_interrupted_population_goes_on(tmp_path, monkeypatch):
-    c = config("vitc,adamw", epochs=0.12)
-    trials = [Trial(1e-3, 0.1, seed) for seed in range(3)]
+def test_an_interrupted_population_goes_on(tmp_path):
+    c = config("vitp,sgd", epochs=0.12)
+    trials = [Trial(0.1, 1e-4, seed) for seed in range(2)]
     expected = run(c, trials, tmp_path / "uninterrupted")
     stop = threading.Event()
 
     class StopAtTen(Progress):
-        def __call__(self, step, *args):
+        def __call__(self, *args):
             stop.set()
 
     with pytest.raises(Preempted, match="stopped at step 11 of 19"):
@@ -112,5 +123,5 @@ def test_an_interrupted_population_goes_on(tmp_path, monkeypatch):
     progress = Progress()
     assert run(c, trials, tmp_path / "interrupted", progress=progress) == expected
     assert list(progress.losses) == [1.0], "it began again"
-    monkeypatch.setattr(population, "Programs", None)  # nothing is left to compile
-    assert run(c, trials, tmp_path / "interrupted") == expected
+    again = run(c, trials, tmp_path / "interrupted", new_programs=None, progress=progress)
+    assert again == expected and len(progress.losses) == 1, "it is not trained again"

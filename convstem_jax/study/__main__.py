@@ -20,7 +20,7 @@ import numpy as np
 from convstem_jax import build, command_line, preemption, run_folder
 from convstem_jax.complexity import complexity
 from convstem_jax.data import sources
-from convstem_jax.study import experiments
+from convstem_jax.study import experiments, report
 from convstem_jax.study.population import Programs, train_population
 
 _EPILOG = f"""\
@@ -113,6 +113,7 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
         },
     )
     print(f"{len(records)} trials in {workdir}/trials.jsonl")
+    report.main([workdir])
 
 
 class _Progress:

@@ -1,0 +1,144 @@
+"""The study's plan, its claims on trials with known outcomes, its report, and one whole study."""
+
+import json
+
+import numpy as np
+import pytest
+
+from convstem_jax.config import load_config
+from convstem_jax.errors import ConfigError
+from convstem_jax.models import MODELS
+from convstem_jax.study import claims, experiments, report
+from convstem_jax.study.claims import Trials, edf_area
+
+
+def plan(arg=""):
+    config = load_config(f"configs/study.py:{arg}")
+    grids = list(experiments.grids(config))
+    optima = {(p.model, p.optimizer): (0.01, 1e-3) for p in grids}
+    return config, grids, experiments.populations(config, optima)
+
+
+def test_every_population_is_there_once_and_can_be_run():
+    for arg in ("", "full", "imagenet"):
+        config, grids, later = plan(arg)
+        names = [p.name for p in [*grids, *later]]
+        assert len(set(names)) == len(names)
+        for p in [*grids, *later]:
+            assert p.model in MODELS
+            run = experiments.run_config(config, p)
+            assert (run.model, run.optimizer, run.epochs) == (p.model, p.optimizer, p.epochs)
+            assert run.warmup_epochs < run.epochs
+    assert {p.model for p in later} >= {"vitc_4gf_s4", "vitp_4gf_bn", "vitc_4gf_ln"}
+    assert (MODELS["vitp_4gf_deep"].depth, MODELS["vitc_4gf_deep"].depth) == (48, 47)
+
+
+def test_random_settings_fill_the_papers_intervals_around_the_optimum():
+    _, _, later = plan("full,num_random=2000")
+    population = next(p for p in later if p.name == "vitp_tiny-sgd-5ep-random")
+    for values, center, width in (
+        ([t.lr for t in population.trials], 0.01, 32),
+        ([t.wd for t in population.trials], 1e-3, 30),
+    ):
+        exponents = np.log(np.array(values) / center) / np.log(width)
+        assert -0.5 <= exponents.min() < -0.49 and 0.49 < exponents.max() <= 0.5
+        assert abs(exponents.mean()) < 0.02  # log-uniform
+    _, _, again = plan("full,num_random=2000")
+    assert population in again
+
+
+@pytest.mark.parametrize(
+    "arg, message",
+    [
+        ("lengths=(3.0,2.0)", "config.lengths=.*the shortest first"),
+        ("experiments=('lr',)", "config.experiments=.*some of length"),
+        ("vitp=vit", "config.vitp='vit': it must be one of"),
+        ("num_seed=3", "unknown config field 'num_seed': did you mean 'num_seeds'"),
+    ],
+)
+def test_wrong_fields_are_refused(arg, message):
+    with pytest.raises(ConfigError, match=message):
+        config, grids, _ = plan(arg)
+        experiments.run_config(config, grids[0])
+
+
+def made_up(effect, num_seeds=5):
+    """Trials in which every claim is true by `effect` points, in noise of 0.1."""
+    _, grids, later = plan(f"full,num_seeds={num_seeds}")
+    rng, records = np.random.default_rng(0), []
+    for p in [*grids, *later]:
+        patchify = p.model.startswith("vitp")
+        for trial in p.trials:
+            error = 20 + 0.1 * rng.normal() + effect * patchify
+            error += effect * patchify * (p.optimizer == "sgd")
+            error += effect * patchify * (p.epochs == min(p.epochs, 5))
+            if p.kind == "random":
+                error += abs(rng.normal()) * (1 + effect * patchify)
+            about = {"kind": p.kind, "model": p.model, "optimizer": p.optimizer}
+            records.append(
+                about | trial._asdict()
+                | {"epochs": p.epochs, "top1_error": error, "diverged_at": None, "curve": []}
+            )  # fmt: skip
+    return records
+
+
+def verdicts(records):
+    found = claims.claims(Trials(records), "vitp_tiny", "vitc_tiny", "regnety_tiny")
+    return {claim.name: claim for claim in found}
+
+
+def test_what_is_true_is_supported_and_what_is_not_is_not():
+    true, false, none = (verdicts(made_up(effect)) for effect in (2.0, -0.5, 0.0))
+    assert len(true) == 12
+    assert {claim.verdict for claim in true.values()} == {"supported"}
+    assert {false[name].verdict for name in ("length", "peak", "stem s1")} == {"not supported"}
+    undecided = [claim.verdict for claim in none.values()].count("undecided")
+    assert undecided >= 9, "noise decides"
+    few = verdicts(made_up(2.0, num_seeds=2))
+    assert few["peak"].verdict == "undecided" and few["peak"].interval is None
+    assert few["lr and wd, sgd"].verdict == "supported"
+
+
+def test_claims_without_trials_are_left_out():
+    records = [r for r in made_up(2.0) if r["kind"] == "random" and "deep" not in r["model"]]
+    assert {name.split(",")[0] for name in verdicts(records)} == {"lr and wd", "CNN's lr and wd"}
+
+
+def test_area_under_the_edf():
+    assert edf_area(np.array([5.0, 5.0])) == 1
+    assert edf_area(np.array([5.0, 10.0, 99.0])) == pytest.approx((1 + 0.5 + 0) / 3)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    records = made_up(2.0)
+    (tmp_path / "trials.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (tmp_path / "config.json").write_text(load_config("configs/study.py:full").to_json())
+    result = {
+        "versions": {"jax": "1"}, "device": "1 x <device>", "seconds": 60, "commit": "abc",
+        "train_examples": 60_000, "eval_examples": 10_000,
+    }  # fmt: skip
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    return tmp_path
+
+
+def test_the_report_holds_figures_tables_and_verdicts(finished, capsys):
+    assert report.main([str(finished)]) == 0
+    names = {"length", "optimizer", "edf", "lr_wd", "stems", "norms", "depth"}
+    folder = finished / "report"
+    assert {path.stem for path in folder.glob("*.png")} == names
+    assert {path.stem for path in folder.glob("*.svg")} == names
+    page = (folder / "index.html").read_text()
+    assert page.count("<svg") == len(names) and "<img" not in page, "it holds everything itself"
+    assert "1 x &lt;device&gt;" in page and "60,000 training" in page
+    found = json.loads((folder / "verdicts.json").read_text())
+    for claim in found:
+        assert claim["verdict"] == "supported" and claim["interval"][0] > 0
+        assert claim["sentence"].replace("'", "&#x27;") in page
+        assert claim["sentence"] in (folder / "report.md").read_text()
+    assert "supported" in capsys.readouterr().out
+
+
+def test_an_unfinished_study_has_no_report(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "holds no finished study" in capsys.readouterr().err
