@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from convstem_jax.data import augment, pipeline, sources
+from convstem_jax.data import augment, packed, pipeline, sources, threaded
 from convstem_jax.data.examples import EvalExamples, TrainExamples, TrainTransform
 from convstem_jax.errors import ConfigError, DataError
 
@@ -318,5 +318,76 @@ def test_reading_model_and_step_need_neither_tensorflow_nor_clu():
         "from convstem_jax.data import sources\n"
         f"sources.open_split({str(DATASETS)!r}, {NAME!r}, 'test')[0]\n"
         "assert not {'tensorflow', 'clu'} & set(sys.modules), 'loaded'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+# ------------------------------------------------------------------- without tfds and Grain
+
+
+@pytest.fixture(scope="module")
+def packed_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    flags = ["--dataset", NAME, "--data_dir", str(DATASETS), "--splits", "test,train[:100]"]
+    assert packed.main([*flags, "--output", str(folder)]) == 0
+    return folder
+
+
+def test_a_packed_file_is_the_data_set(packed_dir, test_split):
+    split = sources.open_split(str(packed_dir), NAME, "test")
+    assert len(split) == 2000 and split.num_classes == 10
+    for i in (0, 1, 1999):
+        assert same(split[i], test_split[i])
+    part = sources.open_split(str(packed_dir), NAME, "test[50%:1005]")
+    assert len(part) == 5 and same(part[0], test_split[1000])
+    assert len(sources.open_split(str(packed_dir), NAME, "train")) == 100
+
+
+@pytest.mark.parametrize(
+    "split, message",
+    [
+        ("validation", "has no split 'validation': it has test, train"),
+        ("test[7:7]", "'test.7:7.' of .* is empty"),
+        ("test[a:]", "'test.a:.' is not a split"),
+    ],
+)
+def test_what_a_packed_file_does_not_have(packed_dir, split, message):
+    with pytest.raises(ConfigError, match=message):
+        sources.open_split(str(packed_dir), NAME, split)
+
+
+def test_a_damaged_packed_file(packed_dir, tmp_path, capsys):
+    content = (packed_dir / f"{NAME}.npz").read_bytes()
+    (tmp_path / f"{NAME}.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="cannot be read.*pack it again"):
+        sources.open_split(str(tmp_path), NAME, "test")
+    assert packed.main(["--dataset", "none", "--output", str(tmp_path)]) == 2
+    assert "data set 'none' is not in datasets" in capsys.readouterr().err
+
+
+def test_threads_read_the_batches_of_the_pipeline(train_split, test_split):
+    examples = TrainExamples(train_split, TRANSFORM, 3)
+    reading = {"sharding": sharding(), "num_threads": 2, "ahead": 3}
+    batches = threaded.train_batches(examples, batch_size=64, first_step=2, **reading)
+    expected = take(train_batches(train_split, seed=3), 5)[2:]
+    assert all(same(a, b) for a, b in zip(take(batches, 3), expected, strict=True))
+
+    examples = EvalExamples(test_split, resize=36, image_size=32)
+    threads = list(threaded.eval_batches(examples, batch_size=300, **reading))
+    options = {"batch_size": 300, "sharding": sharding(), "reading": THREADS}
+    for a, b in zip(threads, pipeline.EvalBatches(examples, **options), strict=True):
+        assert same(a, b) and (a["mask"] == b["mask"]).all()
+
+
+def test_the_study_needs_jax_and_a_packed_file_alone(packed_dir, tmp_path):
+    absent = ["tensorflow", "tensorflow_datasets", "array_record", "grain", "clu", "torch"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        "import convstem_jax.study.__main__\n"
+        "from convstem_jax.data import sources\n"
+        f"sources.open_split({str(packed_dir)!r}, {NAME!r}, 'test')[0]\n"
+        "from convstem_jax.errors import ConfigError\n"
+        f"try: sources.open_split({str(DATASETS)!r}, {NAME!r}, 'test')\n"
+        "except ConfigError as error: assert 'convstem_jax.data.packed' in str(error), error"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

@@ -61,7 +61,7 @@ def read(path: str, split: str) -> tuple[PackedRecords, int]:
         raise ConfigError(f"'{split}' is not a split or a part of one, such as train[:90%]")
     name, *bounds = match.groups()
     try:
-        with np.load(path) as arrays:
+        with open(path, "rb") as file, np.load(file) as arrays:
             if f"{name}/labels" not in arrays:
                 known = sorted(key.partition("/")[0] for key in arrays if key.endswith("/labels"))
                 raise ConfigError(f"{path} has no split '{name}': it has {', '.join(known)}")
@@ -109,12 +109,12 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--dataset", required=True, help="its name, such as fashion_mnist_10k")
     add("--data_dir", default="datasets", help="folder that holds it (default: %(default)s)")
-    add("--splits", default="train,test", help="(default: %(default)s)")
+    add("--splits", default="train,test", help="or parts: train[:1000],test (default: %(default)s)")
     add("--output", required=True, help="folder to write DATASET.npz in")
     args = parser.parse_args(argv)
     try:
         splits = {
-            name: sources.open_split(args.data_dir, args.dataset, name)
+            name.partition("[")[0]: sources.open_split(args.data_dir, args.dataset, name)
             for name in args.splits.split(",")
         }
         path = os.path.join(args.output, f"{args.dataset}.npz")
