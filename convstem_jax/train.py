@@ -109,17 +109,18 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         start_weights, _ = weights.load(config.init_from)
     state = jax.jit(lambda: init_state(recipe, new_model()), out_shardings=replicated)()
     hparams = jax.device_put(build.hparams(config, len(train_split)), replicated)
-    jit_train_step = jax.jit(
-        functools.partial(train_step, graphdef, recipe),
-        donate_argnums=0,
-        out_shardings=replicated,
-    )
-    jit_eval_step = jax.jit(
-        functools.partial(eval_step, graphdef, recipe), out_shardings=replicated
-    )
-    jit_batch_statistics = jax.jit(
-        functools.partial(batch_statistics, graphdef, recipe), out_shardings=replicated
-    )
+
+    def jit(function, **options):
+        def on_mesh(*args, **kwargs):
+            # For grouped convolutions, which must know how the batch is sharded.
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(graphdef, recipe, *args, **kwargs)
+
+        return jax.jit(on_mesh, out_shardings=replicated, **options)
+
+    jit_train_step = jit(train_step, donate_argnums=0)
+    jit_eval_step = jit(eval_step)
+    jit_batch_statistics = jit(batch_statistics)
     if jax.process_index() == 0:
         _print_overview(config, workdir, state.params, len(train_split), num_steps)
 
@@ -181,7 +182,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     with (
         contextlib.closing(records),
         contextlib.closing(checkpoints),
-        jax.set_mesh(mesh),
         preemption.stop_requested() as stop,
     ):
         for step in range(first_step + 1, num_steps + 1):  # `step` updates made, after this one

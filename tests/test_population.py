@@ -22,11 +22,12 @@ def two_devices(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
 
 
-def config(arg="", **fields):
-    config = load_config(f"configs/quickstart.py:{arg}")
+def config(**fields):
+    config = load_config("configs/quickstart.py:vitp,sgd")
     fields = {
         "eval_split": "test[:256]", "log_every_steps": 10, "epochs": 0.32, "warmup_epochs": 0.05,
         "eval_every_epochs": 0.16, "checkpoint_every_steps": 20, "ema_every": 1,
+        "mixup_alpha": 0.8, "lighting_std": 0.1, "data_seed": 7,
     } | fields  # fmt: skip
     for name, value in fields.items():
         config[name] = value
@@ -42,9 +43,9 @@ class Progress:
 
 
 @functools.cache
-def programs(optimizer):
+def programs():
     """For two trials; the tests spend their time in the compiler."""
-    return population.Programs(config(f"vitp,{optimizer}"), 10, 2)
+    return population.Programs(config(), 10, 2)
 
 
 def run(config, trials, folder, *, progress=None, stop=None, new_programs=None):
@@ -55,16 +56,15 @@ def run(config, trials, folder, *, progress=None, stop=None, new_programs=None):
     return train_population(
         config, trials, str(folder), splits=splits, progress=progress or Progress(),
         stop=stop or threading.Event(),
-        new_programs=new_programs or (lambda num: programs(config.optimizer)),
+        new_programs=new_programs or (lambda num: programs()),
     )  # fmt: skip
 
 
 def test_a_trial_is_a_run_of_main(tmp_path, monkeypatch):
     """50 steps; the losses agree to 1e-4, the errors to one of 256 images."""
-    c = config("vitp,adamw", mixup_alpha=0.8, lighting_std=0.1, data_seed=7)
+    c = config()
     trials, progress = [Trial(c.lr, c.wd, 0), Trial(c.lr / 3, c.wd * 3, 1)], Progress()
-    new_programs = functools.partial(population.Programs, c, 10)  # they mix
-    results = run(c, trials, tmp_path / "all", progress=progress, new_programs=new_programs)
+    results = run(c, trials, tmp_path / "all", progress=progress)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     c.lr, c.wd, c.seed = trials[1]
     result = train_module.train(c, str(tmp_path / "run"))
@@ -79,7 +79,7 @@ def test_a_trial_is_a_run_of_main(tmp_path, monkeypatch):
 
 
 def test_a_trial_that_diverges_disturbs_no_other_and_keeps_its_last_error(tmp_path):
-    c = config("vitp,sgd", epochs=0.1, eval_every_epochs=0.02)
+    c = config(epochs=0.1, eval_every_epochs=0.02)
     good = Trial(0.1, 0.0, 0)
     alone = run(c, [good], tmp_path / "alone")
     bad, beside = run(c, [Trial(1e9, 0.0, 0), good], tmp_path / "both")
@@ -93,14 +93,14 @@ def test_a_trial_that_diverges_disturbs_no_other_and_keeps_its_last_error(tmp_pa
 
 
 def test_too_large_a_population_is_split_with_the_same_results(tmp_path):
-    c = config("vitp,sgd", epochs=0.04, warmup_epochs=0.0)
+    c = config(epochs=0.04, warmup_epochs=0.0)
     trials = [Trial(0.1, 0.0, seed) for seed in range(3)]
     both = population.Programs(c, 10, 3, memory=1e12)
     assert both.num_trials == 4  # one more than wanted, to divide by the devices
     whole = run(c, trials, tmp_path / "whole", new_programs=lambda num: both)
-    memory = 0.9 * population._need(both.step)
-    fewer = functools.partial(population.Programs, c, 10, memory=memory)
-    assert run(c, trials, tmp_path / "parts", new_programs=fewer) == whole
+    fewer = population.Programs(c, 10, 3, memory=0.9 * population._need(both.step))
+    assert fewer.num_trials == 2
+    assert run(c, trials, tmp_path / "parts", new_programs=lambda num: fewer) == whole
     assert [path.name for path in sorted((tmp_path / "parts").iterdir())] == [
         "trials_000-001.jsonl", "trials_002-002.jsonl"
     ]  # fmt: skip
@@ -109,7 +109,7 @@ def test_too_large_a_population_is_split_with_the_same_results(tmp_path):
 
 
 def test_an_interrupted_population_goes_on(tmp_path):
-    c = config("vitp,sgd", epochs=0.12)
+    c = config(epochs=0.12)
     trials = [Trial(0.1, 1e-4, seed) for seed in range(2)]
     expected = run(c, trials, tmp_path / "uninterrupted")
     stop = threading.Event()
