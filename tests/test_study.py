@@ -8,6 +8,7 @@ import pytest
 from convstem_jax.config import load_config
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
+from convstem_jax.study import __main__ as program
 from convstem_jax.study import claims, experiments, report
 from convstem_jax.study.claims import Trials, edf_area
 
@@ -142,3 +143,30 @@ def test_the_report_holds_figures_tables_and_verdicts(finished, capsys):
 def test_an_unfinished_study_has_no_report(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "holds no finished study" in capsys.readouterr().err
+
+
+def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, capsys):
+    """Only the training is made up: the largest learning rate of the grid is the best."""
+    seen = []
+
+    def train(config, trials, folder, *, progress, **unused):
+        seen.append((folder.rsplit("/")[-1], config.optimizer, trials))
+        progress(len(trials), 1.0, np.ones(len(trials)))
+        return [
+            t._asdict() | {"top1_error": 50 / t.lr**0.1, "diverged_at": None, "curve": [[1.0, 9.0]]}
+            for t in trials
+        ]
+
+    monkeypatch.setattr(program, "train_population", train)
+    assert program.main(["--workdir", str(tmp_path / "run"), "--compilation_cache="]) == 0
+    names = [name for name, *_ in seen]
+    assert [name.endswith("grid") for name in names] == [True] * 6 + [False] * (len(seen) - 6)
+    best = {"adamw": 2e-3 * 2, "sgd": 0.1 * 2}
+    for name, optimizer, trials in seen:
+        if name.endswith("seeds"):
+            assert [(t.lr, t.seed) for t in trials] == [(best[optimizer], i) for i in range(2)]
+    records = [json.loads(x) for x in (tmp_path / "run" / "trials.jsonl").read_text().splitlines()]
+    assert len(records) == sum(len(trials) for *_, trials in seen)
+    output = capsys.readouterr().out
+    assert "100% of all, 0 min 00 s left" in output and "report/index.html" in output
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["trials"] == len(records)
