@@ -1,5 +1,6 @@
 """Population training against single runs; divergence, memory, interruption."""
 
+import dataclasses
 import functools
 import threading
 
@@ -12,14 +13,17 @@ from convstem_jax.config import load_config
 from convstem_jax.data import sources
 from convstem_jax.errors import ConfigError, Preempted
 from convstem_jax.metrics import read_jsonl
+from convstem_jax.models import MODELS
 from convstem_jax.study import population
 from convstem_jax.study.population import Trial, train_population
 
 
 @pytest.fixture(autouse=True)
-def two_devices(monkeypatch):
-    """Programs for 8 devices take long to compile."""
+def soon_compiled(monkeypatch):
+    """Two devices and one block: the tests spend their time in the compiler."""
     monkeypatch.setattr(jax, "device_count", lambda: 2)
+    shallow = dataclasses.replace(MODELS["vitp_tiny"], depth=1)
+    monkeypatch.setitem(MODELS, "vitp_tiny", shallow)
 
 
 def config(**fields):
@@ -44,7 +48,7 @@ class Progress:
 
 @functools.cache
 def programs():
-    """For two trials; the tests spend their time in the compiler."""
+    """For two trials."""
     return population.Programs(config(), 10, 2)
 
 
