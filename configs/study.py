@@ -1,12 +1,14 @@
 """The stability study (section 5): six experiments on ViT_P, ViT_C and a CNN, and their verdicts.
 
     python -m convstem_jax.study --config configs/study.py            minutes on 2 CPU cores
+    python -m convstem_jax.study --config configs/study.py:cpu        an hour or two on them
     python -m convstem_jax.study --config configs/study.py:full       one large GPU
     python -m convstem_jax.study --config configs/study.py:imagenet   the 4GF models, on a pod
     python -m convstem_jax.study --config configs/study.py:full,num_seeds=5
 
 `quick`, the first, passes through all experiments with few trials on a part of the embedded data:
-it shows that everything works, and decides little. `full` and `imagenet` have not been run yet.
+it shows that everything works, and decides little. `cpu` has enough trials to decide. `full` and
+`imagenet` have not been run yet.
 """
 
 from configs import common, quickstart
@@ -14,20 +16,15 @@ from convstem_jax.config import set_fields
 
 
 def get_config(arg: str = ""):
-    """`arg` holds quick, full or imagenet, and FIELD=VALUE."""
-    (scale,), fields = common.parse(arg, ("quick", "full", "imagenet"))
+    """`arg` holds quick, cpu, full or imagenet, and FIELD=VALUE."""
+    (scale,), fields = common.parse(arg, ("quick", "cpu", "full", "imagenet"))
     config = common.base() if scale == "imagenet" else quickstart.get_config()
 
     config.experiments = ("length", "optimizer", "lr_wd", "stems", "norms", "depth")
     config.vitp = "vitp_tiny"  # the models to compare; their variants are named after them
     config.vitc = "vitc_tiny"
     config.cnn = "regnety_tiny"
-    config.lengths = (
-        5.0,
-        10.0,
-        20.0,
-        40.0,
-    )  # epochs; all but `length` and `optimizer` use the first
+    config.lengths = (5.0, 10.0, 20.0, 40.0)  # epochs; most experiments use the first alone
     config.num_seeds = 3  # of every comparison at one setting
     config.num_random = 64  # settings drawn for each model and optimiser, in `lr_wd` and `depth`
     # The coarse grid from which each model's own optimum is taken: factors to these centres.
@@ -35,6 +32,7 @@ def get_config(arg: str = ""):
     config.adamw_center = (2e-3, 0.2)  # learning rate, weight decay
     config.sgd_center = (0.1, 5e-4)
     config.memory_gb = 0.0  # of each device to use; 0 for what it has
+    config.host_memory_gb = 8.0  # to keep batches in, which the next population reads again
     config.data_seed = 0  # one order for all trials, which read the same batches
 
     if scale == "quick":
@@ -47,11 +45,20 @@ def get_config(arg: str = ""):
         config.num_seeds = 2
         config.num_random = 6
         config.grid_factors = (0.5, 2.0)
+    elif scale == "cpu":
+        config.train_split = "train[:3000]"
+        config.batch_size = 32
+        config.ema_alpha = 4.27e-3  # likewise, for 427 times fewer
+        config.ema_every = 4
+        config.lengths = (4.0, 8.0, 16.0)
+        config.num_seeds = 4
+        config.num_random = 32
     elif scale == "full":
         config.dataset = "fashion_mnist"
         config.ema_alpha = 2.1e-4  # likewise, for 21 times fewer
         config.batch_size = 256
         config.eval_batch_size = 2000
+        config.num_workers = 8
     else:
         config.vitp, config.vitc, config.cnn = "vitp_4gf", "vitc_4gf", "regnety_4gf"
         config.lengths = (50.0, 100.0, 200.0, 400.0)

@@ -1,6 +1,7 @@
 """Notices that the machine asks the run to stop, so that it can save first."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -30,3 +31,19 @@ def stop_requested():
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
+
+
+def live_as_long_as_the_main_process() -> None:
+    """For a worker process: leaves signals to the main process, and ends with it.
+
+    Ctrl-C and cluster schedulers signal every process of a group. The main process saves and then
+    ends its workers; without them it could make no further step.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)  # it was killed, and could not end its workers
+
+    threading.Thread(target=follow, daemon=True).start()

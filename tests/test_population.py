@@ -10,7 +10,6 @@ import pytest
 
 from convstem_jax import train as train_module
 from convstem_jax.config import load_config
-from convstem_jax.data import sources
 from convstem_jax.errors import ConfigError, Preempted
 from convstem_jax.metrics import read_jsonl
 from convstem_jax.models import MODELS
@@ -53,15 +52,15 @@ def programs():
 
 
 def run(config, trials, folder, *, progress=None, stop=None, new_programs=None):
-    splits = tuple(
-        sources.open_split(config.data_dir, config.dataset, split)
-        for split in (config.train_split, config.eval_split)
-    )
-    return train_population(
-        config, trials, str(folder), splits=splits, progress=progress or Progress(),
-        stop=stop or threading.Event(),
-        new_programs=new_programs or (lambda num: programs()),
-    )  # fmt: skip
+    with population.open_readers(config, memory=1e6) as readers:
+        results = train_population(
+            config, trials, str(folder), readers=readers, progress=progress or Progress(),
+            stop=stop or threading.Event(),
+            new_programs=new_programs or (lambda num: programs()),
+        )  # fmt: skip
+    for result in results:
+        assert result.pop("seconds") > 0
+    return results
 
 
 def test_a_trial_is_a_run_of_main(tmp_path, monkeypatch):

@@ -153,7 +153,13 @@ def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, cap
         seen.append((folder.rsplit("/")[-1], config.optimizer, trials))
         progress(len(trials), 1.0, np.ones(len(trials)))
         return [
-            t._asdict() | {"top1_error": 50 / t.lr**0.1, "diverged_at": None, "curve": [[1.0, 9.0]]}
+            t._asdict()
+            | {
+                "top1_error": 50 / t.lr**0.1,
+                "diverged_at": None,
+                "curve": [[1.0, 9.0]],
+                "seconds": 2,
+            }
             for t in trials
         ]
 
@@ -169,4 +175,5 @@ def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, cap
     assert len(records) == sum(len(trials) for *_, trials in seen)
     output = capsys.readouterr().out
     assert "100% of all, 0 min 00 s left" in output and "report/index.html" in output
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["trials"] == len(records)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["trials"] == len(records) and result["seconds"] == 2 * len(records)

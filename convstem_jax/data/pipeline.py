@@ -7,16 +7,13 @@ workers or threads, nor on where a run was interrupted.
 from collections.abc import Iterator
 import dataclasses
 import itertools
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 
 from absl import flags
 import grain
 import jax
 
+from convstem_jax import preemption
 from convstem_jax.data.examples import EvalExamples, TrainExamples
 
 
@@ -103,17 +100,8 @@ def local_batches(
     return examples.batch(batch_size // num_processes)[process::num_processes]
 
 
-def _live_as_long_as_the_main_process(unused_index: int, unused_count: int) -> None:
-    # Ctrl-C and cluster schedulers signal every process of a group. The main process saves and
-    # then ends its workers; without them it could make no further step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)  # it was killed, and could not end its workers
-
-    threading.Thread(target=follow, daemon=True).start()
+def _start_worker(unused_index: int, unused_count: int) -> None:
+    preemption.live_as_long_as_the_main_process()
 
 
 def _to_devices(
@@ -138,7 +126,7 @@ def _to_devices(
             grain.MultiprocessingOptions(
                 num_workers=reading.num_workers, per_worker_buffer_size=reading.read_ahead
             ),
-            worker_init_fn=_live_as_long_as_the_main_process,
+            worker_init_fn=_start_worker,
         )
 
     def put(batch):

@@ -1,5 +1,6 @@
 """Runs the stability study, or goes on with an interrupted one, and writes its report."""
 
+import contextlib
 import functools
 import json
 import os
@@ -19,9 +20,8 @@ import numpy as np
 
 from convstem_jax import build, command_line, preemption, run_folder
 from convstem_jax.complexity import complexity
-from convstem_jax.data import sources
 from convstem_jax.study import experiments, report
-from convstem_jax.study.population import Programs, train_population
+from convstem_jax.study.population import Programs, open_readers, train_population
 
 _EPILOG = f"""\
 examples:
@@ -45,33 +45,30 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
         UserError: as `train.train`.
     """
     grids = list(experiments.grids(config))
-    experiments.run_config(config, grids[0])  # raises where a field is wrong
-    splits = tuple(
-        sources.open_split(config.data_dir, config.dataset, split)
-        for split in (config.train_split, config.eval_split)
-    )
-    data = {"train_examples": len(splits[0]), "eval_examples": len(splits[1])}
-    workdir = run_folder.prepare(workdir, config, data)
+    run = experiments.run_config(config, grids[0])  # raises where a field is wrong
     centers = {(p.model, p.optimizer): config[f"{p.optimizer}_center"] for p in grids}
     later = experiments.populations(config, centers)  # for their sizes; the optima come later
-    progress = _Progress(config, [*grids, *later])
-    print(
-        f"{len(grids) + len(later)} populations, {sum(len(p.trials) for p in [*grids, *later])} "
-        f"trials, {data['train_examples']:,} training images, on {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}",
-        flush=True,
-    )
-
-    @functools.cache
-    def programs(model, optimizer, num_trials):
-        population = next(
-            p for p in [*grids, *later] if (p.model, p.optimizer) == (model, optimizer)
-        )
-        run = experiments.run_config(config, population)
-        return Programs(run, splits[0].num_classes, num_trials)
-
     records = []
-    with preemption.stop_requested() as stop:
+    with contextlib.ExitStack() as stack:
+        readers = stack.enter_context(open_readers(run, config.host_memory_gb * 2**30))
+        train_split, eval_split = (reader.examples.split for reader in readers)
+        data = {"train_examples": len(train_split), "eval_examples": len(eval_split)}
+        workdir = run_folder.prepare(workdir, config, data)
+        progress = _Progress(config, [*grids, *later])
+        print(
+            f"{len(grids) + len(later)} populations, "
+            f"{sum(len(p.trials) for p in [*grids, *later])} trials, {len(train_split):,} training "
+            f"images, on {jax.device_count()} x {jax.devices()[0].device_kind}",
+            flush=True,
+        )
+        stop = stack.enter_context(preemption.stop_requested())
+
+        @functools.cache
+        def programs(model, optimizer, num_trials):
+            wanted = model, optimizer
+            population = next(p for p in [*grids, *later] if (p.model, p.optimizer) == wanted)
+            run = experiments.run_config(config, population)
+            return Programs(run, train_split.num_classes, num_trials)
 
         def train(population):
             progress.start(population)
@@ -79,7 +76,7 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
                 experiments.run_config(config, population),
                 population.trials,
                 os.path.join(workdir, "populations", population.name),
-                splits=splits,
+                readers=readers,
                 new_programs=functools.partial(programs, population.model, population.optimizer),
                 progress=progress.show,
                 stop=stop,
@@ -106,7 +103,7 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
             "trials": len(records),
             "dataset": f"{config.dataset}/{config.eval_split}",
             **data,
-            "seconds": round(progress.seconds, 1),
+            "seconds": round(sum(record["seconds"] for record in records), 1),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "versions": run_folder.versions(),
             "commit": run_folder.commit(),

@@ -46,6 +46,7 @@ RULES = {
     "adamw_center": _CENTER,
     "sgd_center": _CENTER,
     "memory_gb": rules.number(lambda v: v >= 0, "of 0 or more"),
+    "host_memory_gb": rules.number(lambda v: v >= 0, "of 0 or more"),
 }  # fmt: skip
 
 

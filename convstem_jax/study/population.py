@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 import contextlib
 import functools
 import glob
-import itertools
 import json
 import math
 import os
 import shutil
 import threading
+import time
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -25,8 +25,8 @@ import optax
 
 from convstem_jax import build
 from convstem_jax.checkpoint import Checkpoints
-from convstem_jax.data import threaded
-from convstem_jax.data.sources import Split
+from convstem_jax.data import sources
+from convstem_jax.data.reader import Reader
 from convstem_jax.errors import ConfigError, Preempted
 from convstem_jax.evaluate import evaluation_sums, precise_batch_stats
 from convstem_jax.step import (
@@ -207,12 +207,41 @@ def stack_hparams(
     )
 
 
+@contextlib.contextmanager
+def open_readers(config: ml_collections.ConfigDict, memory: float):
+    """Yields the readers of training and of evaluation, for all populations of a configuration.
+
+    Args:
+        config: of the trials.
+        memory: bytes of the host for batches that later populations see again.
+
+    Raises:
+        ConfigError: the data set is not there.
+        DataError: it is damaged.
+    """
+    splits = [
+        sources.open_split(config.data_dir, config.dataset, split)
+        for split in (config.train_split, config.eval_split)
+    ]
+    reading = {"num_workers": config.num_workers, "read_ahead": config.read_ahead}
+    train_reader = Reader(
+        build.train_examples(config, splits[0]),
+        batch_size=config.batch_size, memory=memory, **reading,
+    )  # fmt: skip
+    eval_reader = Reader(
+        build.eval_examples(config, splits[1]),
+        batch_size=config.eval_batch_size, memory=memory, **reading,
+    )  # fmt: skip
+    with contextlib.closing(train_reader), contextlib.closing(eval_reader):
+        yield train_reader, eval_reader
+
+
 def train_population(
     config: ml_collections.ConfigDict,
     trials: Sequence[Trial],
     folder: str,
     *,
-    splits: tuple[Split, Split],
+    readers: tuple[Reader, Reader],
     new_programs: Callable[[int], Programs],
     progress: Callable[[int, float, np.ndarray], None],
     stop: threading.Event,
@@ -223,7 +252,7 @@ def train_population(
         config: what the trials have in common; its lr, wd and seed are not used, but `data_seed`.
         trials: the trials.
         folder: absolute path, for results and checkpoints.
-        splits: of training and of evaluation.
+        readers: of training and of evaluation.
         new_programs: gives `Programs` for a number of trials; called only if some are missing.
         progress: called at log points with the trials, the share of their steps that is made, and
             the losses of those that have not diverged.
@@ -231,11 +260,13 @@ def train_population(
 
     Returns:
         For each trial: `lr`, `wd`, `seed`, `top1_error` in percent (EMA weights), `diverged_at`,
-        a step or None, and `curve`, a list of [epoch, error].
+        a step or None, `curve`, a list of [epoch, error], and `seconds`, its share of the time of
+        those trained with it, compilation included.
 
     Raises:
         UserError: as from `train`.
     """
+    start = time.perf_counter()
     results = _read_results(folder)
     missing = [i for i in range(len(trials)) if i not in results]
     programs = new_programs(len(missing)) if missing else None
@@ -243,9 +274,10 @@ def train_population(
         part, missing = missing[: programs.num_trials], missing[programs.num_trials :]
         name = f"{part[0]:03}-{part[-1]:03}"
         found = _train_part(
-            config, [trials[i] for i in part], os.path.join(folder, name), programs, splits,
-            functools.partial(progress, len(part)), stop,
+            config, [trials[i] for i in part], os.path.join(folder, name), programs, readers,
+            functools.partial(progress, len(part)), stop, start,
         )  # fmt: skip
+        start = time.perf_counter()
         lines = [json.dumps({"trial": i} | r) + "\n" for i, r in zip(part, found, strict=True)]
         path = os.path.join(folder, f"trials_{name}.jsonl")
         with open(path + ".tmp", "w") as file:
@@ -265,40 +297,34 @@ def _read_results(folder: str) -> dict[int, dict]:
     return results
 
 
-def _train_part(config, trials, folder, programs, splits, progress, stop) -> list[dict]:
+def _train_part(config, trials, folder, programs, readers, progress, stop, start) -> list[dict]:
     """Trains as many trials as `programs` takes; `train.train` for a population."""
-    train_split, eval_split = splits
+    train_reader, eval_reader = readers
+    num_examples = len(train_reader.examples.split)
     padded = [*trials, *[trials[-1]] * (programs.num_trials - len(trials))]
-    hparams = jax.device_put(stack_hparams(config, padded, len(train_split)), programs.by_trial)
+    hparams = jax.device_put(stack_hparams(config, padded, num_examples), programs.by_trial)
     state = programs.init(hparams.seed)
-    reading = {
-        "sharding": programs.replicated,
-        "num_threads": max(1, config.num_workers * config.num_threads),
-        "ahead": config.read_ahead,
-    }
-    steps_per_epoch = len(train_split) / config.batch_size
-    num_steps = build.num_steps(config, len(train_split))
-    train_examples = build.train_examples(config, train_split)
-    eval_examples = build.eval_examples(config, eval_split)
+    steps_per_epoch = num_examples / config.batch_size
+    num_steps = build.num_steps(config, num_examples)
 
     checkpoints = Checkpoints(os.path.join(folder, "checkpoints"), keep=1)
     curves, first_step = [], 0
     if checkpoints.latest_step() is not None:
         state, loop = checkpoints.restore(state)
         curves, first_step = loop["curves"], checkpoints.latest_step()
+        start -= loop["seconds"]
 
     @functools.cache
     def precise_batches():
         num = max(1, config.precise_bn_examples // config.batch_size)
-        batches = threaded.train_batches(train_examples, batch_size=config.batch_size, **reading)
-        return list(itertools.islice(batches, num))
+        return list(train_reader.read(range(num), programs.replicated))
 
     def evaluate_trials(step):
         ema = state.trials.ema
         if config.precise_bn_examples and ema["batch_stats"]:
             precise = precise_batch_stats(programs.batch_statistics, ema, precise_batches())
             ema = ema | {"batch_stats": precise}
-        batches = threaded.eval_batches(eval_examples, batch_size=config.eval_batch_size, **reading)
+        batches = eval_reader.read(range(eval_reader.num_batches()), programs.replicated)
         sums = evaluation_sums(programs.eval_step, {"ema": ema}, batches)["ema"]
         before = curves[-1][1] if curves else [100.0] * len(trials)
         # Weights on their way to NaN may give logits that are not finite already.
@@ -311,14 +337,12 @@ def _train_part(config, trials, folder, programs, splits, progress, stop) -> lis
         curves.append([round(step / steps_per_epoch, 4), errors])
 
     def save(step):
-        checkpoints.save(step, state, {"curves": curves})
+        loop = {"curves": curves, "seconds": time.perf_counter() - start}
+        checkpoints.save(step, state, loop)
 
-    batches = threaded.train_batches(
-        train_examples, batch_size=config.batch_size, first_step=first_step, **reading
-    )
-    with contextlib.closing(checkpoints), contextlib.closing(batches):
-        for step in range(first_step + 1, num_steps + 1):
-            batch = next(batches)
+    batches = train_reader.read(range(first_step, num_steps), programs.replicated)
+    with contextlib.closing(checkpoints):
+        for step, batch in enumerate(batches, first_step + 1):
             with jax.transfer_guard("disallow"):
                 state, metrics = programs.step(state, batch, hparams)
             is_last, stopping = step == num_steps, stop.is_set()
@@ -335,12 +359,14 @@ def _train_part(config, trials, folder, programs, splits, progress, stop) -> lis
                     "command goes on from there"
                 )
     updates = jax.device_get(state.updates)
+    seconds = round((time.perf_counter() - start) / len(trials), 2)
     return [
         trial._asdict()
         | {
             "top1_error": curves[-1][1][i],
             "diverged_at": None if updates[i] == num_steps else int(updates[i]) + 1,
             "curve": [[epoch, errors[i]] for epoch, errors in curves],
+            "seconds": seconds,
         }
         for i, trial in enumerate(trials)
     ]
