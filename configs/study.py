@@ -4,11 +4,12 @@
     python -m convstem_jax.study --config configs/study.py:cpu        an hour or two on them
     python -m convstem_jax.study --config configs/study.py:full       one large GPU
     python -m convstem_jax.study --config configs/study.py:imagenet   the 4GF models, on a pod
-    python -m convstem_jax.study --config configs/study.py:full,num_seeds=5
+    python -m convstem_jax.study --config configs/study.py:full,colour,num_seeds=5
 
 `quick`, the first, passes through all experiments with few trials on a part of the embedded data:
 it shows that everything works, and decides little. `cpu` has enough trials to decide. `full` and
-`imagenet` have not been run yet.
+`imagenet` have not been run yet. `colour` is the harder set of `convstem_jax.study.colour_set`, in
+place of the grey Fashion-MNIST.
 """
 
 from configs import common, quickstart
@@ -16,8 +17,9 @@ from convstem_jax.config import set_fields
 
 
 def get_config(arg: str = ""):
-    """`arg` holds quick, cpu, full or imagenet, and FIELD=VALUE."""
-    (scale,), fields = common.parse(arg, ("quick", "cpu", "full", "imagenet"))
+    """`arg` holds quick, cpu, full or imagenet, grey or colour, and FIELD=VALUE."""
+    scales = ("quick", "cpu", "full", "imagenet")
+    (scale, colours), fields = common.parse(arg, scales, ("grey", "colour"))
     config = common.base() if scale == "imagenet" else quickstart.get_config()
 
     config.experiments = ("length", "optimizer", "lr_wd", "stems", "norms", "depth")
@@ -64,6 +66,10 @@ def get_config(arg: str = ""):
         config.lengths = (50.0, 100.0, 200.0, 400.0)
         config.adamw_center = (2e-3, 0.2)
         config.sgd_center = (1.9, 2e-5)
+    if colours == "colour" and scale != "imagenet":
+        config.dataset = config.dataset.replace("mnist", "photos")
+        config.mean = (0.513, 0.473, 0.364)
+        config.std = (0.254, 0.248, 0.268)
     config.warmup_epochs = 0.1 * config.lengths[0]
     config.eval_every_epochs = config.lengths[0] / 2
     set_fields(config, fields)

@@ -85,16 +85,21 @@ def read(path: str, split: str) -> tuple[PackedRecords, int]:
     return PackedRecords(whole.content, *arrays), num_classes
 
 
-def pack(split) -> PackedRecords:
-    """Packs a `sources.Split`."""
-    records = [split.records[i] for i in range(len(split))]
-    ends = np.cumsum([len(record["image"]) for record in records])
+def records(images: list[bytes], labels: list[int]) -> PackedRecords:
+    """Packs encoded images and their labels."""
+    ends = np.cumsum([len(image) for image in images])
     return PackedRecords(
-        content=np.frombuffer(b"".join(record["image"] for record in records), np.uint8),
+        content=np.frombuffer(b"".join(images), np.uint8),
         starts=np.concatenate([[0], ends[:-1]]),
         ends=ends,
-        labels=np.array([int(record["label"]) for record in records]),
+        labels=np.array(labels),
     )
+
+
+def pack(split) -> PackedRecords:
+    """Packs a `sources.Split`."""
+    found = [split.records[i] for i in range(len(split))]
+    return records([r["image"] for r in found], [int(r["label"]) for r in found])
 
 
 def main(argv: list[str]) -> int:
