@@ -1,23 +1,16 @@
-"""The study's plan, its claims on trials with known outcomes, its report, and one whole study."""
+"""The study's plan, its claims on trials with known outcomes, and one whole study."""
 
 import json
 
 import numpy as np
 import pytest
 
-from convstem_jax.config import load_config
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
 from convstem_jax.study import __main__ as program
-from convstem_jax.study import claims, experiments, report
+from convstem_jax.study import claims, experiments
 from convstem_jax.study.claims import Trials, edf_area
-
-
-def plan(arg=""):
-    config = load_config(f"configs/study.py:{arg}")
-    grids = list(experiments.grids(config))
-    optima = {(p.model, p.optimizer): (0.01, 1e-3) for p in grids}
-    return config, grids, experiments.populations(config, optima)
+from tests.made_up import made_up, plan
 
 
 def test_every_population_is_there_once_and_can_be_run():
@@ -63,26 +56,6 @@ def test_wrong_fields_are_refused(arg, message):
         experiments.run_config(config, grids[0])
 
 
-def made_up(effect, num_seeds=5):
-    """Trials in which every claim is true by `effect` points, in noise of 0.1."""
-    _, grids, later = plan(f"full,num_seeds={num_seeds}")
-    rng, records = np.random.default_rng(0), []
-    for p in [*grids, *later]:
-        patchify = p.model.startswith("vitp")
-        for trial in p.trials:
-            error = 20 + 0.1 * rng.normal() + effect * patchify
-            error += effect * patchify * (p.optimizer == "sgd")
-            error += effect * patchify * (p.epochs == min(p.epochs, 5))
-            if p.kind == "random":
-                error += abs(rng.normal()) * (1 + effect * patchify)
-            about = {"kind": p.kind, "model": p.model, "optimizer": p.optimizer}
-            records.append(
-                about | trial._asdict()
-                | {"epochs": p.epochs, "top1_error": error, "diverged_at": None, "curve": []}
-            )  # fmt: skip
-    return records
-
-
 def verdicts(records):
     found = claims.claims(Trials(records), "vitp_tiny", "vitc_tiny", "regnety_tiny")
     return {claim.name: claim for claim in found}
@@ -108,41 +81,6 @@ def test_claims_without_trials_are_left_out():
 def test_area_under_the_edf():
     assert edf_area(np.array([5.0, 5.0])) == 1
     assert edf_area(np.array([5.0, 10.0, 99.0])) == pytest.approx((1 + 0.5 + 0) / 3)
-
-
-@pytest.fixture
-def finished(tmp_path):
-    records = made_up(2.0)
-    (tmp_path / "trials.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (tmp_path / "config.json").write_text(load_config("configs/study.py:full").to_json())
-    result = {
-        "versions": {"jax": "1"}, "device": "1 x <device>", "seconds": 60, "commit": "abc",
-        "train_examples": 60_000, "eval_examples": 10_000,
-    }  # fmt: skip
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    return tmp_path
-
-
-def test_the_report_holds_figures_tables_and_verdicts(finished, capsys):
-    assert report.main([str(finished)]) == 0
-    names = {"length", "optimizer", "edf", "lr_wd", "stems", "norms", "depth"}
-    folder = finished / "report"
-    assert {path.stem for path in folder.glob("*.png")} == names
-    assert {path.stem for path in folder.glob("*.svg")} == names
-    page = (folder / "index.html").read_text()
-    assert page.count("<svg") == len(names) and "<img" not in page, "it holds everything itself"
-    assert "1 x &lt;device&gt;" in page and "60,000 training" in page
-    found = json.loads((folder / "verdicts.json").read_text())
-    for claim in found:
-        assert claim["verdict"] == "supported" and claim["interval"][0] > 0
-        assert claim["sentence"].replace("'", "&#x27;") in page
-        assert claim["sentence"] in (folder / "report.md").read_text()
-    assert "supported" in capsys.readouterr().out
-
-
-def test_an_unfinished_study_has_no_report(tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 2
-    assert "holds no finished study" in capsys.readouterr().err
 
 
 def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, capsys):

@@ -281,6 +281,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto
 table { border-collapse: collapse; font-size: 0.9rem } figure { margin: 2rem 0 }
 td, th { text-align: left; vertical-align: top }
 td, th { padding: 0.3rem 0.6rem; border-bottom: 1px solid #ddd }
+.wide { overflow-x: auto }
 figure svg { max-width: 100%; height: auto } figcaption { color: #555 }
 """
 
@@ -321,7 +322,7 @@ def _page(study, tables, drawn, svgs) -> str:
         f"<style>{_STYLE}</style><h1>Stability study</h1><p>{html.escape(conditions(study))}</p>",
     ]
     for title, (headers, *rows) in tables.items():
-        parts.append(f"<h2>{html.escape(title)}</h2><table><tr>")
+        parts.append(f"<h2>{html.escape(title)}</h2><div class='wide'><table><tr>")
         parts += [f"<th>{html.escape(header)}</th>" for header in headers]
         for row in rows:
             cells = "".join(
@@ -329,7 +330,7 @@ def _page(study, tables, drawn, svgs) -> str:
                 for cell in row
             )
             parts.append(f"<tr>{cells}</tr>")
-        parts.append("</table>")
+        parts.append("</table></div>")
     for name, (_, caption) in drawn.items():
         svg = svgs[name][svgs[name].index("<svg") :]
         parts.append(

@@ -1,0 +1,109 @@
+"""The report of a made-up study, and its page as a browser shows it."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import cv2
+import numpy as np
+import pytest
+
+from convstem_jax.study import report
+from tests import made_up
+
+MEASURE = """<script>
+addEventListener("load", () => {
+  const box = x => x.getBoundingClientRect();
+  document.title = JSON.stringify({
+    overflow: document.documentElement.scrollWidth - innerWidth,
+    figures: [...document.querySelectorAll("figure svg")].map(x => [box(x).width, box(x).height]),
+    marks: [...document.querySelectorAll("figure svg path, figure svg use")]
+      .filter(x => box(x).width + box(x).height > 0).length,
+    verdicts: [...document.querySelectorAll("td")]
+      .filter(x => x.textContent == "supported").map(x => getComputedStyle(x).color),
+    requests: performance.getEntriesByType("resource").map(x => x.name),
+  });
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """Opens a page with these options; returns what it prints."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program:
+        assert not os.environ.get("CI"), ".ci/run should have installed chromium"
+        pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
+    profile = tmp_path_factory.mktemp("profile")
+
+    def open_page(page, *options):
+        fixed = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        done = subprocess.run(
+            [program, *fixed, *options, page.as_uri()],
+            check=True, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        return done.stdout
+
+    return open_page
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    made_up.write(folder)
+    return folder
+
+
+def test_the_report_holds_figures_tables_and_verdicts(finished, capsys):
+    assert report.main([str(finished)]) == 0
+    names = {"length", "optimizer", "edf", "lr_wd", "stems", "norms", "depth"}
+    folder = finished / "report"
+    assert {path.stem for path in folder.glob("*.png")} == names
+    assert {path.stem for path in folder.glob("*.svg")} == names
+    page = (folder / "index.html").read_text()
+    assert page.count("<svg") == len(names) and "<img" not in page, "it holds everything itself"
+    assert "1 x &lt;device&gt;" in page and "60,000 training" in page
+    found = json.loads((folder / "verdicts.json").read_text())
+    for claim in found:
+        assert claim["verdict"] == "supported" and claim["interval"][0] > 0
+        assert claim["sentence"].replace("'", "&#x27;") in page
+        assert claim["sentence"] in (folder / "report.md").read_text()
+    assert "supported" in capsys.readouterr().out
+
+
+def test_an_unfinished_study_has_no_report(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "holds no finished study" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    assert report.main([str(finished)]) == 0
+    return finished / "report" / "index.html"
+
+
+@pytest.mark.parametrize("width", [500, 1280])
+def test_it_shows_every_figure_at_any_width(page, chromium, tmp_path, width):
+    measured = tmp_path / "index.html"
+    measured.write_text(page.read_text() + MEASURE)
+    shown = chromium(measured, "--dump-dom", f"--window-size={width},900")
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", shown)[1]))
+    assert found["overflow"] <= 0, "the page scrolls sideways"
+    assert len(found["figures"]) == 7
+    for shown_width, height in found["figures"]:
+        assert 0.5 * min(width, 800) < shown_width <= width and height > 100
+    assert found["marks"] > 1000
+    assert found["verdicts"] == ["rgb(26, 127, 55)"] * 12
+    assert found["requests"] == [], "it needs something else"
+
+
+def test_it_draws_each_model_in_its_colour(page, chromium, tmp_path):
+    picture = tmp_path / "page.png"
+    chromium(page, f"--screenshot={picture}", "--window-size=1280,6000", "--hide-scrollbars")
+    image = cv2.imread(str(picture))[..., ::-1].astype(int)
+    for colour in report.COLORS:
+        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(image - rgb).max(-1) < 8).sum() > 500, colour
