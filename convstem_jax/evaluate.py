@@ -53,7 +53,8 @@ def precise_batch_stats(
     """
     sums = jax.tree.map(jnp.zeros_like, weights["batch_stats"])
     for i, batch in enumerate(batches):
-        new = batch_statistics(**weights, batch=batch, key=jax.random.key(i))
+        params, batch_stats = weights["params"], weights["batch_stats"]
+        new = batch_statistics(params, batch_stats, batch, jax.random.key(i))
         sums = jax.tree.map(jnp.add, sums, new)
     return jax.tree.map(lambda x: x / len(batches), sums)
 

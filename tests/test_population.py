@@ -21,16 +21,17 @@ from convstem_jax.study.population import Trial, train_population
 def soon_compiled(monkeypatch):
     """Two devices and one block: the tests spend their time in the compiler."""
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    shallow = dataclasses.replace(MODELS["vitp_tiny"], depth=1)
-    monkeypatch.setitem(MODELS, "vitp_tiny", shallow)
+    shallow = dataclasses.replace(MODELS["vitc_tiny"], depth=1)
+    monkeypatch.setitem(MODELS, "vitc_tiny", shallow)
 
 
 def config(**fields):
-    config = load_config("configs/quickstart.py:vitp,sgd")
+    config = load_config("configs/quickstart.py:vitc,sgd")
     fields = {
         "eval_split": "test[:256]", "log_every_steps": 10, "epochs": 0.32, "warmup_epochs": 0.05,
         "eval_every_epochs": 0.16, "checkpoint_every_steps": 20, "ema_every": 1,
         "mixup_alpha": 0.8, "lighting_std": 0.1, "data_seed": 7,
+        "precise_bn_examples": 128,
     } | fields  # fmt: skip
     for name, value in fields.items():
         config[name] = value
@@ -107,7 +108,7 @@ def test_too_large_a_population_is_split_with_the_same_results(tmp_path):
     assert [path.name for path in sorted((tmp_path / "parts").iterdir())] == [
         "trials_000-001.jsonl", "trials_002-002.jsonl"
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match="one trial of vitp_tiny needs"):
+    with pytest.raises(ConfigError, match="one trial of vitc_tiny needs"):
         population.Programs(c, 10, 3, memory=1000.0)
 
 
