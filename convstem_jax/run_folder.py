@@ -22,6 +22,8 @@ FREE_FIELDS = (
     "log_every_steps",
     "checkpoint_every_steps",
     "keep_checkpoints",
+    "memory_gb",  # of a study
+    "host_memory_gb",
 )
 
 

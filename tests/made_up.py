@@ -36,9 +36,10 @@ def made_up(effect, num_seeds=5):
     return records
 
 
-def write(folder: pathlib.Path) -> None:
+def write(folder: pathlib.Path, num_seeds: int = 5) -> None:
     """Writes a finished study in which every claim is true."""
-    records = made_up(2.0)
+    folder.mkdir(exist_ok=True)
+    records = made_up(2.0, num_seeds)
     (folder / "trials.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (folder / "config.json").write_text(load_config("configs/study.py:full").to_json())
     result = {

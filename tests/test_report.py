@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from convstem_jax.study import report
+from convstem_jax.study import figures, report
 from tests import made_up
 
 MEASURE = """<script>
@@ -71,12 +71,35 @@ def test_the_report_holds_figures_tables_and_verdicts(finished, capsys):
         assert claim["verdict"] == "supported" and claim["interval"][0] > 0
         assert claim["sentence"].replace("'", "&#x27;") in page
         assert claim["sentence"] in (folder / "report.md").read_text()
+        assert f"<a href='#{claim['drawing']}'>{claim['figure']}</a>" in page
+        assert f"<figure id='{claim['drawing']}'>" in page
     assert "supported" in capsys.readouterr().out
 
 
 def test_an_unfinished_study_has_no_report(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "holds no finished study" in capsys.readouterr().err
+
+
+def test_studies_of_the_same_are_reported_as_one(finished, tmp_path, capsys):
+    """The other has two more seeds, and the first five again."""
+    made_up.write(tmp_path / "other", num_seeds=7)
+    folders = [str(finished), str(tmp_path / "other")]
+    assert report.main([*folders, "--output", str(tmp_path / "both")]) == 0
+    found = json.loads((tmp_path / "both" / "verdicts.json").read_text())
+    assert next(claim for claim in found if claim["name"] == "peak")["num_values"] == 7
+
+    config = json.loads((finished / "config.json").read_text()) | {"batch_size": 7}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    assert report.main(folders) == 2
+    assert "studies differ in batch_size: 256 and 7" in capsys.readouterr().err
+
+
+def test_equal_studies_give_equal_reports(finished, tmp_path):
+    for name in ("first", "second"):
+        report.main([str(finished), "--output", str(tmp_path / name)])
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +127,6 @@ def test_it_draws_each_model_in_its_colour(page, chromium, tmp_path):
     picture = tmp_path / "page.png"
     chromium(page, f"--screenshot={picture}", "--window-size=1280,6000", "--hide-scrollbars")
     image = cv2.imread(str(picture))[..., ::-1].astype(int)
-    for colour in report.COLORS:
+    for colour in figures.COLORS:
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(image - rgb).max(-1) < 8).sum() > 500, colour

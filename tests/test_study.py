@@ -9,7 +9,8 @@ from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
 from convstem_jax.study import __main__ as program
 from convstem_jax.study import claims, experiments
-from convstem_jax.study.claims import Trials, edf_area
+from convstem_jax.study.claims import edf_area
+from convstem_jax.study.finished import Trials
 from tests.made_up import made_up, plan
 
 

@@ -1,9 +1,11 @@
 """The paper's claims as numbers of the trials, each with an interval and a verdict (section 5)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
+
+from convstem_jax.study.finished import Trials
 
 EDF_RANGE = 10.0  # points above a model's best error over which the area under its EDF is taken
 MIN_VALUES = 3  # fewer seeds or trials decide nothing
@@ -17,6 +19,7 @@ class Claim:
     name: str
     sentence: str
     figure: str  # of the paper
+    drawing: str  # our figure's name
     numbers: dict[str, float]
     advantage: float  # in points of top-1 error, or a share of the EDF's area
     interval: tuple[float, float] | None  # 95 %, bootstrap; None from too few values
@@ -28,31 +31,6 @@ class Claim:
         if self.interval is None or self.interval[0] <= 0 <= self.interval[1]:
             return "undecided"
         return "supported" if self.interval[0] > 0 else "not supported"
-
-
-class Trials:
-    """Records of trials, to select from."""
-
-    def __init__(self, records: Iterable[dict]):
-        self.records = list(records)
-
-    def select(self, **wanted) -> list[dict]:
-        """Records whose fields have these values, in the order of their seeds."""
-        found = [r for r in self.records if all(r[key] == value for key, value in wanted.items())]
-        return sorted(found, key=lambda r: r["seed"])
-
-    def errors(self, **wanted) -> np.ndarray:
-        """Errors of the selected trials."""
-        return np.array([r["top1_error"] for r in self.select(**wanted)])
-
-    def epochs(self, kind: str) -> list[float]:
-        """Lengths of schedule that there are, the shortest first."""
-        return sorted({r["epochs"] for r in self.records if r["kind"] == kind})
-
-    def models(self, kind: str, prefix: str = "") -> list[str]:
-        """Names of the models that there are."""
-        found = {r["model"] for r in self.records if r["kind"] == kind}
-        return sorted(name for name in found if name.startswith(prefix))
 
 
 def edf_area(errors: np.ndarray, best: float | None = None) -> float:
@@ -72,11 +50,12 @@ def claims(trials: Trials, vitp: str, vitc: str, cnn: str) -> list[Claim]:
     """
     found = []
 
-    def add(name, sentence, figure, groups, statistic, numbers):
+    def add(name, sentence, figure, drawing, groups, statistic, numbers):
         if all(len(group) for group in groups):
             low = min(map(len, groups))
             interval = _bootstrap(groups, statistic) if low >= MIN_VALUES else None
-            found.append(Claim(name, sentence, figure, numbers, statistic(*groups), interval, low))
+            advantage = statistic(*groups)
+            found.append(Claim(name, sentence, figure, drawing, numbers, advantage, interval, low))
 
     def seeds(model, optimizer, epochs):
         return trials.errors(kind="seeds", model=model, optimizer=optimizer, epochs=epochs)
@@ -92,6 +71,7 @@ def claims(trials: Trials, vitp: str, vitc: str, cnn: str) -> list[Claim]:
             "length",
             "With the convolutional stem ViT converges faster: a short schedule costs it less.",
             "Figure 2",
+            "length",
             groups if short < long else [[]],
             lambda p0, p1, c0, c1: (p0.mean() - p1.mean()) - (c0.mean() - c1.mean()),
             _means(
@@ -106,6 +86,7 @@ def claims(trials: Trials, vitp: str, vitc: str, cnn: str) -> list[Claim]:
             "optimizer",
             "With the convolutional stem SGD trains ViT about as well as AdamW; with patchify not.",
             "Figure 3",
+            "optimizer",
             [seeds(m, o, long) for m, o in pairs],
             lambda ps, pa, cs, ca: abs(ps.mean() - pa.mean()) - abs(cs.mean() - ca.mean()),
             _means({f"{m}, {o}": seeds(m, o, long) for m, o in pairs}),
@@ -114,6 +95,7 @@ def claims(trials: Trials, vitp: str, vitc: str, cnn: str) -> list[Claim]:
             "peak",
             "At equal cost the convolutional stem has the lower error.",
             "Table 2",
+            "optimizer",
             [seeds(m, "adamw", long) for m in (vitp, vitc)],
             lambda p, c: p.mean() - c.mean(),
             _means({m: seeds(m, "adamw", long) for m in (vitp, vitc)}),
@@ -123,6 +105,7 @@ def claims(trials: Trials, vitp: str, vitc: str, cnn: str) -> list[Claim]:
                 f"stem {stem.removeprefix(f'{vitc}_')}",
                 f"SGD trains {stem}, another convolutional stem, better than patchify too.",
                 "Table 3",
+                "stems",
                 [seeds(m, "sgd", short) for m in (vitp, stem)],
                 lambda p, s: p.mean() - s.mean(),
                 _means({m: seeds(m, "sgd", short) for m in (vitp, vitc, stem)}),
@@ -133,6 +116,7 @@ def claims(trials: Trials, vitp: str, vitc: str, cnn: str) -> list[Claim]:
             "It is not BatchNorm: with LayerNorm the convolutional stem still beats patchify, "
             "also patchify with BatchNorm and ReLU.",
             "Figure 7",
+            "norms",
             [seeds(m, "adamw", second) for m in (vitp, f"{vitp}_bn", f"{vitc}_ln")],
             lambda p, pb, cl: min(p.mean(), pb.mean()) - cl.mean(),
             _means(
@@ -155,7 +139,7 @@ def _add_edf(add, random, name, better, worse, optimizer):
         name,
         f"Over random learning rates and weight decays {better} is more often near its best than "
         f"{worse} ({optimizer}).",
-        "Figure 8" if name == "depth" else "Figures 4 and 5",
+        *(("Figure 8", "depth") if name == "depth" else ("Figures 4 and 5", "edf")),
         groups,
         lambda b, w: edf_area(b, bests[0]) - edf_area(w, bests[1]),
         {
