@@ -11,7 +11,7 @@ from convstem_jax.study import experiments
 
 def plan(arg=""):
     config = load_config(f"configs/study.py:{arg}")
-    grids = list(experiments.grids(config))
+    grids = experiments.grids(config)
     optima = {(p.model, p.optimizer): (0.01, 1e-3) for p in grids}
     return config, grids, experiments.populations(config, optima)
 

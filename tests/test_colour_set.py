@@ -106,5 +106,5 @@ def test_what_is_missing_is_named(garments, photographs, tmp_path, capsys, monke
 def test_the_study_takes_it():
     for arg, name in (("colour", "fashion_photos_10k"), ("full,colour", "fashion_photos")):
         config = load_config(f"configs/study.py:{arg}")
-        run = experiments.run_config(config, next(experiments.grids(config)))
+        run = experiments.run_config(config, experiments.grids(config)[0])
         assert run.dataset == name and run.mean != load_config("configs/study.py").mean

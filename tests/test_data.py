@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
+from convstem_jax import data
 from convstem_jax.data import augment, packed, pipeline, sources
 from convstem_jax.data.examples import EvalExamples, TrainExamples, TrainTransform, _permutation
 from convstem_jax.data.reader import Reader
@@ -403,15 +404,8 @@ def test_a_worker_of_a_reader_passes_on_what_is_wrong(train_split):
         list(reader.read(range(2), sharding()))
 
 
-def test_the_study_needs_jax_and_a_packed_file_alone(packed_dir, tmp_path):
-    absent = ["tensorflow", "tensorflow_datasets", "array_record", "grain", "clu", "torch"]
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
-        "import convstem_jax.study.__main__\n"
-        "from convstem_jax.data import sources\n"
-        f"sources.open_split({str(packed_dir)!r}, {NAME!r}, 'test')[0]\n"
-        "from convstem_jax.errors import ConfigError\n"
-        f"try: sources.open_split({str(DATASETS)!r}, {NAME!r}, 'test')\n"
-        "except ConfigError as error: assert 'convstem_jax.data.packed' in str(error), error"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+def test_without_tfds_the_remedy_is_a_packed_file(monkeypatch):
+    monkeypatch.setitem(sys.modules, "convstem_jax.data.tfds_directory", None)
+    monkeypatch.delattr(data, "tfds_directory", raising=False)
+    with pytest.raises(ConfigError, match="python -m convstem_jax.data.packed"):
+        sources.open_split(str(DATASETS), NAME, "test")

@@ -19,8 +19,7 @@ from convstem_jax.study.population import Trial, train_population
 
 @pytest.fixture(autouse=True)
 def soon_compiled(monkeypatch):
-    """Two devices and one block: the tests spend their time in the compiler."""
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    """One block: the tests spend their time in the compiler."""
     shallow = dataclasses.replace(MODELS["vitc_tiny"], depth=1)
     monkeypatch.setitem(MODELS, "vitc_tiny", shallow)
 
@@ -28,10 +27,10 @@ def soon_compiled(monkeypatch):
 def config(**fields):
     config = load_config("configs/quickstart.py:vitc,sgd")
     fields = {
-        "eval_split": "test[:256]", "log_every_steps": 10, "epochs": 0.32, "warmup_epochs": 0.05,
-        "eval_every_epochs": 0.16, "checkpoint_every_steps": 20, "ema_every": 1,
+        "eval_split": "test[:256]", "log_every_steps": 10, "epochs": 0.08, "warmup_epochs": 0.0125,
+        "eval_every_epochs": 0.04, "batch_size": 16, "checkpoint_every_steps": 20, "ema_every": 1,
         "mixup_alpha": 0.8, "lighting_std": 0.1, "data_seed": 7,
-        "precise_bn_examples": 128,
+        "precise_bn_examples": 32,
     } | fields  # fmt: skip
     for name, value in fields.items():
         config[name] = value
@@ -46,10 +45,13 @@ class Progress:
         self.losses[round(share, 2)] = losses
 
 
+def new_programs(num_trials, **options):
+    return population.Programs(config(), 10, num_trials, devices=jax.devices()[:2], **options)
+
+
 @functools.cache
 def programs():
-    """For two trials."""
-    return population.Programs(config(), 10, 2)
+    return new_programs(2)
 
 
 def run(config, trials, folder, *, progress=None, stop=None, new_programs=None):
@@ -83,7 +85,7 @@ def test_a_trial_is_a_run_of_main(tmp_path, monkeypatch):
 
 
 def test_a_trial_that_diverges_disturbs_no_other_and_keeps_its_last_error(tmp_path):
-    c = config(epochs=0.1, eval_every_epochs=0.02)
+    c = config(epochs=0.025, eval_every_epochs=0.005)
     good = Trial(0.1, 0.0, 0)
     alone = run(c, [good], tmp_path / "alone")
     bad, beside = run(c, [Trial(1e9, 0.0, 0), good], tmp_path / "both")
@@ -97,23 +99,23 @@ def test_a_trial_that_diverges_disturbs_no_other_and_keeps_its_last_error(tmp_pa
 
 
 def test_too_large_a_population_is_split_with_the_same_results(tmp_path):
-    c = config(epochs=0.04, warmup_epochs=0.0)
+    c = config(epochs=0.01, warmup_epochs=0.0)
     trials = [Trial(0.1, 0.0, seed) for seed in range(3)]
-    both = population.Programs(c, 10, 3, memory=1e12)
+    both = new_programs(3, memory=1e12)
     assert both.num_trials == 4  # one more than wanted, to divide by the devices
     whole = run(c, trials, tmp_path / "whole", new_programs=lambda num: both)
-    fewer = population.Programs(c, 10, 3, memory=0.9 * population._need(both.step))
+    fewer = new_programs(3, memory=0.9 * population._need(both.step))
     assert fewer.num_trials == 2
     assert run(c, trials, tmp_path / "parts", new_programs=lambda num: fewer) == whole
     assert [path.name for path in sorted((tmp_path / "parts").iterdir())] == [
         "trials_000-001.jsonl", "trials_002-002.jsonl"
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="one trial of vitc_tiny needs"):
-        population.Programs(c, 10, 3, memory=1000.0)
+        new_programs(3, memory=1000.0)
 
 
 def test_an_interrupted_population_goes_on(tmp_path):
-    c = config(epochs=0.12)
+    c = config(epochs=0.03)
     trials = [Trial(0.1, 1e-4, seed) for seed in range(2)]
     expected = run(c, trials, tmp_path / "uninterrupted")
     stop = threading.Event()

@@ -1,10 +1,13 @@
 """The study's plan, its claims on trials with known outcomes, and one whole study."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from convstem_jax.data import packed, sources
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
 from convstem_jax.study import __main__ as program
@@ -26,6 +29,15 @@ def test_every_population_is_there_once_and_can_be_run():
             assert run.warmup_epochs < run.epochs
     assert {p.model for p in later} >= {"vitc_4gf_s4", "vitp_4gf_bn", "vitc_4gf_ln"}
     assert (MODELS["vitp_4gf_deep"].depth, MODELS["vitc_4gf_deep"].depth) == (48, 47)
+
+
+def test_only_what_is_needed_is_searched_for():
+    _, grids, later = plan("experiments=('length',)")
+    usual = [("vitp_tiny", "adamw"), ("vitc_tiny", "adamw"), ("regnety_tiny", "sgd")]
+    assert [(p.model, p.optimizer) for p in grids] == usual
+    assert {(p.model, p.optimizer) for p in later} == set(usual)
+    _, grids, _ = plan("experiments=('depth',)")
+    assert [(p.model, p.optimizer) for p in grids] == usual[:2]
 
 
 def test_random_settings_fill_the_papers_intervals_around_the_optimum():
@@ -116,3 +128,40 @@ def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, cap
     assert "100% of all, 0 min 00 s left" in output and "report/index.html" in output
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["trials"] == len(records) and result["seconds"] == 2 * len(records)
+
+
+BARE = """
+import dataclasses, sys
+absent = ["tensorflow", "tensorflow_datasets", "array_record", "grain", "clu", "torch"]
+sys.modules.update(dict.fromkeys(absent))
+from convstem_jax.models import MODELS
+from convstem_jax.study import __main__ as program
+for name in ("vitp_tiny", "vitc_tiny"):
+    MODELS[name] = dataclasses.replace(MODELS[name], depth=1)
+MODELS["regnety_tiny"] = dataclasses.replace(MODELS["regnety_tiny"], depths=(1,), widths=(32,))
+sys.exit(program.main(sys.argv[1:]))
+"""
+
+
+def test_a_whole_study_where_there_is_jax_and_a_packed_file_alone(tmp_path):
+    """On one device; nothing is made up, but the networks are small."""
+    splits = {
+        name: packed.pack(sources.open_split("datasets", "fashion_mnist_10k", f"{name}[:64]"))
+        for name in ("train", "test")
+    }
+    packed.write(str(tmp_path / "fashion_mnist_10k.npz"), splits, 10)
+    fields = {
+        "experiments": "('length',)", "lengths": "(1.0,2.0)", "grid_factors": "(1.0,)",
+        "num_seeds": 1, "train_split": "train", "eval_split": "test", "data_dir": tmp_path,
+        "warmup_epochs": 0, "batch_size": 16,
+    }  # fmt: skip
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    workdir = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, *flags, f"--workdir={workdir}", "--compilation_cache="],
+        timeout=250, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (workdir / "trials.jsonl").read_text().splitlines()]
+    assert len(records) == 9 and all(0 < record["top1_error"] < 100 for record in records)
+    assert (workdir / "report" / "index.html").exists()

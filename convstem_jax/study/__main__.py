@@ -44,7 +44,7 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
     Raises:
         UserError: as `train.train`.
     """
-    grids = list(experiments.grids(config))
+    grids = experiments.grids(config)
     run = experiments.run_config(config, grids[0])  # raises where a field is wrong
     centers = {(p.model, p.optimizer): config[f"{p.optimizer}_center"] for p in grids}
     later = experiments.populations(config, centers)  # for their sizes; the optima come later

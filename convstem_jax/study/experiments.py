@@ -1,6 +1,5 @@
 """What the study trains: a coarse grid for each model's optimum, then the six experiments."""
 
-from collections.abc import Iterator
 import dataclasses
 import itertools
 import zlib
@@ -66,13 +65,26 @@ class Population:
         return f"{self.model}-{self.optimizer}-{self.epochs:g}ep-{self.kind}"
 
 
-def grids(config: ml_collections.ConfigDict) -> Iterator[Population]:
-    """The coarse grid around the configuration's centre, for each model and optimiser."""
-    for model, optimizer in itertools.product(families(config), OPTIMIZERS):
-        lr, wd = config[f"{optimizer}_center"]
-        factors = itertools.product(config.grid_factors, repeat=2)
-        trials = tuple(Trial(lr * a, wd * b, 0) for a, b in factors)
-        yield Population("grid", model, optimizer, config.lengths[0], trials)
+def grids(config: ml_collections.ConfigDict) -> list[Population]:
+    """The coarse grid around the configuration's centre, for each optimum that will be needed.
+
+    Raises:
+        ConfigError: a field of the study is wrong.
+    """
+    rules.check_fields(config, rules.RULES | RULES)
+    pairs = list(itertools.product(families(config), OPTIMIZERS))
+    centers = {pair: config[f"{pair[1]}_center"] for pair in pairs}
+    needed = {(_base(p.model, config), p.optimizer) for p in populations(config, centers)}
+    factors = list(itertools.product(config.grid_factors, repeat=2))
+
+    def trials(lr, wd):
+        return tuple(Trial(lr * a, wd * b, 0) for a, b in factors)
+
+    return [
+        Population("grid", *pair, config.lengths[0], trials(*centers[pair]))
+        for pair in pairs
+        if pair in needed
+    ]
 
 
 def populations(config: ml_collections.ConfigDict, optima: Optima) -> list[Population]:
@@ -157,9 +169,8 @@ def run_config(
     """Configuration of a population's runs: what `main` would be given for one of them.
 
     Raises:
-        ConfigError: a field is wrong.
+        ConfigError: a field of the runs is wrong.
     """
-    rules.check_fields(config, rules.RULES | RULES)
     own = {name: value for name, value in config.items() if name not in RULES}
     run = ml_collections.ConfigDict(own)
     run.model, run.optimizer, run.epochs = population.model, population.optimizer, population.epochs

@@ -97,6 +97,7 @@ class Programs:
         num_trials: wanted. `num_trials` of the object are what memory allows, and a multiple of the
             number of devices. On a CPU it is one a device: XLA's convolutions over several trials
             take twice as long there as the trials one after another.
+        devices: to share the trials among; by default all.
         memory: bytes of each device to use; by default what it has.
 
     Raises:
@@ -108,16 +109,18 @@ class Programs:
         config: ml_collections.ConfigDict,
         num_classes: int,
         num_trials: int,
+        *,
+        devices: Sequence[jax.Device] | None = None,
         memory: float | None = None,
     ):
+        devices = devices or jax.devices()
         try:
             graphdef, _, _ = split(nnx.eval_shape(lambda: build.new_model(config, num_classes, 0)))
         except ValueError as error:
             raise ConfigError(f"config.model={config.model}: {error}") from error
         recipe = build.recipe(config, num_classes)
-        num_devices = jax.device_count()
         auto = (jax.sharding.AxisType.Auto,)
-        mesh = jax.make_mesh((num_devices,), ("trial",), axis_types=auto)
+        mesh = jax.make_mesh((len(devices),), ("trial",), axis_types=auto, devices=devices)
         trials, all_devices = jax.P("trial"), jax.P()
         self.by_trial = jax.NamedSharding(mesh, trials)
         self.replicated = jax.NamedSharding(mesh, all_devices)
@@ -152,12 +155,12 @@ class Programs:
             (state, trials),
             donate_argnums=0,
         )
-        per_device = math.ceil(num_trials / num_devices)
+        per_device = math.ceil(num_trials / len(devices))
         if memory is None:
-            memory = _memory(jax.devices()[0])
+            memory = _memory(devices[0])
             per_device = 1 if jax.default_backend() == "cpu" else per_device
         while True:
-            self.num_trials = per_device * num_devices
+            self.num_trials = per_device * len(devices)
             self.step = step.lower(*self._shapes(config)).compile()
             need = _need(self.step)
             if need <= memory:

@@ -1,0 +1,131 @@
+"""Times a population of trials against the same runs one after another.
+
+    python -m benchmarks.population                        16 trials of vitc_tiny
+    python -m benchmarks.population --trials 64 --batch_size 256 --json population.json
+
+Both train on the embedded data, reading included and compilation not; a run is timed once and
+counted --trials times. Repeats alternate between the two; medians are printed.
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+import time
+
+import jax
+
+if __name__ == "__main__" and not os.environ.get("JAX_NUM_CPU_DEVICES"):
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))  # as the study does
+
+from flax import nnx
+import numpy as np
+from tabulate import tabulate
+
+from convstem_jax import build
+from convstem_jax.config import load_config
+from convstem_jax.step import init_state, split, train_step
+from convstem_jax.study import population
+
+
+def time_population(config, readers, programs, trials, steps) -> float:
+    """Seconds of some steps of all trials, in as many parts as it takes."""
+    start, num_examples = time.perf_counter(), len(readers[0].examples.split)
+    for first in range(0, len(trials), programs.num_trials):
+        part = trials[first : first + programs.num_trials]
+        part += [part[-1]] * (programs.num_trials - len(part))
+        hparams = jax.device_put(
+            population.stack_hparams(config, part, num_examples), programs.by_trial
+        )
+        state = programs.init(hparams.seed)
+        for batch in readers[0].read(range(steps), programs.replicated):
+            state, metrics = programs.step(state, batch, hparams)
+        jax.block_until_ready(metrics)
+    return time.perf_counter() - start
+
+
+def time_run(config, readers, step, new_state, steps) -> float:
+    """Seconds of some steps of one trial."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    start = time.perf_counter()
+    hparams, state = build.hparams(config, len(readers[0].examples.split)), new_state()
+    for batch in readers[0].read(range(steps), device):
+        state, metrics = step(state, batch, hparams)
+    jax.block_until_ready(metrics)
+    return time.perf_counter() - start
+
+
+def time_reading(config, num_populations, steps) -> float:
+    """Seconds in which that many populations, one after another, read their batches."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with population.open_readers(config, memory=1e9) as (reader, _):
+        start = time.perf_counter()
+        for _ in range(num_populations):
+            for batch in reader.read(range(steps), device):
+                jax.block_until_ready(batch)
+        return time.perf_counter() - start
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.population",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default="vitc_tiny", help="default: %(default)s")
+    add("--optimizer", default="sgd", choices=("adamw", "sgd"), help="default: %(default)s")
+    add("--trials", type=int, default=16, help="default: %(default)s")
+    add("--batch_size", type=int, default=64, help="default: %(default)s")
+    add("--steps", type=int, default=50, help="of each trial (default: %(default)s)")
+    add("--repeats", type=int, default=5, help="default: %(default)s")
+    add("--json", metavar="FILE", help="write the table as a list of objects too")
+    args = parser.parse_args(argv)
+
+    config = load_config(f"configs/study.py:batch_size={args.batch_size}")
+    config.train_split = "train"
+    config.model, config.optimizer = args.model, args.optimizer
+    trials = [population.Trial(0.01 + 0.001 * i, 1e-4, i) for i in range(args.trials)]
+    programs = population.Programs(config, 10, args.trials)
+
+    graphdef, _, _ = split(nnx.eval_shape(lambda: build.new_model(config, 10, 0)))
+    recipe = build.recipe(config, 10)
+    step = jax.jit(functools.partial(train_step, graphdef, recipe), donate_argnums=0)
+    new_state = jax.jit(lambda: init_state(recipe, build.new_model(config, 10, 0)))
+
+    with population.open_readers(config, memory=1e9) as readers:
+        whole = functools.partial(time_population, config, readers, programs, trials)
+        one = functools.partial(time_run, config, readers, step, new_state)
+        whole(2), one(2)  # compile
+        whole(args.steps)  # and read
+        pairs = [(whole(args.steps), one(args.steps)) for _ in range(args.repeats)]
+    parts = -(-args.trials // programs.num_trials)
+    reading = {
+        n: np.median([time_reading(config, n, args.steps) for _ in range(3)]) for n in (1, parts)
+    }
+    population_s, run_s = np.median(pairs, axis=0)
+    row = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "model": args.model,
+        "trials": args.trials,
+        "trials_at_a_time": programs.num_trials,
+        "batch": args.batch_size,
+        "population_seconds": round(float(population_s), 3),
+        "runs_seconds": round(float(run_s * args.trials), 3),
+        "ratio": round(float(np.median([p / (args.trials * r) for p, r in pairs])), 3),
+        "reading_seconds_one_part": round(float(reading[1]), 3),
+        "reading_seconds": round(float(reading[parts]), 3),
+        "jax": jax.__version__,
+    }
+    print(tabulate(row.items(), tablefmt="plain"))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump([row], file, indent=2)
+            file.write("\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
