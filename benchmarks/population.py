@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     config.train_split = "train"
     config.model, config.optimizer = args.model, args.optimizer
     trials = [population.Trial(0.01 + 0.001 * i, 1e-4, i) for i in range(args.trials)]
-    programs = population.Programs(config, 10, args.trials)
+    programs = population.Programs(config, 10, population.trials_per_device(args.trials))
 
     graphdef, _, _ = split(nnx.eval_shape(lambda: build.new_model(config, 10, 0)))
     recipe = build.recipe(config, 10)

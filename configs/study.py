@@ -33,7 +33,7 @@ def get_config(arg: str = ""):
     config.grid_factors = (0.25, 1.0, 4.0)
     config.adamw_center = (2e-3, 0.2)  # learning rate, weight decay
     config.sgd_center = (0.1, 5e-4)
-    config.memory_gb = 0.0  # of each device to use; 0 for what it has
+    config.memory_gb = 0.0  # of each device to use; 0 for nine tenths of what it has
     config.host_memory_gb = 8.0  # to keep batches in, which the next population reads again
     config.data_seed = 0  # one order for all trials, which read the same batches
 

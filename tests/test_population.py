@@ -27,8 +27,9 @@ def soon_compiled(monkeypatch):
 def config(**fields):
     config = load_config("configs/quickstart.py:vitc,sgd")
     fields = {
-        "eval_split": "test[:256]", "log_every_steps": 10, "epochs": 0.08, "warmup_epochs": 0.0125,
-        "eval_every_epochs": 0.04, "batch_size": 16, "checkpoint_every_steps": 20, "ema_every": 1,
+        "eval_split": "test[:256]", "eval_batch_size": 128, "log_every_steps": 10, "epochs": 0.08,
+        "warmup_epochs": 0.0125, "eval_every_epochs": 0.04, "batch_size": 16, "ema_every": 1,
+        "checkpoint_every_steps": 20,
         "mixup_alpha": 0.8, "lighting_std": 0.1, "data_seed": 7,
         "precise_bn_examples": 32,
     } | fields  # fmt: skip
@@ -45,13 +46,13 @@ class Progress:
         self.losses[round(share, 2)] = losses
 
 
-def new_programs(num_trials, **options):
-    return population.Programs(config(), 10, num_trials, devices=jax.devices()[:2], **options)
+def new_programs(per_device, **options):
+    return population.Programs(config(), 10, per_device, devices=jax.devices()[:2], **options)
 
 
 @functools.cache
 def programs():
-    return new_programs(2)
+    return new_programs(1)
 
 
 def run(config, trials, folder, *, progress=None, stop=None, new_programs=None):
@@ -101,17 +102,17 @@ def test_a_trial_that_diverges_disturbs_no_other_and_keeps_its_last_error(tmp_pa
 def test_too_large_a_population_is_split_with_the_same_results(tmp_path):
     c = config(epochs=0.01, warmup_epochs=0.0)
     trials = [Trial(0.1, 0.0, seed) for seed in range(3)]
-    both = new_programs(3, memory=1e12)
-    assert both.num_trials == 4  # one more than wanted, to divide by the devices
+    both = new_programs(2)
+    assert both.num_trials == 4
     whole = run(c, trials, tmp_path / "whole", new_programs=lambda num: both)
-    fewer = new_programs(3, memory=0.9 * population._need(both.step))
+    fewer = new_programs(2, memory=0.9 * both.need)
     assert fewer.num_trials == 2
     assert run(c, trials, tmp_path / "parts", new_programs=lambda num: fewer) == whole
     assert [path.name for path in sorted((tmp_path / "parts").iterdir())] == [
         "trials_000-001.jsonl", "trials_002-002.jsonl"
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="one trial of vitc_tiny needs"):
-        new_programs(3, memory=1000.0)
+        new_programs(1, memory=1000.0)
 
 
 def test_an_interrupted_population_goes_on(tmp_path):

@@ -98,9 +98,10 @@ def test_area_under_the_edf():
 
 def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, capsys):
     """Only the training is made up: the largest learning rate of the grid is the best."""
-    seen = []
+    seen, compiled = [], []
 
-    def train(config, trials, folder, *, progress, **unused):
+    def train(config, trials, folder, *, progress, new_programs, **unused):
+        new_programs(len(trials))
         seen.append((folder.rsplit("/")[-1], config.optimizer, trials))
         progress(len(trials), 1.0, np.ones(len(trials)))
         return [
@@ -115,7 +116,12 @@ def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, cap
         ]
 
     monkeypatch.setattr(program, "train_population", train)
-    assert program.main(["--workdir", str(tmp_path / "run"), "--compilation_cache="]) == 0
+    monkeypatch.setattr(program, "Programs", lambda *args, memory: compiled.append((*args, memory)))
+    flags = ["--workdir", str(tmp_path / "run"), "--compilation_cache=", "--config.memory_gb=2"]
+    assert program.main(flags) == 0
+    assert {memory for *_, memory in compiled} == {2**31}
+    made = [(config.model, config.optimizer, num) for config, _, num, _ in compiled]
+    assert len(set(made)) == len(made), "the same program twice"
     names = [name for name, *_ in seen]
     assert [name.endswith("grid") for name in names] == [True] * 6 + [False] * (len(seen) - 6)
     best = {"adamw": 2e-3 * 2, "sgd": 0.1 * 2}

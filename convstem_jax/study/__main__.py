@@ -21,7 +21,12 @@ import numpy as np
 from convstem_jax import build, command_line, preemption, run_folder
 from convstem_jax.complexity import complexity
 from convstem_jax.study import experiments, report
-from convstem_jax.study.population import Programs, open_readers, train_population
+from convstem_jax.study.population import (
+    Programs,
+    open_readers,
+    train_population,
+    trials_per_device,
+)
 
 _EPILOG = f"""\
 examples:
@@ -64,11 +69,12 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
         stop = stack.enter_context(preemption.stop_requested())
 
         @functools.cache
-        def programs(model, optimizer, num_trials):
+        def programs(model, optimizer, per_device):
             wanted = model, optimizer
             population = next(p for p in [*grids, *later] if (p.model, p.optimizer) == wanted)
             run = experiments.run_config(config, population)
-            return Programs(run, train_split.num_classes, num_trials)
+            memory = config.memory_gb * 2**30 or None
+            return Programs(run, train_split.num_classes, per_device, memory=memory)
 
         def train(population):
             progress.start(population)
@@ -77,7 +83,9 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
                 population.trials,
                 os.path.join(workdir, "populations", population.name),
                 readers=readers,
-                new_programs=functools.partial(programs, population.model, population.optimizer),
+                new_programs=lambda num_trials: programs(
+                    population.model, population.optimizer, trials_per_device(num_trials)
+                ),
                 progress=progress.show,
                 stop=stop,
             )

@@ -88,17 +88,28 @@ def population_step(
     return PopulationState(state.step + 1, trials, updates), metrics
 
 
+def trials_per_device(num_trials: int) -> int:
+    """How many of these trials each device trains at the same time, if it has the memory.
+
+    On a CPU it is one: XLA's convolutions over several trials take twice as long there as the
+    trials one after another.
+    """
+    return 1 if jax.default_backend() == "cpu" else math.ceil(num_trials / jax.device_count())
+
+
 class Programs:
     """The compiled functions of a population.
 
     Args:
         config: of the trials.
         num_classes: of the data.
-        num_trials: wanted. `num_trials` of the object are what memory allows, and a multiple of the
-            number of devices. On a CPU it is one a device: XLA's convolutions over several trials
-            take twice as long there as the trials one after another.
+        per_device: trials to train on each device at the same time; fewer where memory is short.
         devices: to share the trials among; by default all.
-        memory: bytes of each device to use; by default what it has.
+        memory: bytes of each device to use; by default nine tenths of what it has.
+
+    Attributes:
+        num_trials: trained at the same time by all devices.
+        need: bytes that they take of each device.
 
     Raises:
         ConfigError: the model's sizes do not fit together, or one trial needs more memory.
@@ -108,7 +119,7 @@ class Programs:
         self,
         config: ml_collections.ConfigDict,
         num_classes: int,
-        num_trials: int,
+        per_device: int,
         *,
         devices: Sequence[jax.Device] | None = None,
         memory: float | None = None,
@@ -145,7 +156,7 @@ class Programs:
             return PopulationState(jnp.zeros((), jnp.int32), jax.vmap(new)(seeds), zeros)
 
         self.init = jit(init, (trials,), state)
-        self.eval_step = jit(vmap(eval_step, 0, 0, None), (trials, trials, all_devices))
+        evaluate = jit(vmap(eval_step, 0, 0, None), (trials, trials, all_devices))
         self.batch_statistics = jit(
             vmap(batch_statistics, 0, 0, None, None), (trials, trials, all_devices, all_devices)
         )
@@ -155,33 +166,39 @@ class Programs:
             (state, trials),
             donate_argnums=0,
         )
-        per_device = math.ceil(num_trials / len(devices))
-        if memory is None:
-            memory = _memory(devices[0])
-            per_device = 1 if jax.default_backend() == "cpu" else per_device
+        memory = memory or 0.9 * _memory(devices[0])
         while True:
             self.num_trials = per_device * len(devices)
-            self.step = step.lower(*self._shapes(config)).compile()
-            need = _need(self.step)
+            shapes, eval_batch = self._shapes(config)
+            ema = shapes[0].trials.ema
+            self.step = step.lower(*shapes).compile()
+            self.eval_step = evaluate.lower(ema["params"], ema["batch_stats"], eval_batch).compile()
+            state = self.step.memory_analysis().alias_size_in_bytes
+            self.need = need = max(_need(self.step), _need(self.eval_step) + state)
             if need <= memory:
                 return
             if per_device == 1:
                 raise ConfigError(
                     f"one trial of {config.model} needs {need / 2**30:.2f} GiB, and a device has "
-                    f"{memory / 2**30:.2f}: lower config.batch_size, or raise config.accumulate"
+                    f"{memory / 2**30:.2f}: lower config.batch_size and config.eval_batch_size, or "
+                    "raise config.accumulate"
                 )
             per_device = max(1, min(per_device - 1, int(per_device * memory / need)))
 
     def _shapes(self, config):
-        n, size = config.batch_size, config.image_size
-        batch = {
-            "image": jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8),
-            "label": jax.ShapeDtypeStruct((n,), jnp.int32),
-        }
+        """Of the step's arguments, and of an evaluation's batch."""
+
+        def batch(num, **more):
+            image = jax.ShapeDtypeStruct((num, config.image_size, config.image_size, 3), jnp.uint8)
+            return {"image": image, "label": jax.ShapeDtypeStruct((num,), jnp.int32)} | more
+
         hparams = jax.eval_shape(
             lambda: stack_hparams(config, [Trial(0.0, 0.0, 0)] * self.num_trials, 1)
         )
-        return jax.eval_shape(self.init, hparams.seed), batch, hparams
+        state = jax.eval_shape(self.init, hparams.seed)
+        mask = jax.ShapeDtypeStruct((config.eval_batch_size,), jnp.bool_)
+        step_arguments = state, batch(config.batch_size), hparams
+        return step_arguments, batch(config.eval_batch_size, mask=mask)
 
 
 def _memory(device: jax.Device) -> float:
