@@ -74,7 +74,7 @@ def draw_depth(study: Study):
 
 
 def draw_scatter(study: Study):
-    """Error against learning rate, weight decay, and their product (Figures 4, 5)."""
+    """Error against learning rate, weight decay, and their product; x: diverged (Figures 4, 5)."""
     if not study.trials.models("random"):
         return None
     figure, axes = _axes(6, (10, 6), rows=2)
@@ -82,8 +82,10 @@ def draw_scatter(study: Study):
         for model, color in zip(study.families, COLORS, strict=True):
             found = study.trials.select(kind="random", model=model, optimizer=optimizer)
             lr, wd, error = (np.array([r[k] for r in found]) for k in ("lr", "wd", "top1_error"))
+            diverged = np.array([r["diverged_at"] is not None for r in found], bool)
             for ax, x in zip(axes[3 * i : 3 * i + 3], (lr, wd, lr * wd), strict=True):
-                ax.plot(x, error, ".", color=color, label=model)
+                ax.plot(x[~diverged], error[~diverged], ".", color=color, label=model)
+                ax.plot(x[diverged], error[diverged], "x", color=color)
         for ax, name in zip(axes[3 * i : 3 * i + 3], ("lr", "wd", "lr · wd"), strict=True):
             ax.set(
                 xscale="log", xlabel=f"{name}, {OPTIMIZERS[optimizer]}", ylabel="top-1 error (%)"
