@@ -155,7 +155,9 @@ class Programs:
             zeros = jnp.zeros(seeds.shape, jnp.int32)
             return PopulationState(jnp.zeros((), jnp.int32), jax.vmap(new)(seeds), zeros)
 
-        self.init = jit(init, (trials,), state)
+        # Runs once, and compiles as long as a step where LLVM optimises it.
+        fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+        self.init = jit(init, (trials,), state, compiler_options=fast)
         evaluate = jit(vmap(eval_step, 0, 0, None), (trials, trials, all_devices))
         self.batch_statistics = jit(
             vmap(batch_statistics, 0, 0, None, None), (trials, trials, all_devices, all_devices)
