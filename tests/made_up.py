@@ -12,13 +12,13 @@ from convstem_jax.study import experiments
 def plan(arg=""):
     config = load_config(f"configs/study.py:{arg}")
     grids = experiments.grids(config)
-    optima = {(p.model, p.optimizer): (0.01, 1e-3) for p in grids}
+    optima = {(p.model, p.optimizer): config[f"{p.optimizer}_center"] for p in grids}
     return config, grids, experiments.populations(config, optima)
 
 
 def made_up(effect, num_seeds=5):
     """Trials in which every claim is true by `effect` points, in noise of 0.1."""
-    _, grids, later = plan(f"full,num_seeds={num_seeds}")
+    config, grids, later = plan(f"full,num_seeds={num_seeds}")
     rng, records = np.random.default_rng(0), []
     for p in [*grids, *later]:
         patchify = p.model.startswith("vitp")
@@ -26,6 +26,8 @@ def made_up(effect, num_seeds=5):
             error = 20 + 0.1 * rng.normal() + effect * patchify
             error += effect * patchify * (p.optimizer == "sgd")
             error += effect * patchify * (p.epochs == min(p.epochs, 5))
+            if p.kind == "grid":  # its centre is the optimum
+                error += (trial.lr, trial.wd) != config[f"{p.optimizer}_center"]
             if p.kind == "random":
                 error += abs(rng.normal()) * (1 + effect * patchify)
             about = {"kind": p.kind, "model": p.model, "optimizer": p.optimizer}

@@ -119,7 +119,7 @@ def test_it_shows_every_figure_at_any_width(page, chromium, tmp_path, width):
     for shown_width, height in found["figures"]:
         assert 0.5 * min(width, 800) < shown_width <= width and height > 100
     assert found["marks"] > 1000
-    assert found["verdicts"] == ["rgb(26, 127, 55)"] * 12
+    assert found["verdicts"] == ["rgb(26, 127, 55)"] * 13
     assert found["requests"] == [], "it needs something else"
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from convstem_jax import build, command_line, preemption, run_folder
 from convstem_jax.complexity import complexity
 from convstem_jax.study import experiments, report
+from convstem_jax.study.finished import choose
 from convstem_jax.study.population import (
     Programs,
     open_readers,
@@ -98,8 +99,7 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
 
         optima = {}
         for population in grids:
-            best = min(train(population), key=lambda result: result["top1_error"])
-            optima[population.model, population.optimizer] = best["lr"], best["wd"]
+            optima[population.model, population.optimizer] = choose(train(population))
         for population in experiments.populations(config, optima):
             train(population)
 

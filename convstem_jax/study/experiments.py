@@ -118,7 +118,8 @@ def populations(config: ml_collections.ConfigDict, optima: Optima) -> list[Popul
     def trials(kind, model, optimizer):
         lr, wd = optima[_base(model, config), optimizer]
         if kind == "seeds":
-            return tuple(Trial(lr, wd, seed) for seed in range(config.num_seeds))
+            # The grid's seed, 0, would count an error that was chosen for being low.
+            return tuple(Trial(lr, wd, seed) for seed in range(1, config.num_seeds + 1))
         # Log-uniform in an interval of the paper's width around the optimum.
         rng = np.random.default_rng(zlib.crc32(f"{model} {optimizer}".encode()))
         exponents = rng.uniform(-0.5, 0.5, size=(config.num_random, 2))

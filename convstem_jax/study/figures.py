@@ -33,49 +33,47 @@ def figures(study: Study) -> dict[str, tuple[matplotlib.figure.Figure, str]]:
 
 def draw_length(study: Study):
     """Error minus that of the longest schedule, the usual optimiser of each (Figure 2)."""
-    lengths = study.trials.epochs("seeds")
-    if len(lengths) < 2:
+    if not _has(study, "length", "optimizer") or len(study.lengths) < 2:
         return None
     figure, [axes] = _axes(1, (5, 3.6))
     for model, color in zip(study.families, COLORS, strict=True):
-        optimizer = usual_optimizer(model)
-        errors = [study.seeds(model, optimizer, epochs) for epochs in lengths]
-        _plot_lines(axes, lengths, [x - errors[-1].mean() for x in errors], color, model)
-    _label_epochs(axes, lengths, "error − error of the longest (points)")
+        errors = _errors_by_length(study, model, usual_optimizer(model))
+        _plot_lines(axes, study, [x - errors[-1].mean() for x in errors], color, model)
+    _label_epochs(axes, study, "error − error of the longest (points)")
     return figure
 
 
 def draw_optimizer(study: Study):
     """Error with AdamW (full) and SGD (dashed), and the gap between them (Figure 3)."""
-    lengths = study.trials.epochs("seeds")
-    if not lengths or not len(study.seeds(study.families[0], "sgd", lengths[-1])):
+    if not _has(study, "optimizer"):
         return None
     figure, [error_axes, gap_axes] = _axes(2, (9, 3.6))
     for model, color in zip(study.families, COLORS, strict=True):
-        of = {o: [study.seeds(model, o, epochs) for epochs in lengths] for o in OPTIMIZERS}
-        _plot_lines(error_axes, lengths, of["adamw"], color, model)
-        _plot_lines(error_axes, lengths, of["sgd"], color, None, "o--")
-        gaps = [s - a.mean() for s, a in zip(of["sgd"], of["adamw"], strict=True)]
-        _plot_lines(gap_axes, lengths, gaps, color, model)
+        adamw, sgd = (_errors_by_length(study, model, o) for o in OPTIMIZERS)
+        _plot_lines(error_axes, study, adamw, color, model)
+        _plot_lines(error_axes, study, sgd, color, None, "o--")
+        gaps = [s - a.mean() for s, a in zip(sgd, adamw, strict=True)]
+        _plot_lines(gap_axes, study, gaps, color, model)
     gap_axes.axhline(0, color="0.7", lw=1, zorder=0)
-    _label_epochs(error_axes, lengths, "top-1 error (%)")
-    _label_epochs(gap_axes, lengths, "SGD − AdamW (points)")
+    _label_epochs(error_axes, study, "top-1 error (%)")
+    _label_epochs(gap_axes, study, "SGD − AdamW (points)")
     return figure
 
 
 def draw_edf(study: Study):
     """Share of random settings within some points of the model's best error (Figures 4, 5)."""
-    return _draw_edfs(study, study.families, OPTIMIZERS)
+    return _draw_edfs(study, study.families, OPTIMIZERS) if _has(study, "lr_wd") else None
 
 
 def draw_depth(study: Study):
     """The same for networks four times as deep (Figure 8)."""
-    return _draw_edfs(study, [f"{name}_deep" for name in study.families[:2]], ["adamw"])
+    models = [f"{name}_deep" for name in study.families[:2]]
+    return _draw_edfs(study, models, ["adamw"]) if _has(study, "depth") else None
 
 
 def draw_scatter(study: Study):
     """Error against learning rate, weight decay, and their product; x: diverged (Figures 4, 5)."""
-    if not study.trials.models("random"):
+    if not _has(study, "lr_wd"):
         return None
     figure, axes = _axes(6, (10, 6), rows=2)
     for i, optimizer in enumerate(OPTIMIZERS):
@@ -97,16 +95,27 @@ def draw_scatter(study: Study):
 
 def draw_stems(study: Study):
     """Stems, from patchify to convolutional (Table 3)."""
+    if not _has(study, "stems"):
+        return None
     p, c, _ = study.families
     names = [p, *reversed(study.trials.models("seeds", f"{c}_s")), c]
-    return _draw_bars(study, names, study.trials.epochs("seeds")[:1], OPTIMIZERS)
+    return _draw_bars(study, names, study.lengths[0], OPTIMIZERS)
 
 
 def draw_norms(study: Study):
     """The norm in the stem (Figure 7)."""
+    if not _has(study, "norms"):
+        return None
     p, c, _ = study.families
-    names = [p, f"{p}_bn", f"{c}_ln", c]
-    return _draw_bars(study, names, study.trials.epochs("seeds")[1:2], ["adamw"])
+    return _draw_bars(study, [p, f"{p}_bn", f"{c}_ln", c], study.second_length, ["adamw"])
+
+
+def _has(study: Study, *experiments: str) -> bool:
+    return bool(set(experiments) & set(study.config["experiments"]))
+
+
+def _errors_by_length(study: Study, model: str, optimizer: str) -> list[np.ndarray]:
+    return [study.errors(study.seeds(model, optimizer, epochs)) for epochs in study.lengths]
 
 
 def _axes(num: int, size: tuple[float, float], rows: int = 1):
@@ -117,33 +126,30 @@ def _axes(num: int, size: tuple[float, float], rows: int = 1):
     return figure, list(axes)
 
 
-def _plot_lines(axes, lengths, errors, color, label, style="o-"):
-    known = [(epochs, x) for epochs, x in zip(lengths, errors, strict=True) if len(x)]
-    axes.plot([e for e, _ in known], [x.mean() for _, x in known], style, color=color, label=label)
-    for epochs, x in known:
+def _plot_lines(axes, study, errors, color, label, style="o-"):
+    axes.plot(study.lengths, [x.mean() for x in errors], style, color=color, label=label)
+    for epochs, x in zip(study.lengths, errors, strict=True):
         axes.plot([epochs] * len(x), x, ".", color=color, alpha=0.4)
 
 
-def _label_epochs(axes, lengths, label):
+def _label_epochs(axes, study, label):
     axes.set(xscale="log", xlabel="epochs", ylabel=label)
-    axes.set_xticks(lengths, [f"{e:g}" for e in lengths])
+    axes.set_xticks(study.lengths, [f"{epochs:g}" for epochs in study.lengths])
     axes.minorticks_off()
     axes.legend()
 
 
 def _draw_edfs(study, models, optimizers):
-    if not any(model in study.trials.models("random") for model in models):
-        return None
     figure, axes = _axes(len(optimizers), (4.5 * len(optimizers), 3.6))
     for ax, optimizer in zip(axes, optimizers, strict=True):
         for model, color in zip(models, COLORS, strict=False):
-            errors = np.sort(study.trials.errors(kind="random", model=model, optimizer=optimizer))
-            if len(errors):
-                x = np.concatenate([[0], errors - errors[0], [EDF_RANGE]])
-                share = np.concatenate([[0], np.arange(1, len(errors) + 1) / len(errors)])
-                y = np.concatenate([share, [np.mean(errors - errors[0] <= EDF_RANGE)]])
-                inside = x <= EDF_RANGE
-                ax.step(x[inside], y[inside], where="post", color=color, label=model)
+            trials = study.trials.select(kind="random", model=model, optimizer=optimizer)
+            above = np.sort(study.outcomes(trials) - study.best(model, optimizer))
+            share = np.arange(1, len(above) + 1) / len(above)
+            inside = above <= EDF_RANGE
+            x = np.concatenate([[0], above[inside], [EDF_RANGE]])
+            y = np.concatenate([[0], share[inside], [inside.mean()]])
+            ax.step(x, y, where="post", color=color, label=model)
         ax.set(
             xlim=(0, EDF_RANGE), ylim=(0, 1), title=OPTIMIZERS[optimizer],
             xlabel="error − the model's best (points)", ylabel="share of settings",
@@ -153,12 +159,7 @@ def _draw_edfs(study, models, optimizers):
 
 
 def _draw_bars(study, names, epochs, optimizers):
-    groups = {
-        o: [study.seeds(name, o, epochs[0]) if epochs else np.array([]) for name in names]
-        for o in optimizers
-    }
-    if min(len(x) for found in groups.values() for x in found) == 0 or len(names) < 3:
-        return None
+    groups = {o: [study.errors(study.seeds(name, o, epochs)) for name in names] for o in optimizers}
     figure, [axes] = _axes(1, (1.3 * len(names) + 1, 3.6))
     for i, (optimizer, found) in enumerate(groups.items()):
         x = np.arange(len(names)) + 0.4 * (i - (len(groups) - 1) / 2)
@@ -167,7 +168,7 @@ def _draw_bars(study, names, epochs, optimizers):
         for position, errors in zip(x, found, strict=True):
             axes.plot([position] * len(errors), errors, ".", color=f"C{i}")
     lowest = min(errors.min() for found in groups.values() for errors in found)
-    axes.set(ylabel=f"top-1 error (%), {epochs[0]:g} epochs", ylim=(0.8 * lowest, None))
+    axes.set(ylabel=f"top-1 error (%), {epochs:g} epochs", ylim=(0.8 * lowest, None))
     axes.set_xticks(range(len(names)), names, rotation=20)
     axes.legend()
     return figure

@@ -2,18 +2,19 @@
 
 from collections.abc import Iterable
 import dataclasses
+import itertools
 import json
 import os
 
 import numpy as np
 
 from convstem_jax.errors import ConfigError
+from convstem_jax.run_folder import FREE_FIELDS
 
+# Fields in which studies that are reported together may differ.
+MAY_DIFFER = (*FREE_FIELDS, "experiments", "num_seeds", "num_random")
+FAILED = 100.0  # top-1 error (%) that a diverged trial counts as
 _IDENTITY = ("kind", "model", "optimizer", "epochs", "lr", "wd", "seed")  # of a trial
-_SAME = (
-    *("vitp", "vitc", "cnn", "dataset", "train_split", "eval_split"),
-    *("image_size", "batch_size", "data_seed"),
-)
 
 
 class Trials:
@@ -27,14 +28,6 @@ class Trials:
         found = [r for r in self.records if all(r[key] == value for key, value in wanted.items())]
         return sorted(found, key=lambda r: r["seed"])
 
-    def errors(self, **wanted) -> np.ndarray:
-        """Errors of the selected trials."""
-        return np.array([r["top1_error"] for r in self.select(**wanted)])
-
-    def epochs(self, kind: str) -> list[float]:
-        """Lengths of schedule that there are, the shortest first."""
-        return sorted({r["epochs"] for r in self.records if r["kind"] == kind})
-
     def models(self, kind: str, prefix: str = "") -> list[str]:
         """Names of the models that there are."""
         found = {r["model"] for r in self.records if r["kind"] == kind}
@@ -45,7 +38,7 @@ class Trials:
 class Study:
     """Finished studies of the same models on the same data: what they hold together."""
 
-    config: dict  # of the first
+    config: dict  # of the first, with the experiments of all
     results: list[dict]  # result.json of each
     trials: Trials
 
@@ -54,20 +47,81 @@ class Study:
         """Names of P, C and the CNN."""
         return self.config["vitp"], self.config["vitc"], self.config["cnn"]
 
-    def seeds(self, model: str, optimizer: str, epochs: float) -> np.ndarray:
-        """Errors of a model's seeds at its own optimum."""
-        return self.trials.errors(kind="seeds", model=model, optimizer=optimizer, epochs=epochs)
+    @property
+    def lengths(self) -> list[float]:
+        """Epochs of the schedules, the shortest first."""
+        return list(self.config["lengths"])
+
+    @property
+    def second_length(self) -> float:
+        """Epochs of the experiment with norms: 100, the second of the paper's."""
+        return self.lengths[:2][-1]
+
+    def seeds(self, model: str, optimizer: str, epochs: float) -> list[dict]:
+        """Trials of a model's seeds at its own optimum.
+
+        One that the coarse grid holds too does not count: it was chosen for its error.
+        """
+        same = {"model": model, "optimizer": optimizer, "epochs": epochs}
+        chosen = {(t["lr"], t["wd"], t["seed"]) for t in self.trials.select(kind="grid", **same)}
+        return [
+            trial
+            for trial in self.trials.select(kind="seeds", **same)
+            if (trial["lr"], trial["wd"], trial["seed"]) not in chosen
+        ]
+
+    @staticmethod
+    def errors(trials: list[dict]) -> np.ndarray:
+        """Last errors that could be measured: what the paper plots."""
+        return np.array([trial["top1_error"] for trial in trials])
+
+    @staticmethod
+    def outcomes(trials: list[dict]) -> np.ndarray:
+        """Errors with which the trials count: one that diverged has failed, whatever it was."""
+        return np.array(
+            [FAILED if t["diverged_at"] is not None else t["top1_error"] for t in trials]
+        )
+
+    @staticmethod
+    def num_diverged(trials: list[dict]) -> int:
+        """How many of the trials diverged."""
+        return sum(trial["diverged_at"] is not None for trial in trials)
+
+    def best(self, model: str, optimizer: str) -> float:
+        """The lowest error of all settings tried with the shortest schedule.
+
+        Where all diverged it is 0, which none of them is near.
+        """
+        same = {"model": model, "optimizer": optimizer, "epochs": self.lengths[0]}
+        tried = (self.trials.select(kind=kind, **same) for kind in ("grid", "random"))
+        survived = (t for t in itertools.chain(*tried) if t["diverged_at"] is None)
+        return min((trial["top1_error"] for trial in survived), default=0.0)
 
     def optimum(self, model: str, optimizer: str) -> tuple[float, float] | None:
         """What the coarse grid chose, for the model or the one that it is a variant of: lr, wd."""
         base = next(name for name in self.families if model.startswith(name))
         grid = self.trials.select(kind="grid", model=base, optimizer=optimizer)
-        best = min(grid, key=lambda trial: trial["top1_error"], default=None)
-        return best and (best["lr"], best["wd"])
+        return choose(grid) if grid else None
+
+    def on_edge(self, model: str, optimizer: str) -> bool:
+        """Whether the optimum lies on the grid's edge, so that a better one may lie outside."""
+        base = next(name for name in self.families if model.startswith(name))
+        grid = self.trials.select(kind="grid", model=base, optimizer=optimizer)
+        optimum = self.optimum(model, optimizer)
+        return any(
+            optimum[i] in (min(trial[name] for trial in grid), max(trial[name] for trial in grid))
+            for i, name in enumerate(("lr", "wd"))
+        )
+
+
+def choose(grid: list[dict]) -> tuple[float, float]:
+    """Learning rate and weight decay of the best trial; a diverged one only if all are."""
+    best = min(grid, key=lambda trial: (trial["diverged_at"] is not None, trial["top1_error"]))
+    return best["lr"], best["wd"]
 
 
 def read(folders: list[str]) -> Study:
-    """Reads studies of the same models on the same data, as one.
+    """Reads studies of the same configuration, but for `MAY_DIFFER`, as one.
 
     A trial that several of them hold counts once.
 
@@ -87,8 +141,18 @@ def read(folders: list[str]) -> Study:
             raise ConfigError(f"{folder} holds no finished study: {error}") from error
         for record in records:
             trials.setdefault(tuple(record[name] for name in _IDENTITY), record)
-    for name in _SAME:
+    for name in sorted(set().union(*configs) - set(MAY_DIFFER)):
         values = {str(config.get(name)) for config in configs}
         if len(values) > 1:
             raise ConfigError(f"studies differ in {name}: {' and '.join(sorted(values))}")
-    return Study(configs[0], results, Trials(trials.values()))
+    experiments = [name for config in configs for name in config["experiments"]]
+    config = configs[0] | {"experiments": list(dict.fromkeys(experiments))}
+    study = Study(config, results, Trials(trials.values()))
+    for trial in study.trials.select(kind="seeds"):
+        optimum = study.optimum(trial["model"], trial["optimizer"])
+        if optimum and optimum != (trial["lr"], trial["wd"]):
+            raise ConfigError(
+                f"studies have other optima of {trial['model']} with {trial['optimizer']}: lr, wd "
+                f"{optimum} and {(trial['lr'], trial['wd'])}; report them one by one"
+            )
+    return study

@@ -28,18 +28,21 @@ VERDICT_COLORS = {"supported": "#1a7f37", "not supported": "#b3261e", "undecided
 
 def error_table(study: Study) -> list[list[str]]:
     """Mean error and range of the seeds, for each model, optimiser and length."""
+
+    def cell(trials):
+        if not trials:
+            return "–"
+        x, diverged = study.errors(trials), study.num_diverged(trials)
+        text = f"{x.mean():.2f} ({x.min():.2f} – {x.max():.2f})"
+        return f"{text}, {diverged} diverged" if diverged else text
+
     rows = []
-    lengths = study.trials.epochs("seeds")
     for model in study.trials.models("seeds"):
         for optimizer in OPTIMIZERS:
-            found = [study.seeds(model, optimizer, epochs) for epochs in lengths]
-            if any(map(len, found)):
-                cells = [
-                    f"{x.mean():.2f} ({x.min():.2f} – {x.max():.2f})" if len(x) else "–"
-                    for x in found
-                ]
-                rows.append([model, OPTIMIZERS[optimizer], *cells])
-    return [["model", "optimiser", *(f"{epochs:g} epochs" for epochs in lengths)], *rows]
+            found = [study.seeds(model, optimizer, epochs) for epochs in study.lengths]
+            if any(found):
+                rows.append([model, OPTIMIZERS[optimizer], *map(cell, found)])
+    return [["model", "optimiser", *(f"{epochs:g} epochs" for epochs in study.lengths)], *rows]
 
 
 def random_table(study: Study) -> list[list[str]]:
@@ -47,16 +50,17 @@ def random_table(study: Study) -> list[list[str]]:
     rows = []
     for model in study.trials.models("random"):
         for optimizer in OPTIMIZERS:
-            found = study.trials.select(kind="random", model=model, optimizer=optimizer)
-            if found:
-                errors = np.array([trial["top1_error"] for trial in found])
-                optimum = study.optimum(model, optimizer)
+            trials = study.trials.select(kind="random", model=model, optimizer=optimizer)
+            if trials:
+                lr, wd = study.optimum(model, optimizer)
+                edge = " (edge of the grid)" if study.on_edge(model, optimizer) else ""
+                best = study.best(model, optimizer)
+                above = study.outcomes(trials) - best
                 rows.append([
-                    model, OPTIMIZERS[optimizer],
-                    ", ".join(f"{value:.2g}" for value in optimum) if optimum else "–",
-                    f"{errors.min():.2f}", f"{np.median(errors):.2f}",
-                    *(f"{np.mean(errors - errors.min() <= points):.0%}" for points in (1, 4)),
-                    f"{sum(trial['diverged_at'] is not None for trial in found)} of {len(found)}",
+                    model, OPTIMIZERS[optimizer], f"{lr:.2g}, {wd:.2g}{edge}",
+                    f"{best:.2f}", f"{np.median(study.errors(trials)):.2f}",
+                    *(f"{np.mean(above <= points):.0%}" for points in (1, 4)),
+                    f"{study.num_diverged(trials)} of {len(trials)}",
                 ])  # fmt: skip
     headers = ["model", "optimiser", "around lr, wd", "best", "median"]
     return [[*headers, "within 1 point", "within 4 points", "diverged"], *rows]
@@ -66,12 +70,13 @@ def claim_table(found: list[Claim]) -> list[list[str]]:
     """A row for each claim."""
     rows = [["claim", "paper", "our numbers", "advantage (95 %)", "from", "verdict"]]
     for claim in found:
-        interval = "–" if claim.interval is None else "{:.2f} … {:.2f}".format(*claim.interval)
         numbers = "; ".join(f"{name} {value:.2f}" for name, value in claim.numbers.items())
+        interval = "–" if claim.interval is None else "{:.2f} … {:.2f}".format(*claim.interval)
         advantage = f"{claim.advantage:.2f} ({interval})"
-        rows.append(
-            [claim.sentence, claim.figure, numbers, advantage, str(claim.num_values), claim.verdict]
-        )
+        trials = str(claim.num_values)
+        if claim.num_diverged:
+            trials += f", {claim.num_diverged} diverged"
+        rows.append([claim.sentence, claim.figure, numbers, advantage, trials, claim.verdict])
     return rows
 
 
@@ -114,7 +119,7 @@ def write(study: Study, output: str) -> list[Claim]:
         figure.savefig(path, metadata={"Date": None})
         with open(path) as file:
             svgs[name] = file.read()
-    found = claims(study.trials, *study.families)
+    found = claims(study)
     with open(os.path.join(output, "verdicts.json"), "w") as file:
         json.dump(
             [dataclasses.asdict(claim) | {"verdict": claim.verdict} for claim in found],
