@@ -3,7 +3,7 @@
     python -m convstem_jax.study --config configs/study.py            minutes on 2 CPU cores
     python -m convstem_jax.study --config configs/study.py:cpu        an hour or two on them
     python -m convstem_jax.study --config configs/study.py:full       one large GPU
-    python -m convstem_jax.study --config configs/study.py:imagenet   the 4GF models, on a pod
+    python -m convstem_jax.study --config configs/study.py:imagenet   the 4GF models
     python -m convstem_jax.study --config configs/study.py:full,colour,num_seeds=5
 
 `quick`, the first, passes through all experiments with few trials on a part of the embedded data:
@@ -22,10 +22,14 @@ def get_config(arg: str = ""):
     (scale, colours), fields = common.parse(arg, scales, ("grey", "colour"))
     config = common.base() if scale == "imagenet" else quickstart.get_config()
 
+    for name in ("model", "optimizer", "epochs", "lr", "wd", "seed", "init_from"):
+        del config[name]  # the study sets them for each trial
+
     config.experiments = ("length", "optimizer", "lr_wd", "stems", "norms", "depth")
     config.vitp = "vitp_tiny"  # the models to compare; their variants are named after them
     config.vitc = "vitc_tiny"
     config.cnn = "regnety_tiny"
+    config.cnn_image_size, config.cnn_eval_resize = 32, 32
     config.lengths = (5.0, 10.0, 20.0, 40.0)  # epochs; most experiments use the first alone
     config.num_seeds = 4  # of every comparison at one setting; fewer decide nothing
     config.num_random = 64  # settings drawn for each model and optimiser, in `lr_wd` and `depth`
@@ -61,6 +65,8 @@ def get_config(arg: str = ""):
         config.num_workers = 8
     else:
         config.vitp, config.vitc, config.cnn = "vitp_4gf", "vitc_4gf", "regnety_4gf"
+        config.cnn_image_size, config.cnn_eval_resize = 240, 272
+        config.accumulate = 4  # a trial has one device for its whole batch
         config.lengths = (50.0, 100.0, 200.0, 400.0)
         config.adamw_center = (2e-3, 0.2)
         config.sgd_center = (1.9, 2e-5)

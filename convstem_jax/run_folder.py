@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 
+import jax
 import ml_collections
 
 from convstem_jax.errors import ConfigError
@@ -48,8 +49,8 @@ def prepare(workdir: str, config: ml_collections.ConfigDict, data: dict[str, int
     new = json.loads(config.to_json()) | data
     try:
         os.makedirs(workdir, exist_ok=True)
-        # With neither there is nothing that could be mixed up.
-        if has_checkpoint(workdir) or read_result(workdir) is not None:
+        # With none of them there is nothing that could be mixed up.
+        if has_checkpoint(workdir) or _has_populations(workdir) or read_result(workdir) is not None:
             with open(path) as file:
                 _check_same(json.load(file), new, workdir)
         _write_json(path, new)
@@ -62,6 +63,11 @@ def has_checkpoint(workdir: str) -> bool:
     """Whether a run in the folder has saved something."""
     folder = os.path.join(workdir, "checkpoints")
     return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
+
+
+def _has_populations(workdir: str) -> bool:
+    folder = os.path.join(workdir, "populations")  # of a study
+    return os.path.isdir(folder) and bool(os.listdir(folder))
 
 
 def _check_same(old: dict, new: dict, workdir: str) -> None:
@@ -92,11 +98,21 @@ def read_result(workdir: str) -> dict | None:
 
 
 def _write_json(path: str, content: dict) -> None:
-    # Written aside and renamed: a run that is killed here leaves the old file or the new one.
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file so that a machine that dies leaves the old one or the new one, and whole."""
     with open(path + ".tmp", "w") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path + ".tmp", path)
+
+
+def device() -> str:
+    """The number of devices and their kind."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def versions() -> dict[str, str]:

@@ -218,7 +218,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         "steps": num_steps,
         "seconds": round(time.perf_counter() - start, 1),
         "images_per_second": round(records.images_per_second, 1),
-        "device": f"{num_devices} x {jax.devices()[0].device_kind}",
+        "device": run_folder.device(),
         "versions": run_folder.versions(),
         "commit": run_folder.commit(),
     }
@@ -238,7 +238,7 @@ def _print_overview(config, workdir: str, params, num_images: int, num_steps: in
     exempt = ", ".join(sorted({path[-1].key for path, is_decayed in paths if not is_decayed}))
     print(
         f"{config.model}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, "
-        f"{config.dtype}, on {jax.device_count()} x {jax.devices()[0].device_kind}\n"
+        f"{config.dtype}, on {run_folder.device()}\n"
         f"weight decay acts on {sum(flags)} of {len(flags)} arrays, on none called {exempt}: see "
         f"{path}\n"
         f"{num_images:,} training images, {num_steps:,} steps of {config.batch_size}\n"

@@ -8,8 +8,6 @@ from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from convstem_jax import optim
 from convstem_jax.checkpoint import Checkpoints
@@ -66,6 +64,8 @@ def load(path: str, *, raw: bool = False, step: int | None = None) -> tuple[Weig
     if os.path.isdir(path):
         return _load_run(path, raw, step)
     convert = "convert it first, with python -m convstem_jax.convert"
+    import safetensors  # here, since a study does without
+
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             names, metadata = file.keys(), file.metadata() or {}
@@ -107,6 +107,8 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
+    import safetensors.numpy
+
     try:
         if path.endswith(".safetensors"):
             flat = traverse_util.flatten_dict(weights)

@@ -10,11 +10,12 @@ import pytest
 
 from convstem_jax import train as train_module
 from convstem_jax.config import load_config
-from convstem_jax.errors import ConfigError, Preempted
+from convstem_jax.errors import ConfigError, DataError, Preempted
 from convstem_jax.metrics import read_jsonl
 from convstem_jax.models import MODELS
 from convstem_jax.study import population
-from convstem_jax.study.population import Trial, train_population
+from convstem_jax.study.population import train_population
+from convstem_jax.study.programs import Programs, Trial
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +47,15 @@ class Progress:
         self.losses[round(share, 2)] = losses
 
 
-def new_programs(per_device, **options):
-    return population.Programs(config(), 10, per_device, devices=jax.devices()[:2], **options)
+def new_programs(per_device, devices=None, **options):
+    devices = devices or jax.devices()[:2]
+    return Programs(config(), 10, per_device, devices=devices, **options)
 
 
 @functools.cache
 def programs():
-    return new_programs(1)
+    """For two trials on one device, mapped over, as on a GPU."""
+    return new_programs(2, jax.devices()[:1])
 
 
 def run(config, trials, folder, *, progress=None, stop=None, new_programs=None):
@@ -63,14 +66,14 @@ def run(config, trials, folder, *, progress=None, stop=None, new_programs=None):
             new_programs=new_programs or (lambda num: programs()),
         )  # fmt: skip
     for result in results:
-        assert result.pop("seconds") > 0
+        assert result.pop("seconds") > 0 and result.pop("device") and result.pop("commit")
     return results
 
 
 def test_a_trial_is_a_run_of_main(tmp_path, monkeypatch):
     """50 steps; the losses agree to 1e-4, the errors to one of 256 images."""
     c = config()
-    trials, progress = [Trial(c.lr, c.wd, 0), Trial(c.lr / 3, c.wd * 3, 1)], Progress()
+    trials, progress = [Trial(c.lr / 3, c.wd, 0), Trial(c.lr / 10, c.wd * 3, 1)], Progress()
     results = run(c, trials, tmp_path / "all", progress=progress)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     c.lr, c.wd, c.seed = trials[1]
@@ -109,26 +112,66 @@ def test_too_large_a_population_is_split_with_the_same_results(tmp_path):
     assert fewer.num_trials == 2
     assert run(c, trials, tmp_path / "parts", new_programs=lambda num: fewer) == whole
     assert [path.name for path in sorted((tmp_path / "parts").iterdir())] == [
-        "trials_000-001.jsonl", "trials_002-002.jsonl"
+        "trials_000.jsonl", "trials_002.jsonl"
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="one trial of vitc_tiny needs"):
         new_programs(1, memory=1000.0)
+
+
+class StopAtTen(Progress):
+    def __init__(self, stop):
+        super().__init__()
+        self.stop = stop
+
+    def __call__(self, *args):
+        self.stop.set()
+
+
+def interrupt(c, trials, folder, **options):
+    stop = threading.Event()
+    with pytest.raises(Preempted, match="stopped at step 11 of 19"):
+        run(c, trials, folder, progress=StopAtTen(stop), stop=stop, **options)
+
+
+def never(num_trials):
+    raise AssertionError("compiled for nothing")
 
 
 def test_an_interrupted_population_goes_on(tmp_path):
     c = config(epochs=0.03)
     trials = [Trial(0.1, 1e-4, seed) for seed in range(2)]
     expected = run(c, trials, tmp_path / "uninterrupted")
-    stop = threading.Event()
-
-    class StopAtTen(Progress):
-        def __call__(self, *args):
-            stop.set()
-
-    with pytest.raises(Preempted, match="stopped at step 11 of 19"):
-        run(c, trials, tmp_path / "interrupted", progress=StopAtTen(), stop=stop)
+    interrupt(c, trials, tmp_path / "interrupted")
     progress = Progress()
     assert run(c, trials, tmp_path / "interrupted", progress=progress) == expected
     assert list(progress.losses) == [1.0], "it began again"
-    again = run(c, trials, tmp_path / "interrupted", new_programs=None, progress=progress)
+    again = run(c, trials, tmp_path / "interrupted", progress=progress, new_programs=never)
     assert again == expected and len(progress.losses) == 1, "it is not trained again"
+    more = [*trials, Trial(0.1, 1e-4, 2)]
+    assert run(c, more, tmp_path / "interrupted", progress=progress)[:2] == expected
+    assert len(progress.losses) > 1, "the new trial is not trained"
+
+
+def test_it_goes_on_where_there_is_room_for_another_number_of_trials(tmp_path):
+    """Two at a time before, of which one may only fill up the devices, and one afterwards."""
+    c, trials = config(epochs=0.03), [Trial(0.1, 1e-4, 5), Trial(0.1, 1e-4, 6)]
+    one = new_programs(1, jax.devices()[:1])
+    interrupt(c, trials[:1], tmp_path / "filled up")
+    progress = Progress()
+    expected = run(
+        c, trials[:1], tmp_path / "filled up", progress=progress, new_programs=lambda n: one
+    )
+    assert list(progress.losses) == [1.0], "it began again"
+    [result] = run(c, trials[:1], tmp_path / "whole", new_programs=lambda n: one)
+    assert expected[0]["top1_error"] == pytest.approx(result["top1_error"], abs=1)
+
+    interrupt(c, trials, tmp_path / "too many")
+    progress = Progress()
+    again = run(c, trials, tmp_path / "too many", progress=progress, new_programs=lambda n: one)
+    assert again[0] == result, "a part too large for the machine does not start again"
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    (tmp_path / "trials_000.jsonl").write_text('{"lr": 0.1')
+    with pytest.raises(DataError, match="trials_000.jsonl is damaged.*delete it"):
+        run(config(), [Trial(0.1, 1e-4, 0)], tmp_path)

@@ -1,6 +1,7 @@
 """The study's plan, its claims on trials with known outcomes, and one whole study."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 from convstem_jax.config import load_config
 from convstem_jax.data import packed, sources
-from convstem_jax.errors import ConfigError
+from convstem_jax.errors import ConfigError, Preempted
 from convstem_jax.models import MODELS
 from convstem_jax.study import __main__ as program
 from convstem_jax.study import claims, experiments
@@ -60,6 +61,14 @@ def test_random_settings_fill_the_papers_intervals_around_the_optimum():
     [
         ("lengths=(3.0,2.0)", "config.lengths=.*the shortest first"),
         ("experiments=('lr',)", "config.experiments=.*some of length"),
+        ("lengths=('a','b')", "config.lengths=.*the shortest first"),
+        ("adamw_center=('a',1)", "config.adamw_center=.*above 0"),
+        ("grid_factors=(None,)", "config.grid_factors=.*the smallest first"),
+        ("batch_size=15,mixup_alpha=0.8", "config.batch_size=15 does not divide by .*2 images"),
+        ("batch_size=32,accumulate=3", "config.batch_size=32 does not divide by 3 micro-batches"),
+        ("data_seed=-1", "config.data_seed=-1: it must be"),
+        ("lr=0.1", "unknown config field 'lr'"),
+        ("init_from=x", "unknown config field 'init_from'"),
         ("vitp=vit", "config.vitp='vit': it must be one of"),
         ("num_seed=3", "unknown config field 'num_seed': did you mean 'num_seeds'"),
     ],
@@ -161,27 +170,33 @@ def test_area_under_the_edf():
 
 def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, capsys):
     """Only the training is made up: the largest learning rate of the grid is the best."""
-    seen, compiled = [], []
+    seen, compiled, stop_at = [], [], [3]
 
     def train(config, trials, folder, *, progress, new_programs, **unused):
+        if len(seen) in stop_at:
+            raise Preempted("stopped")
+        os.makedirs(folder, exist_ok=True)
         new_programs(len(trials))
         seen.append((folder.rsplit("/")[-1], config.optimizer, trials))
         progress(len(trials), 1.0, np.ones(len(trials)))
-        return [
-            t._asdict()
-            | {
-                "top1_error": 50 / t.lr**0.1,
-                "diverged_at": None,
-                "curve": [[1.0, 9.0]],
-                "seconds": 2,
-            }
-            for t in trials
-        ]
+        about = {"diverged_at": None, "curve": [[1.0, 9.0]], "device": "2 x x", "commit": "c"}
+        about |= {"seconds": 2}
+        return [t._asdict() | {"top1_error": 50 / t.lr**0.1} | about for t in trials]
+
+    def run(*more):
+        flags = ["--workdir", str(tmp_path / "run"), "--compilation_cache=", "--config.memory_gb=2"]
+        return program.main([*flags, *more])
 
     monkeypatch.setattr(program, "train_population", train)
     monkeypatch.setattr(program, "Programs", lambda *args, memory: compiled.append((*args, memory)))
-    flags = ["--workdir", str(tmp_path / "run"), "--compilation_cache=", "--config.memory_gb=2"]
-    assert program.main(flags) == 0
+    assert run() == 75
+    assert run("--config.batch_size=64") == 2
+    assert "holds a run of another configuration (batch_size is 32" in capsys.readouterr().err
+    stop_at.clear()
+    seen.clear()
+    compiled.clear()
+    assert run() == 0
+
     assert {memory for *_, memory in compiled} == {2**31}
     made = [(config.model, config.optimizer, num) for config, _, num, _ in compiled]
     assert len(set(made)) == len(made), "the same program twice"
@@ -197,11 +212,19 @@ def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, cap
     assert "100% of all, 0 min 00 s left" in output and "report/index.html" in output
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["trials"] == len(records) and result["seconds"] == 2 * len(records)
+    assert (result["device"], result["commit"]) == ("2 x x", "c"), "not those that trained"
+
+    seen.clear()
+    (tmp_path / "run" / "report" / "index.html").unlink()
+    assert run() == 0 and not seen
+    assert "this study is finished" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report" / "index.html").exists()
 
 
 BARE = """
 import dataclasses, sys
 absent = ["tensorflow", "tensorflow_datasets", "array_record", "grain", "clu", "torch"]
+absent += ["matplotlib", "safetensors"]
 sys.modules.update(dict.fromkeys(absent))
 from convstem_jax.models import MODELS
 from convstem_jax.study import __main__ as program
@@ -233,4 +256,5 @@ def test_a_whole_study_where_there_is_jax_and_a_packed_file_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (workdir / "trials.jsonl").read_text().splitlines()]
     assert len(records) == 9 and all(0 < record["top1_error"] < 100 for record in records)
-    assert (workdir / "report" / "index.html").exists()
+    assert f"python -m convstem_jax.study.report {workdir}" in done.stdout, "no remedy"
+    assert not (workdir / "report").exists()

@@ -75,11 +75,11 @@ def read(path: str, split: str) -> tuple[PackedRecords, int]:
     first, last = (
         default if not bound
         else round(len(whole) * int(bound[:-1]) / 100) if bound.endswith("%")
-        else min(int(bound), len(whole))
+        else int(bound)
         for bound, default in zip(bounds, (0, len(whole)), strict=True)
     )  # fmt: skip
-    if first >= last:
-        raise ConfigError(f"'{split}' of {path} is empty: '{name}' has {len(whole)} records")
+    if not first < last <= len(whole):
+        raise ConfigError(f"'{split}' cannot be read: '{name}' of {path} has {len(whole)} records")
     part = slice(first, last)
     arrays = whole.starts[part], whole.ends[part], whole.labels[part]
     return PackedRecords(whole.content, *arrays), num_classes

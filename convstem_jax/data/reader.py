@@ -39,8 +39,8 @@ class Reader:
     ):
         self.examples, self.batch_size = examples, batch_size
         self._ahead = read_ahead * max(1, num_workers)
-        size = batch_size * sum(np.asarray(x).nbytes for x in examples[0].values())
-        self._room, self._kept = int(memory / size), {}
+        self.batch_bytes = batch_size * sum(np.asarray(x).nbytes for x in examples[0].values())
+        self._room, self._kept = int(memory / self.batch_bytes), {}
         if num_workers:
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 num_workers,

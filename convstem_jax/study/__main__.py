@@ -20,14 +20,11 @@ import numpy as np
 
 from convstem_jax import build, command_line, preemption, run_folder
 from convstem_jax.complexity import complexity
-from convstem_jax.study import experiments, report
+from convstem_jax.errors import ConfigError
+from convstem_jax.study import experiments
 from convstem_jax.study.finished import choose
-from convstem_jax.study.population import (
-    Programs,
-    open_readers,
-    train_population,
-    trials_per_device,
-)
+from convstem_jax.study.population import open_readers, open_splits, train_population
+from convstem_jax.study.programs import Programs, trials_per_device
 
 _EPILOG = f"""\
 examples:
@@ -50,43 +47,53 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
     Raises:
         UserError: as `train.train`.
     """
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"there are {jax.process_count()} processes: a study runs in one, with all its devices"
+        )
     grids = experiments.grids(config)
-    run = experiments.run_config(config, grids[0])  # raises where a field is wrong
     centers = {(p.model, p.optimizer): config[f"{p.optimizer}_center"] for p in grids}
     later = experiments.populations(config, centers)  # for their sizes; the optima come later
+    planned = [*grids, *later]
+    runs = {(p.model, p.optimizer): experiments.run_config(config, p) for p in planned}
+    train_split, eval_split = open_splits(config)
+    data = {"train_examples": len(train_split), "eval_examples": len(eval_split)}
+    workdir = run_folder.prepare(workdir, config, data)
+    if run_folder.read_result(workdir) is not None:
+        print("this study is finished: only its report is written again")
+        return _report(workdir)
+    progress = _Progress(runs, planned)
+    print(
+        f"{len(planned)} populations, {sum(len(p.trials) for p in planned)} trials, "
+        f"{len(train_split):,} training images, on {run_folder.device()}",
+        flush=True,
+    )
     records = []
     with contextlib.ExitStack() as stack:
-        readers = stack.enter_context(open_readers(run, config.host_memory_gb * 2**30))
-        train_split, eval_split = (reader.examples.split for reader in readers)
-        data = {"train_examples": len(train_split), "eval_examples": len(eval_split)}
-        workdir = run_folder.prepare(workdir, config, data)
-        progress = _Progress(config, [*grids, *later])
-        print(
-            f"{len(grids) + len(later)} populations, "
-            f"{sum(len(p.trials) for p in [*grids, *later])} trials, {len(train_split):,} training "
-            f"images, on {jax.device_count()} x {jax.devices()[0].device_kind}",
-            flush=True,
-        )
         stop = stack.enter_context(preemption.stop_requested())
 
         @functools.cache
+        def readers(image_size, eval_resize):
+            sizes = image_size, eval_resize
+            run = next(r for r in runs.values() if (r.image_size, r.eval_resize) == sizes)
+            return stack.enter_context(open_readers(run, config.host_memory_gb * 2**30))
+
+        @functools.cache
         def programs(model, optimizer, per_device):
-            wanted = model, optimizer
-            population = next(p for p in [*grids, *later] if (p.model, p.optimizer) == wanted)
-            run = experiments.run_config(config, population)
             memory = config.memory_gb * 2**30 or None
-            return Programs(run, train_split.num_classes, per_device, memory=memory)
+            return Programs(
+                runs[model, optimizer], train_split.num_classes, per_device, memory=memory
+            )
 
         def train(population):
             progress.start(population)
+            pair = population.model, population.optimizer
             results = train_population(
                 experiments.run_config(config, population),
                 population.trials,
                 os.path.join(workdir, "populations", population.name),
-                readers=readers,
-                new_programs=lambda num_trials: programs(
-                    population.model, population.optimizer, trials_per_device(num_trials)
-                ),
+                readers=readers(runs[pair].image_size, runs[pair].eval_resize),
+                new_programs=lambda num_trials: programs(*pair, trials_per_device(num_trials)),
                 progress=progress.show,
                 stop=stop,
             )
@@ -97,14 +104,14 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
             records.extend(about | result for result in results)
             return results
 
-        optima = {}
-        for population in grids:
-            optima[population.model, population.optimizer] = choose(train(population))
+        optima = {(p.model, p.optimizer): choose(train(p)) for p in grids}
         for population in experiments.populations(config, optima):
             train(population)
 
-    with open(os.path.join(workdir, "trials.jsonl"), "w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    run_folder.write_text(os.path.join(workdir, "trials.jsonl"), lines)
+    # An interrupted study may have gone on elsewhere.
+    devices, commits = (sorted({str(r[name]) for r in records}) for name in ("device", "commit"))
     run_folder.write_result(
         workdir,
         {
@@ -112,23 +119,39 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
             "dataset": f"{config.dataset}/{config.eval_split}",
             **data,
             "seconds": round(sum(record["seconds"] for record in records), 1),
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "device": " and ".join(devices),
             "versions": run_folder.versions(),
-            "commit": run_folder.commit(),
+            "commit": " and ".join(commits),
         },
     )
     print(f"{len(records)} trials in {workdir}/trials.jsonl")
-    report.main([workdir])
+    _report(workdir)
+
+
+def _report(workdir: str) -> None:
+    try:
+        from convstem_jax.study import report
+    except ImportError as error:
+        print(
+            f"no report here: {error}. Where matplotlib and tabulate are installed: "
+            f"python -m convstem_jax.study.report {workdir}"
+        )
+        return
+    try:
+        report.write(report.read([workdir]), os.path.join(workdir, "report"))
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written: {error}") from error
+    print(f"report: {workdir}/report/index.html")
 
 
 class _Progress:
     """A line for each log point, with the share of all work done and the time left."""
 
-    def __init__(self, config, populations):
+    def __init__(self, runs, populations):
         @functools.cache
         def flops(model):
-            spec = experiments.run_config(config, next(p for p in populations if p.model == model))
-            return complexity(nnx.eval_shape(lambda: build.new_model(spec, 10, 0))).flops
+            run = next(run for run in runs.values() if run.model == model)
+            return complexity(nnx.eval_shape(lambda: build.new_model(run, 10, 0))).flops
 
         self._flops = flops
         self._total = sum(map(self._work, populations))

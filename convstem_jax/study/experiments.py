@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import zlib
 
 import ml_collections
@@ -9,7 +10,8 @@ import numpy as np
 
 from convstem_jax import config as rules
 from convstem_jax.models import MODELS
-from convstem_jax.study.population import Trial
+from convstem_jax.study.finished import family_of
+from convstem_jax.study.programs import Trial
 
 OPTIMIZERS = ("adamw", "sgd")
 # From end to end of the intervals that the paper draws from (section 5.3): of lr, of wd.
@@ -25,11 +27,17 @@ Optima = dict[tuple[str, str], tuple[float, float]]  # (model, optimiser) -> lr,
 EXPERIMENTS = ("length", "optimizer", "lr_wd", "stems", "norms", "depth")
 
 
-def _increasing(values) -> bool:
-    return bool(values) and values[0] > 0 and all(a < b for a, b in itertools.pairwise(values))
+def _are_positive(values) -> bool:
+    return bool(values) and all(type(v) in (int, float) and 0 < v < math.inf for v in values)
 
 
-_CENTER = (tuple, lambda v: len(v) == 2 and min(v) > 0, "a learning rate and a weight decay")
+def _are_increasing(values) -> bool:
+    return _are_positive(values) and all(a < b for a, b in itertools.pairwise(values))
+
+
+_CENTER = (
+    tuple, lambda v: len(v) == 2 and _are_positive(v), "a learning rate and a weight decay, above 0"
+)  # fmt: skip
 # Fields of a study beside those of a run; rules as in `config.RULES`.
 RULES = {
     "experiments": (
@@ -38,10 +46,12 @@ RULES = {
     "vitp": rules.one_of(MODELS),
     "vitc": rules.one_of(MODELS),
     "cnn": rules.one_of(MODELS),
-    "lengths": (tuple, _increasing, "numbers of epochs above 0, the shortest first"),
+    "lengths": (tuple, _are_increasing, "numbers of epochs above 0, the shortest first"),
+    "cnn_image_size": rules.integer(1),
+    "cnn_eval_resize": rules.integer(1),
     "num_seeds": rules.integer(1),
     "num_random": rules.integer(1),
-    "grid_factors": (tuple, _increasing, "factors above 0, the smallest first"),
+    "grid_factors": (tuple, _are_increasing, "factors above 0, the smallest first"),
     "adamw_center": _CENTER,
     "sgd_center": _CENTER,
     "memory_gb": rules.number(lambda v: v >= 0, "of 0 or more"),
@@ -71,10 +81,13 @@ def grids(config: ml_collections.ConfigDict) -> list[Population]:
     Raises:
         ConfigError: a field of the study is wrong.
     """
-    rules.check_fields(config, rules.RULES | RULES)
-    pairs = list(itertools.product(families(config), OPTIMIZERS))
+    of_runs = {name: rule for name, rule in rules.RULES.items() if name in config}
+    # -1, an order for each seed, would need its own batches for each trial.
+    rules.check_fields(config, of_runs | RULES | {"data_seed": rules.integer(0)})
+    names = families(config)
+    pairs = list(itertools.product(names, OPTIMIZERS))
     centers = {pair: config[f"{pair[1]}_center"] for pair in pairs}
-    needed = {(_base(p.model, config), p.optimizer) for p in populations(config, centers)}
+    needed = {(family_of(p.model, names), p.optimizer) for p in populations(config, centers)}
     factors = list(itertools.product(config.grid_factors, repeat=2))
 
     def trials(lr, wd):
@@ -116,7 +129,7 @@ def populations(config: ml_collections.ConfigDict, optima: Optima) -> list[Popul
                 random |= {(model, "adamw", first) for model in deep(config)}
 
     def trials(kind, model, optimizer):
-        lr, wd = optima[_base(model, config), optimizer]
+        lr, wd = optima[family_of(model, families(config)), optimizer]
         if kind == "seeds":
             # The grid's seed, 0, would count an error that was chosen for being low.
             return tuple(Trial(lr, wd, seed) for seed in range(1, config.num_seeds + 1))
@@ -160,10 +173,6 @@ def deep(config: ml_collections.ConfigDict) -> list[str]:
     return [f"{config.vitp}_deep", f"{config.vitc}_deep"]
 
 
-def _base(model: str, config: ml_collections.ConfigDict) -> str:
-    return next(name for name in families(config) if model.startswith(name))
-
-
 def run_config(
     config: ml_collections.ConfigDict, population: Population
 ) -> ml_collections.ConfigDict:
@@ -176,5 +185,11 @@ def run_config(
     run = ml_collections.ConfigDict(own)
     run.model, run.optimizer, run.epochs = population.model, population.optimizer, population.epochs
     run.lr, run.wd, run.seed = population.trials[0]
+    run.init_from = ""
+    if population.model.startswith(config.cnn):
+        run.image_size, run.eval_resize = config.cnn_image_size, config.cnn_eval_resize
     rules.validate(run)
+    pair = 2 if run.mixup_alpha or run.cutmix_alpha else 1
+    what = f"{run.accumulate} micro-batches (config.accumulate)" + " x 2 images to mix" * (pair - 1)
+    rules.check_divides(run.batch_size, run.accumulate * pair, what)
     return run

@@ -1,6 +1,6 @@
 """A finished study, as its folder holds it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import dataclasses
 import itertools
 import json
@@ -99,19 +99,26 @@ class Study:
 
     def optimum(self, model: str, optimizer: str) -> tuple[float, float] | None:
         """What the coarse grid chose, for the model or the one that it is a variant of: lr, wd."""
-        base = next(name for name in self.families if model.startswith(name))
-        grid = self.trials.select(kind="grid", model=base, optimizer=optimizer)
+        grid = self.grid(model, optimizer)
         return choose(grid) if grid else None
 
     def on_edge(self, model: str, optimizer: str) -> bool:
         """Whether the optimum lies on the grid's edge, so that a better one may lie outside."""
-        base = next(name for name in self.families if model.startswith(name))
-        grid = self.trials.select(kind="grid", model=base, optimizer=optimizer)
-        optimum = self.optimum(model, optimizer)
+        grid = self.grid(model, optimizer)
         return any(
-            optimum[i] in (min(trial[name] for trial in grid), max(trial[name] for trial in grid))
-            for i, name in enumerate(("lr", "wd"))
+            value in (min(trial[name] for trial in grid), max(trial[name] for trial in grid))
+            for name, value in zip(("lr", "wd"), choose(grid), strict=True)
         )
+
+    def grid(self, model: str, optimizer: str) -> list[dict]:
+        """Trials of the coarse grid from which the model takes its optimum."""
+        base = family_of(model, self.families)
+        return self.trials.select(kind="grid", model=base, optimizer=optimizer)
+
+
+def family_of(model: str, families: Sequence[str]) -> str:
+    """Which of the families a model is a variant of."""
+    return next(name for name in families if model.startswith(name))
 
 
 def choose(grid: list[dict]) -> tuple[float, float]:

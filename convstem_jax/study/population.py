@@ -1,236 +1,43 @@
-"""Population training: many trials of one model as one compiled program.
+"""Training of a population, in parts as large as memory allows, each of which can be resumed."""
 
-Trials differ in learning rate, weight decay, seed and length of the schedule, which are arrays to
-`train_step`. They are mapped over, sharded over the devices, and all see the same batches.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
 import glob
 import json
-import math
 import os
 import shutil
 import threading
 import time
-from typing import Any, NamedTuple
 
-from flax import nnx
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
-from convstem_jax import build
+from convstem_jax import build, run_folder
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.data import sources
 from convstem_jax.data.reader import Reader
-from convstem_jax.errors import ConfigError, Preempted
+from convstem_jax.errors import DataError, Preempted
 from convstem_jax.evaluate import evaluation_sums, precise_batch_stats
-from convstem_jax.step import (
-    HParams,
-    PyTree,
-    Recipe,
-    TrainState,
-    batch_statistics,
-    eval_step,
-    init_state,
-    split,
-    train_step,
-)
+from convstem_jax.study.programs import PopulationState, Programs, Trial, stack_hparams
 
 
-class Trial(NamedTuple):
-    """What tells a trial from the others of its population."""
-
-    lr: float
-    wd: float
-    seed: int
-
-
-class PopulationState(NamedTuple):
-    """All that the training of a population carries from step to step; T trials."""
-
-    step: jax.Array  # steps made so far, int32
-    trials: TrainState  # each array with a leading axis [T]
-    updates: jax.Array  # int32 [T]: fewer than `step` for those that diverged
-
-
-def population_step(
-    graphdef: nnx.GraphDef, recipe: Recipe, state: PopulationState, batch: PyTree, hparams: HParams
-) -> tuple[PopulationState, dict[str, jax.Array]]:
-    """One step of every trial on the same batch.
-
-    A trial whose loss, parameters or statistics would not be finite has diverged: from then on it
-    keeps the state that it had before, and with it the last error that it could be given.
-
-    Args:
-        graphdef: the model's structure, from `step.split`.
-        recipe: what is fixed.
-        state: before the step.
-        batch: as for `train_step`.
-        hparams: of all trials, arrays `[T]`.
-
-    Returns:
-        The state after it, and `train_step`'s metrics, each `[T]`.
-    """
-
-    def step(old, updates, hparams):
-        new, metrics = train_step(graphdef, recipe, old, batch, hparams)
-        size = optax.tree.norm((new.params, new.batch_stats)) + metrics["loss"]
-        is_alive = (updates == state.step) & jnp.isfinite(size)
-        kept = jax.tree.map(lambda n, o: jnp.where(is_alive, n, o), new, old)
-        return kept._replace(step=new.step), updates + is_alive, metrics
-
-    trials, updates, metrics = jax.vmap(step)(state.trials, state.updates, hparams)
-    return PopulationState(state.step + 1, trials, updates), metrics
-
-
-def trials_per_device(num_trials: int) -> int:
-    """How many of these trials each device trains at the same time, if it has the memory.
-
-    On a CPU it is one: XLA's convolutions over several trials take twice as long there as the
-    trials one after another.
-    """
-    return 1 if jax.default_backend() == "cpu" else math.ceil(num_trials / jax.device_count())
-
-
-class Programs:
-    """The compiled functions of a population.
-
-    Args:
-        config: of the trials.
-        num_classes: of the data.
-        per_device: trials to train on each device at the same time; fewer where memory is short.
-        devices: to share the trials among; by default all.
-        memory: bytes of each device to use; by default nine tenths of what it has.
-
-    Attributes:
-        num_trials: trained at the same time by all devices.
-        need: bytes that they take of each device.
+def open_splits(config: ml_collections.ConfigDict) -> tuple[sources.Split, sources.Split]:
+    """Opens the training and the evaluation split.
 
     Raises:
-        ConfigError: the model's sizes do not fit together, or one trial needs more memory.
+        ConfigError: the data set is not there.
+        DataError: it is damaged.
     """
-
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        num_classes: int,
-        per_device: int,
-        *,
-        devices: Sequence[jax.Device] | None = None,
-        memory: float | None = None,
-    ):
-        devices = devices or jax.devices()
-        try:
-            graphdef, _, _ = split(nnx.eval_shape(lambda: build.new_model(config, num_classes, 0)))
-        except ValueError as error:
-            raise ConfigError(f"config.model={config.model}: {error}") from error
-        recipe = build.recipe(config, num_classes)
-        auto = (jax.sharding.AxisType.Auto,)
-        mesh = jax.make_mesh((len(devices),), ("trial",), axis_types=auto, devices=devices)
-        trials, all_devices = jax.P("trial"), jax.P()
-        self.by_trial = jax.NamedSharding(mesh, trials)
-        self.replicated = jax.NamedSharding(mesh, all_devices)
-        state = PopulationState(all_devices, trials, trials)
-
-        def jit(function, inputs, outputs=trials, **options):
-            # Left to itself, the partitioner would gather mapped convolutions on every device.
-            mapped = jax.shard_map(
-                function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False
-            )
-            shardings = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), inputs)
-            return jax.jit(mapped, in_shardings=shardings, **options)
-
-        def vmap(function, *in_axes):
-            return jax.vmap(functools.partial(function, graphdef, recipe), in_axes=in_axes)
-
-        def init(seeds):
-            def new(seed):
-                return init_state(recipe, build.new_model(config, num_classes, seed))
-
-            zeros = jnp.zeros(seeds.shape, jnp.int32)
-            return PopulationState(jnp.zeros((), jnp.int32), jax.vmap(new)(seeds), zeros)
-
-        # Runs once, and compiles as long as a step where LLVM optimises it.
-        fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-        self.init = jit(init, (trials,), state, compiler_options=fast)
-        evaluate = jit(vmap(eval_step, 0, 0, None), (trials, trials, all_devices))
-        self.batch_statistics = jit(
-            vmap(batch_statistics, 0, 0, None, None), (trials, trials, all_devices, all_devices)
-        )
-        step = jit(
-            functools.partial(population_step, graphdef, recipe),
-            (state, all_devices, trials),
-            (state, trials),
-            donate_argnums=0,
-        )
-        memory = memory or 0.9 * _memory(devices[0])
-        while True:
-            self.num_trials = per_device * len(devices)
-            shapes, eval_batch = self._shapes(config)
-            ema = shapes[0].trials.ema
-            self.step = step.lower(*shapes).compile()
-            self.eval_step = evaluate.lower(ema["params"], ema["batch_stats"], eval_batch).compile()
-            state = self.step.memory_analysis().alias_size_in_bytes
-            self.need = need = max(_need(self.step), _need(self.eval_step) + state)
-            if need <= memory:
-                return
-            if per_device == 1:
-                raise ConfigError(
-                    f"one trial of {config.model} needs {need / 2**30:.2f} GiB, and a device has "
-                    f"{memory / 2**30:.2f}: lower config.batch_size and config.eval_batch_size, or "
-                    "raise config.accumulate"
-                )
-            per_device = max(1, min(per_device - 1, int(per_device * memory / need)))
-
-    def _shapes(self, config):
-        """Of the step's arguments, and of an evaluation's batch."""
-
-        def batch(num, **more):
-            image = jax.ShapeDtypeStruct((num, config.image_size, config.image_size, 3), jnp.uint8)
-            return {"image": image, "label": jax.ShapeDtypeStruct((num,), jnp.int32)} | more
-
-        hparams = jax.eval_shape(
-            lambda: stack_hparams(config, [Trial(0.0, 0.0, 0)] * self.num_trials, 1)
-        )
-        state = jax.eval_shape(self.init, hparams.seed)
-        mask = jax.ShapeDtypeStruct((config.eval_batch_size,), jnp.bool_)
-        step_arguments = state, batch(config.batch_size), hparams
-        return step_arguments, batch(config.eval_batch_size, mask=mask)
-
-
-def _memory(device: jax.Device) -> float:
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
-
-
-def _need(compiled: Any) -> float:
-    """Bytes that a program takes on each device."""
-    found = compiled.memory_analysis()
-    inputs, outputs = found.argument_size_in_bytes, found.output_size_in_bytes
-    return inputs + outputs - found.alias_size_in_bytes + found.temp_size_in_bytes
-
-
-def stack_hparams(
-    config: ml_collections.ConfigDict, trials: Sequence[Trial], num_examples: int
-) -> HParams:
-    """Hyper-parameters of all trials, arrays `[T]`."""
-    same = build.hparams(config, num_examples)
-    stacked = jax.tree.map(lambda x: jnp.full(len(trials), x), same)
-    lr, wd, seed = (jnp.array(x) for x in zip(*trials, strict=True))
-    return stacked._replace(
-        lr=lr.astype(jnp.float32), wd=wd.astype(jnp.float32), seed=seed.astype(jnp.uint32)
-    )
+    names = config.train_split, config.eval_split
+    return tuple(sources.open_split(config.data_dir, config.dataset, name) for name in names)
 
 
 @contextlib.contextmanager
-def open_readers(config: ml_collections.ConfigDict, memory: float):
+def open_readers(
+    config: ml_collections.ConfigDict, memory: float
+) -> Iterator[tuple[Reader, Reader]]:
     """Yields the readers of training and of evaluation, for all populations of a configuration.
 
     Args:
@@ -238,22 +45,16 @@ def open_readers(config: ml_collections.ConfigDict, memory: float):
         memory: bytes of the host for batches that later populations see again.
 
     Raises:
-        ConfigError: the data set is not there.
-        DataError: it is damaged.
+        UserError: as `open_splits`.
     """
-    splits = [
-        sources.open_split(config.data_dir, config.dataset, split)
-        for split in (config.train_split, config.eval_split)
-    ]
+    train_split, eval_split = open_splits(config)
     reading = {"num_workers": config.num_workers, "read_ahead": config.read_ahead}
-    train_reader = Reader(
-        build.train_examples(config, splits[0]),
-        batch_size=config.batch_size, memory=memory, **reading,
-    )  # fmt: skip
-    eval_reader = Reader(
-        build.eval_examples(config, splits[1]),
-        batch_size=config.eval_batch_size, memory=memory, **reading,
-    )  # fmt: skip
+    examples = build.eval_examples(config, eval_split)
+    size = config.eval_batch_size
+    eval_reader = Reader(examples, batch_size=size, memory=memory, **reading)
+    examples = build.train_examples(config, train_split)
+    rest = max(0.0, memory - eval_reader.num_batches() * eval_reader.batch_bytes)
+    train_reader = Reader(examples, batch_size=config.batch_size, memory=rest, **reading)
     with contextlib.closing(train_reader), contextlib.closing(eval_reader):
         yield train_reader, eval_reader
 
@@ -282,41 +83,63 @@ def train_population(
 
     Returns:
         For each trial: `lr`, `wd`, `seed`, `top1_error` in percent (EMA weights), `diverged_at`,
-        a step or None, `curve`, a list of [epoch, error], and `seconds`, its share of the time of
-        those trained with it, compilation included.
+        a step or None, `curve`, a list of [epoch, error], `seconds`, its share of the time of
+        those trained with it, compilation included, and what trained it: `device`, `commit`.
 
     Raises:
         UserError: as from `train`.
     """
     start = time.perf_counter()
     results = _read_results(folder)
-    missing = [i for i in range(len(trials)) if i not in results]
+    missing = [trial for trial in trials if trial not in results]
     programs = new_programs(len(missing)) if missing else None
     while missing:
-        part, missing = missing[: programs.num_trials], missing[programs.num_trials :]
-        name = f"{part[0]:03}-{part[-1]:03}"
+        part = _begun(folder, missing, programs.num_trials) or missing[: programs.num_trials]
+        name = f"{trials.index(part[0]):03}"
+        part_folder = os.path.join(folder, name)
+        os.makedirs(part_folder, exist_ok=True)
+        run_folder.write_text(os.path.join(part_folder, "trials.json"), json.dumps(part))
         found = _train_part(
-            config, [trials[i] for i in part], os.path.join(folder, name), programs, readers,
-            functools.partial(progress, len(part)), stop, start,
+            config, part, part_folder, programs, readers, functools.partial(progress, len(part)),
+            stop, start,
         )  # fmt: skip
+        lines = "".join(json.dumps(result) + "\n" for result in found)
+        run_folder.write_text(os.path.join(folder, f"trials_{name}.jsonl"), lines)
+        shutil.rmtree(part_folder, ignore_errors=True)
+        missing = [trial for trial in missing if trial not in part]
         start = time.perf_counter()
-        lines = [json.dumps({"trial": i} | r) + "\n" for i, r in zip(part, found, strict=True)]
-        path = os.path.join(folder, f"trials_{name}.jsonl")
-        with open(path + ".tmp", "w") as file:
-            file.writelines(lines)
-        os.replace(path + ".tmp", path)
-        shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
     results = _read_results(folder)
-    return [results[i] for i in range(len(trials))]
+    return [results[trial] for trial in trials]
 
 
-def _read_results(folder: str) -> dict[int, dict]:
+def _read_results(folder: str) -> dict[Trial, dict]:
     results = {}
     for path in glob.glob(os.path.join(glob.escape(folder), "trials_*.jsonl")):
-        with open(path) as file:
-            records = [json.loads(line) for line in file]
-        results |= {record.pop("trial"): record for record in records}
+        try:
+            with open(path) as file:
+                records = [json.loads(line) for line in file]
+            results |= {Trial(r["lr"], r["wd"], r["seed"]): r for r in records}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path} is damaged: {error}; delete it, and its trials are trained again"
+            ) from error
     return results
+
+
+def _begun(folder: str, missing: list[Trial], most: int) -> list[Trial] | None:
+    """Trials of a part that was interrupted, unless it needs more room than there is now."""
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "trials.json"))):
+        with open(path) as file:
+            part = [Trial(*values) for values in json.load(file)]
+        if set(part) <= set(missing) and len(part) <= most:
+            return part
+        print(
+            f"{os.path.dirname(path)}: {len(part)} trials were trained together, and there is "
+            f"room for {most} now: they start again",
+            flush=True,
+        )
+        shutil.rmtree(os.path.dirname(path))
+    return None
 
 
 def _train_part(config, trials, folder, programs, readers, progress, stop, start) -> list[dict]:
@@ -332,7 +155,8 @@ def _train_part(config, trials, folder, programs, readers, progress, stop, start
     checkpoints = Checkpoints(os.path.join(folder, "checkpoints"), keep=1)
     curves, first_step = [], 0
     if checkpoints.latest_step() is not None:
-        state, loop = checkpoints.restore(state)
+        saved, loop = checkpoints.restore(_first(len(trials), state, programs))
+        state = _replace_first(state, saved)
         curves, first_step = loop["curves"], checkpoints.latest_step()
         start -= loop["seconds"]
 
@@ -348,19 +172,18 @@ def _train_part(config, trials, folder, programs, readers, progress, stop, start
             ema = ema | {"batch_stats": precise}
         batches = eval_reader.read(range(eval_reader.num_batches()), programs.replicated)
         sums = evaluation_sums(programs.eval_step, {"ema": ema}, batches)["ema"]
+        errors = 100 * sums["top1_errors"] / sums["examples"]
+        is_alive = jax.device_get(state.updates) == step
         before = curves[-1][1] if curves else [100.0] * len(trials)
-        # Weights on their way to NaN may give logits that are not finite already.
-        errors = [
-            100 * float(wrong) / float(examples) if math.isfinite(loss) else last
-            for wrong, examples, loss, last in zip(
-                sums["top1_errors"], sums["examples"], sums["loss_sum"], before, strict=False
-            )
+        kept = [
+            float(error) if alive else last
+            for error, alive, last in zip(errors, is_alive, before, strict=False)
         ]
-        curves.append([round(step / steps_per_epoch, 4), errors])
+        curves.append([round(step / steps_per_epoch, 4), kept])
 
     def save(step):
         loop = {"curves": curves, "seconds": time.perf_counter() - start}
-        checkpoints.save(step, state, loop)
+        checkpoints.save(step, _first(len(trials), state, programs), loop)
 
     batches = train_reader.read(range(first_step, num_steps), programs.replicated)
     with contextlib.closing(checkpoints):
@@ -381,14 +204,32 @@ def _train_part(config, trials, folder, programs, readers, progress, stop, start
                     "command goes on from there"
                 )
     updates = jax.device_get(state.updates)
-    seconds = round((time.perf_counter() - start) / len(trials), 2)
+    about = {
+        "seconds": round((time.perf_counter() - start) / len(trials), 2),
+        "device": run_folder.device(),
+        "commit": run_folder.commit(),
+    }
     return [
         trial._asdict()
         | {
             "top1_error": curves[-1][1][i],
             "diverged_at": None if updates[i] == num_steps else int(updates[i]) + 1,
             "curve": [[epoch, errors[i]] for epoch, errors in curves],
-            "seconds": seconds,
         }
+        | about
         for i, trial in enumerate(trials)
     ]
+
+
+def _first(num: int, state: PopulationState, programs: Programs) -> PopulationState:
+    """The state of the first trials: without those that only fill up the devices."""
+    if num == programs.num_trials:
+        return state
+    trials, updates = jax.tree.map(lambda x: x[:num], (state.trials, state.updates))
+    return jax.device_put(PopulationState(state.step, trials, updates), programs.replicated)
+
+
+def _replace_first(state: PopulationState, first: PopulationState) -> PopulationState:
+    """The inverse: what fills up the devices has made no update, and so counts as diverged."""
+    trials, updates = jax.tree.map(lambda x, new: x.at[: len(new)].set(new), state[1:], first[1:])
+    return PopulationState(first.step, trials, updates)

@@ -18,7 +18,7 @@ from tabulate import tabulate
 from convstem_jax.errors import UserError
 from convstem_jax.study.claims import Claim, claims
 from convstem_jax.study.figures import OPTIMIZERS, figures
-from convstem_jax.study.finished import Study, read
+from convstem_jax.study.finished import FAILED, Study, read
 
 VERDICT_COLORS = {"supported": "#1a7f37", "not supported": "#b3261e", "undecided": "#8a6d00"}
 
@@ -80,19 +80,27 @@ def claim_table(found: list[Claim]) -> list[list[str]]:
     return rows
 
 
-def conditions(study: Study) -> str:
-    """Where the numbers come from, in one paragraph."""
+def conditions(study: Study) -> list[str]:
+    """Where the numbers come from and what they mean, in paragraphs."""
     first = study.results[0]
     versions = ", ".join(f"{name} {v}" for name, v in first["versions"].items())
     seconds = sum(result["seconds"] for result in study.results)
-    return (
+    devices, commits = (
+        " and ".join(sorted({str(result[name]) for result in study.results}))
+        for name in ("device", "commit")
+    )
+    return [
         f"{len(study.trials.records)} trials on {first['train_examples']:,} training and "
         f"{first['eval_examples']:,} test images of {study.config['dataset']}, at "
-        f"{study.config['image_size']} pixels; "
-        f"{' and '.join(sorted({result['device'] for result in study.results}))}, "
-        f"{seconds / 60:.0f} minutes; {versions}; "
-        f"commit {' and '.join(sorted({str(result['commit']) for result in study.results}))}."
-    )
+        f"{study.config['image_size']} pixels; {devices}, {seconds / 60:.0f} minutes; {versions}; "
+        f"commit {commits}.",
+        "Learning rates and weight decays are chosen by the error on the test images, as in the "
+        "paper. All trials read the same batches in the same order: seeds differ in their initial "
+        "weights, and in what mixes images where that is used. The 95 % intervals are over seeds, "
+        "or over random settings, for these test images and this order; they are not corrected for "
+        "the number of claims. A trial that diverged keeps its last error in the figures, and "
+        f"counts as {FAILED:g} % in the claims.",
+    ]
 
 
 # ---------------------------------------------------------------------------------------- page
@@ -133,7 +141,7 @@ def write(study: Study, output: str) -> list[Claim]:
     }
     tables = {title: table for title, table in tables.items() if len(table) > 1}
     with open(os.path.join(output, "report.md"), "w") as file:
-        file.write(f"# Stability study\n\n{conditions(study)}\n")
+        file.write("\n\n".join(["# Stability study", *conditions(study)]) + "\n")
         for title, (headers, *rows) in tables.items():
             table = tabulate(rows, headers, "github", disable_numparse=True)
             file.write(f"\n## {title}\n\n{table}\n")
@@ -156,7 +164,8 @@ def _page(study, tables, found, drawn, svgs) -> str:
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>Stability study</title>",
         "<meta name='viewport' content='width=device-width'>",
-        f"<style>{_STYLE}</style><h1>Stability study</h1><p>{html.escape(conditions(study))}</p>",
+        f"<style>{_STYLE}</style><h1>Stability study</h1>",
+        *(f"<p>{html.escape(paragraph)}</p>" for paragraph in conditions(study)),
     ]
     for title, (headers, *rows) in tables.items():
         parts.append(f"<h2>{html.escape(title)}</h2><div class='wide'><table>")
