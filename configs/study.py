@@ -62,6 +62,7 @@ def get_config(arg: str = ""):
         config.ema_alpha = 2.1e-4  # likewise, for 21 times fewer
         config.batch_size = 256
         config.eval_batch_size = 2000
+        config.dtype = "bfloat16"
         config.num_workers = 8
     else:
         config.vitp, config.vitc, config.cnn = "vitp_4gf", "vitc_4gf", "regnety_4gf"
