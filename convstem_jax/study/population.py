@@ -131,13 +131,14 @@ def _begun(folder: str, missing: list[Trial], most: int) -> list[Trial] | None:
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "trials.json"))):
         with open(path) as file:
             part = [Trial(*values) for values in json.load(file)]
-        if set(part) <= set(missing) and len(part) <= most:
-            return part
-        print(
-            f"{os.path.dirname(path)}: {len(part)} trials were trained together, and there is "
-            f"room for {most} now: they start again",
-            flush=True,
-        )
+        if set(part) <= set(missing):  # else its results were written just before the end
+            if len(part) <= most:
+                return part
+            print(
+                f"{os.path.dirname(path)}: {len(part)} trials were trained together, and there is "
+                f"room for {most} now: they start again",
+                flush=True,
+            )
         shutil.rmtree(os.path.dirname(path))
     return None
 
