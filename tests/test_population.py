@@ -43,7 +43,7 @@ class Progress:
     def __init__(self):
         self.losses = {}
 
-    def __call__(self, num_trials, share, losses):
+    def __call__(self, num_done, num_trials, share, losses):
         self.losses[round(share, 2)] = losses
 
 

@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -100,6 +101,15 @@ def test_equal_studies_give_equal_reports(finished, tmp_path):
         report.main([str(finished), "--output", str(tmp_path / name)])
     for path in (tmp_path / "first").iterdir():
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("folder", sorted(pathlib.Path("results/study").glob("*/")), ids=str)
+def test_committed_verdicts_follow_from_the_committed_trials(folder, tmp_path):
+    assert report.main([str(folder), "--output", str(tmp_path)]) == 0
+    for name in ("verdicts.json", "report.md"):
+        assert (tmp_path / name).read_text() == (folder / "report" / name).read_text()
+    for claim in json.loads((tmp_path / "verdicts.json").read_text()):
+        assert f"| {claim['name']} | {claim['verdict']} |" in pathlib.Path("README.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,9 @@ from convstem_jax.models import MODELS
 from convstem_jax.study import __main__ as program
 from convstem_jax.study import claims, experiments
 from convstem_jax.study.claims import edf_area
+from convstem_jax.study.experiments import Population
 from convstem_jax.study.finished import Study, Trials, choose
+from convstem_jax.study.programs import Trial
 from tests.made_up import made_up, plan
 
 
@@ -178,7 +180,7 @@ def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, cap
         os.makedirs(folder, exist_ok=True)
         new_programs(len(trials))
         seen.append((folder.rsplit("/")[-1], config.optimizer, trials))
-        progress(len(trials), 1.0, np.ones(len(trials)))
+        progress(0, len(trials), 1.0, np.ones(len(trials)))
         about = {"diverged_at": None, "curve": [[1.0, 9.0]], "device": "2 x x", "commit": "c"}
         about |= {"seconds": 2}
         return [t._asdict() | {"top1_error": 50 / t.lr**0.1} | about for t in trials]
@@ -258,3 +260,20 @@ def test_a_whole_study_where_there_is_jax_and_a_packed_file_alone(tmp_path):
     assert len(records) == 9 and all(0 < record["top1_error"] < 100 for record in records)
     assert f"python -m convstem_jax.study.report {workdir}" in done.stdout, "no remedy"
     assert not (workdir / "report").exists()
+
+
+def test_time_left_counts_what_this_session_does(monkeypatch, capsys):
+    """Four equal populations; one and half of another were done in an earlier session."""
+    monkeypatch.setattr(program.time, "perf_counter", lambda: clock[0])
+    clock = [0.0]
+    trial = Trial(1.0, 1.0, 0)
+    plan = [Population(kind, "vitp_tiny", "sgd", 1.0, (trial,) * 2) for kind in "abcd"]
+    run = experiments.run_config(load_config("configs/study.py"), plan[0])
+    progress = program._Progress({("vitp_tiny", "sgd"): run}, plan)
+    result = {"top1_error": 1.0, "diverged_at": None}
+    progress.start(plan[0])
+    progress.finish(plan[0], [result])
+    progress.start(plan[1])
+    clock[0] = 60.0  # for one trial, and four are left
+    progress.show(1, 1, 1.0, np.ones(1))
+    assert "50% of all, 4 min 00 s left" in capsys.readouterr().out

@@ -156,7 +156,7 @@ class _Progress:
         self._flops = flops
         self._total = sum(map(self._work, populations))
         self._num, self._index = len(populations), 0
-        self._done = self._before = 0.0
+        self._done = self._before = 0.0  # in all, and in an earlier session
         self._start = time.perf_counter()
 
     def _work(self, population) -> float:
@@ -164,14 +164,15 @@ class _Progress:
 
     def start(self, population) -> None:
         self._population, self._index = population, self._index + 1
-        self._trials_done = 0
+        self._is_trained = False
 
-    def show(self, num_trials: int, share: float, losses: np.ndarray) -> None:
+    def show(self, num_done: int, num_trials: int, share: float, losses: np.ndarray) -> None:
         p = self._population
         each = self._work(p) / len(p.trials)
-        done = self._done + each * (self._trials_done + num_trials * share)
-        if share == 1:
-            self._trials_done += num_trials
+        if not self._is_trained:
+            self._is_trained = True
+            self._before += each * num_done
+        done = self._done + each * (num_done + num_trials * share)
         left = self.seconds / (done - self._before) * (self._total - done)
         loss = f"loss {np.median(losses):.3f}" if len(losses) else "all diverged"
         print(
@@ -182,7 +183,7 @@ class _Progress:
         )
 
     def finish(self, population, results: list[dict]) -> None:
-        if not self._trials_done:  # it was finished before
+        if not self._is_trained:
             self._before += self._work(population)
         self._done += self._work(population)
         best = min(result["top1_error"] for result in results)

@@ -66,7 +66,7 @@ def train_population(
     *,
     readers: tuple[Reader, Reader],
     new_programs: Callable[[int], Programs],
-    progress: Callable[[int, float, np.ndarray], None],
+    progress: Callable[[int, int, float, np.ndarray], None],
     stop: threading.Event,
 ) -> list[dict]:
     """Trains all trials, or those that `folder` does not hold the results of.
@@ -77,8 +77,8 @@ def train_population(
         folder: absolute path, for results and checkpoints.
         readers: of training and of evaluation.
         new_programs: gives `Programs` for a number of trials; called only if some are missing.
-        progress: called at log points with the trials, the share of their steps that is made, and
-            the losses of those that have not diverged.
+        progress: called at log points with the number of trials done, of those in training, the
+            share of their steps that is made, and the losses of those that have not diverged.
         stop: set when the machine asks to stop.
 
     Returns:
@@ -100,8 +100,8 @@ def train_population(
         os.makedirs(part_folder, exist_ok=True)
         run_folder.write_text(os.path.join(part_folder, "trials.json"), json.dumps(part))
         found = _train_part(
-            config, part, part_folder, programs, readers, functools.partial(progress, len(part)),
-            stop, start,
+            config, part, part_folder, programs, readers,
+            functools.partial(progress, len(trials) - len(missing), len(part)), stop, start,
         )  # fmt: skip
         lines = "".join(json.dumps(result) + "\n" for result in found)
         run_folder.write_text(os.path.join(folder, f"trials_{name}.jsonl"), lines)
