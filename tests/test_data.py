@@ -350,7 +350,8 @@ def test_a_packed_file_is_the_data_set(packed_dir, test_split):
     "split, message",
     [
         ("validation", "has no split 'validation': it has test, train"),
-        ("test[7:7]", "'test.7:7.' of .* is empty"),
+        ("test[7:7]", "'test.7:7.' cannot be read: .* has 2000 records"),
+        ("test[:2001]", "'test.:2001.' cannot be read: .* has 2000 records"),
         ("test[a:]", "'test.a:.' is not a split"),
     ],
 )

@@ -21,8 +21,8 @@ from convstem_jax.study.programs import Programs, Trial
 @pytest.fixture(autouse=True)
 def soon_compiled(monkeypatch):
     """One block: the tests spend their time in the compiler."""
-    shallow = dataclasses.replace(MODELS["vitc_tiny"], depth=1)
-    monkeypatch.setitem(MODELS, "vitc_tiny", shallow)
+    for name in ("vitc_tiny", "vitp_tiny"):
+        monkeypatch.setitem(MODELS, name, dataclasses.replace(MODELS[name], depth=1))
 
 
 def config(**fields):
@@ -47,15 +47,15 @@ class Progress:
         self.losses[round(share, 2)] = losses
 
 
-def new_programs(per_device, devices=None, **options):
-    devices = devices or jax.devices()[:2]
-    return Programs(config(), 10, per_device, devices=devices, **options)
+def new_programs(per_device, num_devices, model="vitc_tiny", **options):
+    devices = jax.devices()[:num_devices]
+    return Programs(config(model=model), 10, per_device, devices=devices, **options)
 
 
 @functools.cache
 def programs():
     """For two trials on one device, mapped over, as on a GPU."""
-    return new_programs(2, jax.devices()[:1])
+    return new_programs(2, 1)
 
 
 def run(config, trials, folder, *, progress=None, stop=None, new_programs=None):
@@ -103,19 +103,20 @@ def test_a_trial_that_diverges_disturbs_no_other_and_keeps_its_last_error(tmp_pa
 
 
 def test_too_large_a_population_is_split_with_the_same_results(tmp_path):
-    c = config(epochs=0.01, warmup_epochs=0.0)
+    """Over two devices, on which a patchify stem compiles sooner."""
+    c = config(epochs=0.01, warmup_epochs=0.0, model="vitp_tiny")
     trials = [Trial(0.1, 0.0, seed) for seed in range(3)]
-    both = new_programs(2)
+    both = new_programs(2, 2, "vitp_tiny")
     assert both.num_trials == 4
     whole = run(c, trials, tmp_path / "whole", new_programs=lambda num: both)
-    fewer = new_programs(2, memory=0.9 * both.need)
+    fewer = new_programs(2, 2, "vitp_tiny", memory=0.9 * both.need)
     assert fewer.num_trials == 2
     assert run(c, trials, tmp_path / "parts", new_programs=lambda num: fewer) == whole
     assert [path.name for path in sorted((tmp_path / "parts").iterdir())] == [
         "trials_000.jsonl", "trials_002.jsonl"
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match="one trial of vitc_tiny needs"):
-        new_programs(1, memory=1000.0)
+    with pytest.raises(ConfigError, match="one trial of vitp_tiny needs"):
+        new_programs(1, 2, "vitp_tiny", memory=1000.0)
 
 
 class StopAtTen(Progress):
@@ -155,7 +156,7 @@ def test_an_interrupted_population_goes_on(tmp_path):
 def test_it_goes_on_where_there_is_room_for_another_number_of_trials(tmp_path):
     """Two at a time before, of which one may only fill up the devices, and one afterwards."""
     c, trials = config(epochs=0.03), [Trial(0.1, 1e-4, 5), Trial(0.1, 1e-4, 6)]
-    one = new_programs(1, jax.devices()[:1])
+    one = new_programs(1, 1)
     interrupt(c, trials[:1], tmp_path / "filled up")
     progress = Progress()
     expected = run(
