@@ -1,6 +1,6 @@
 """The stability study (section 5): six experiments on ViT_P, ViT_C and a CNN, and their verdicts.
 
-    python -m convstem_jax.study --config configs/study.py            minutes on 2 CPU cores
+    python -m convstem_jax.study --config configs/study.py            10 minutes on 2 CPU cores
     python -m convstem_jax.study --config configs/study.py:cpu        an hour or two on them
     python -m convstem_jax.study --config configs/study.py:full       one large GPU
     python -m convstem_jax.study --config configs/study.py:imagenet   the 4GF models
