@@ -19,10 +19,10 @@ ARGS ?=
 # An environment whose interpreter is gone (an upgraded system, a copied folder) is made anew.
 $(shell $(PY) -c '' 2>/dev/null || rm -f .venv/.runtime .venv/.test)
 
-.PHONY: help train study test lint format lock clean
+.PHONY: help train study test drill lint format lock check-install clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 train: .venv/.runtime  ## Train the quickstart model (ARGS="--config.…=…")
 	$(PY) -m convstem_jax.main --config configs/quickstart.py $(ARGS)
@@ -32,6 +32,9 @@ study: .venv/.runtime  ## Run the short stability study and write its report
 
 test: .venv/.test  ## Run the tests (ARGS="-k …")
 	$(PY) -m pytest $(ARGS)
+
+drill: .venv/.test  ## Run the long form of the tests of several processes (half an hour on 2 cores)
+	DRILL=1 $(PY) -m pytest -n0 --timeout=1200 tests/test_processes.py $(ARGS)
 
 lint: .venv/.test  ## Check style and formatting
 	$(PY) -m ruff check .
@@ -48,6 +51,15 @@ lock:  ## Regenerate the lock files (ARGS=--upgrade for newer versions)
 	@uv --version >/dev/null || { echo 'make lock needs uv: pip install uv' >&2; exit 1; }
 	$(UV_COMPILE) requirements.txt -o requirements.lock
 	$(UV_COMPILE) requirements-test.txt -c requirements.lock -o requirements-test.lock
+	$(UV_COMPILE) requirements-tpu.txt -c requirements.lock -o requirements-tpu.lock
+	$(UV_COMPILE) requirements-gpu.txt -c requirements.lock -o requirements-gpu.lock
+
+check-install:  ## Install the lock files of TPU and GPU machines into empty environments (4 GB to fetch)
+	for d in tpu gpu; do \
+	  python3 -m venv --clear build/$$d && \
+	  build/$$d/bin/python -m pip install --require-hashes -r requirements.lock -r requirements-$$d.lock && \
+	  build/$$d/bin/python -m pip check || exit 1; \
+	done
 
 clean:  ## Remove .venv and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
@@ -70,9 +82,10 @@ clean:  ## Remove .venv and caches; runs/ stays
 	@$(PIP) --require-hashes -r requirements.lock
 	@touch $@
 
-.venv/.test: requirements-test.lock .venv/.runtime
+.venv/.test: requirements-test.lock requirements-tpu.lock .venv/.runtime
 	@echo 'Installing requirements-test.lock and $(TORCH) (about 1 minute, longer for a CUDA build) ...'
 	@$(PIP) --require-hashes -r requirements-test.lock
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(PIP) --require-hashes -r requirements-tpu.lock; fi  # its compiler
 	@$(PIP) $(TORCH)
 	@$(PIP) --no-deps $(TORCHVISION)
 	@touch $@

@@ -154,6 +154,9 @@ def base() -> ml_collections.ConfigDict:
     # Micro-batches whose gradients one update averages, where memory is short. BatchNorm then uses
     # the statistics of each micro-batch, and its running ones move once for each.
     config.accumulate = 1
+    # "replicated" on every device, or "fsdp": parameters, optimiser and EMA are split over the
+    # devices, where memory is short.
+    config.state_sharding = "replicated"
     config.epochs = 100.0
     config.warmup_epochs = 5.0
     config.label_smoothing = 0.1

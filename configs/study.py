@@ -22,7 +22,8 @@ def get_config(arg: str = ""):
     (scale, colours), fields = common.parse(arg, scales, ("grey", "colour"))
     config = common.base() if scale == "imagenet" else quickstart.get_config()
 
-    for name in ("model", "optimizer", "epochs", "lr", "wd", "seed", "init_from"):
+    own = ("model", "optimizer", "epochs", "lr", "wd", "seed", "init_from", "state_sharding")
+    for name in own:
         del config[name]  # the study sets them for each trial
 
     config.experiments = ("length", "optimizer", "lr_wd", "stems", "norms", "depth")
@@ -49,7 +50,7 @@ def get_config(arg: str = ""):
         config.ema_every = 4
         config.lengths = (3.0, 6.0)
         config.num_seeds = 2
-        config.num_random = 6
+        config.num_random = 4
     elif scale == "cpu":
         config.train_split = "train[:3000]"
         config.batch_size = 32

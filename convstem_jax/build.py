@@ -1,15 +1,20 @@
 """From a configuration to the examples, the model and what else the step is given."""
 
+from collections.abc import Callable
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import ml_collections
 
 from convstem_jax import optim
+from convstem_jax.config import check_divides
 from convstem_jax.data.examples import EvalExamples, TrainExamples, TrainTransform
 from convstem_jax.data.sources import Split
+from convstem_jax.errors import ConfigError
 from convstem_jax.models import create_model
-from convstem_jax.step import HParams, Recipe
+from convstem_jax.sharding import Sharding
+from convstem_jax.step import HParams, PyTree, Recipe, TrainState, init_state, split, train_step
 
 
 def train_examples(config: ml_collections.ConfigDict, split: Split) -> TrainExamples:
@@ -47,6 +52,62 @@ def new_model(
         rngs=nnx.Rngs(jax.random.key(seed)),
         **({} if config.stem_init == "paper" else {"stem_init": config.stem_init}),
     )
+
+
+def new_state(
+    config: ml_collections.ConfigDict, recipe: Recipe
+) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
+    """The configuration's model, and a function to jit that makes the untrained state.
+
+    Raises:
+        ConfigError: the model's sizes do not fit together.
+    """
+
+    def model():
+        return new_model(config, recipe.num_classes, config.seed)
+
+    try:
+        graphdef, _, _ = split(nnx.eval_shape(model))
+    except ValueError as error:
+        raise ConfigError(f"config.model={config.model}: {error}") from error
+    return graphdef, lambda: init_state(recipe, model())
+
+
+def jit_train_step(
+    sharding: Sharding, graphdef: nnx.GraphDef, recipe: Recipe, shardings: PyTree
+) -> Callable:
+    """The step that is trained with: `(state, batch, hparams)` to the new state and metrics.
+
+    Args:
+        sharding: of the run.
+        graphdef: from `new_state`.
+        recipe: what is fixed.
+        shardings: of the state, which is donated.
+    """
+    return sharding.jit(
+        train_step,
+        graphdef,
+        recipe,
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated),
+    )
+
+
+def check_batch(config: ml_collections.ConfigDict, num_devices: int) -> None:
+    """Checks that the batch divides over devices, micro-batches and pairs to mix.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    together = images_together(config)
+    what = f"{num_devices} devices x {config.accumulate} micro-batches (config.accumulate)"
+    what += " x 2 images to mix" if together == 2 else ""
+    check_divides(config.batch_size, num_devices * config.accumulate * together, what)
+
+
+def images_together(config: ml_collections.ConfigDict) -> int:
+    """How many images must lie on one device: mixing needs pairs."""
+    return 2 if config.mixup_alpha or config.cutmix_alpha else 1
 
 
 def recipe(config: ml_collections.ConfigDict, num_classes: int) -> Recipe:

@@ -11,14 +11,15 @@ from absl import logging
 import jax
 import ml_collections
 
+from convstem_jax import processes
 from convstem_jax.config import load_config, set_fields, split_argument
-from convstem_jax.errors import Preempted, UserError
+from convstem_jax.errors import Preempted, UserError, first_line
 from convstem_jax.run_folder import FREE_FIELDS
 
 EXIT_STATUS = """\
 exit status:
   0 done · 2 configuration, or no such data · 3 damaged data · 4 checkpoint · 5 not finite
-  75 asked to stop, and saved · 130 interrupted
+  75 asked to stop, and saved, or another process was lost: run it again · 130 interrupted
 """
 _OVERRIDE = re.compile(r"--config\.([^=]+)(=?)(.*)", re.DOTALL)
 
@@ -31,6 +32,7 @@ def run(
     description: str,
     epilog: str,
     default_config: str | None = None,
+    several_processes: bool = False,
 ) -> int:
     """Reads the command line and runs `program(config, workdir)`; returns the exit status.
 
@@ -41,14 +43,17 @@ def run(
         description: for --help.
         epilog: likewise.
         default_config: for --config, which must be given without it.
+        several_processes: whether the program may be one of several that work together.
     """
-    args, overrides = _parse(argv, name, description, epilog, default_config)
+    args, overrides = _parse(argv, name, description, epilog, default_config, several_processes)
     try:
         config = load_config(args.config)
         set_fields(config, overrides)
         if args.compilation_cache:
             cache = os.path.expanduser(args.compilation_cache)
             jax.config.update("jax_compilation_cache_dir", cache)
+        if several_processes:
+            processes.start(args.coordinator, args.processes, args.process)
         program(config, args.workdir or default_workdir(args.config, overrides))
     except UserError as error:
         if args.traceback:
@@ -56,6 +61,16 @@ def run(
         prefix = "" if isinstance(error, Preempted) else "error: "
         print(f"{prefix}{error}", file=sys.stderr)
         return error.exit_status
+    except jax.errors.JaxRuntimeError as error:
+        # What is left of a run when a machine is gone, unless this one has no memory.
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error) or args.traceback:
+            raise
+        print(
+            "another process of the run was lost: the same command goes on from the last "
+            f"checkpoint ({first_line(error)[:200]})",
+            file=sys.stderr,
+        )
+        return Preempted.exit_status
     except KeyboardInterrupt:
         print("interrupted: what was saved before is kept", file=sys.stderr)
         return 130
@@ -63,7 +78,12 @@ def run(
 
 
 def _parse(
-    argv: list[str], name: str, description: str, epilog: str, default_config: str | None
+    argv: list[str],
+    name: str,
+    description: str,
+    epilog: str,
+    default_config: str | None,
+    several_processes: bool,
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     parser = argparse.ArgumentParser(
         prog=f"python -m {name}",
@@ -90,6 +110,14 @@ def _parse(
     parser.add_argument(
         "--traceback", action="store_true", help="show the whole traceback of an error"
     )
+    if several_processes:
+        group = parser.add_argument_group(
+            "several processes",
+            "found on Cloud TPU, SLURM, Open MPI and Kubernetes; elsewhere give each all three",
+        )
+        group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+        group.add_argument("--processes", type=int, metavar="N", help="1 to look for no others")
+        group.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
     args, rest = parser.parse_known_args(argv)
     overrides = {}
     for arg in rest:

@@ -18,6 +18,7 @@ from convstem_jax.errors import ConfigError, first_line
 from convstem_jax.models import MODELS
 from convstem_jax.models.stems import INITS
 from convstem_jax.optim import OPTIMIZERS
+from convstem_jax.sharding import STATES
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
@@ -147,6 +148,7 @@ RULES = {
     "wd": _NOT_NEGATIVE,
     "batch_size": integer(1),
     "accumulate": integer(1),
+    "state_sharding": one_of(STATES),
     "epochs": _POSITIVE,
     "warmup_epochs": _NOT_NEGATIVE,
     "label_smoothing": number(lambda v: 0 <= v < 1, "from 0 to below 1"),

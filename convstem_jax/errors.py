@@ -40,3 +40,11 @@ class Preempted(UserError):
     """Asked to stop; the state is saved, and the same command goes on from there."""
 
     exit_status = 75
+
+
+class PeerError(UserError):
+    """Another process of the run failed in what all of them do together."""
+
+    def __init__(self, process: int, exit_status: int):
+        super().__init__(f"process {process} of the run failed: see the error that it printed")
+        self.exit_status = exit_status

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 
 if __name__ == "__main__":  # while the imports below take their seconds, Ctrl-C needs no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -10,7 +11,9 @@ if __name__ == "__main__":  # while the imports below take their seconds, Ctrl-C
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-from convstem_jax import command_line, train
+import jax
+
+from convstem_jax import command_line, processes, train
 
 _EPILOG = f"""\
 examples:
@@ -26,7 +29,12 @@ configs/common.py lists the fields. The same command run again resumes an interr
 def main(argv: list[str]) -> int:
     """Reads the command line and trains; returns the exit status."""
     return command_line.run(
-        train.train, argv, name="convstem_jax.main", description=__doc__, epilog=_EPILOG
+        train.train,
+        argv,
+        name="convstem_jax.main",
+        description=__doc__,
+        epilog=_EPILOG,
+        several_processes=True,
     )
 
 
@@ -34,4 +42,13 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "--traceback" not in sys.argv:
         command_line.silence_libraries()
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
+    if jax.distributed.is_initialized():
+        processes.leave(status)
+    sys.exit(status)

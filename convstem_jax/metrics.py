@@ -44,6 +44,7 @@ class Records:
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._pending = None
         self._clock = _Clock(*speed)
+        self._not_finite = None
         if self._main:
             self.path = os.path.join(workdir, "metrics.jsonl")
             kept = [
@@ -79,6 +80,8 @@ class Records:
         Raises:
             NotFiniteError: the loss is NaN or infinite.
         """
+        if self._not_finite and wait:
+            raise self._not_finite
         if self._pending is None:
             return
         if not wait and not all(value.is_ready() for value in self._pending[1].values()):
@@ -94,10 +97,13 @@ class Records:
             + (f"  {speed:,.0f} images/s  {left} left" if speed else "  compiled"),
         )
         if not abs(metrics["loss"]) < float("inf"):
-            raise NotFiniteError(
+            self._not_finite = NotFiniteError(
                 f"the training loss is {metrics['loss']} at step {step}, where the learning rate "
                 f"is {metrics['lr']:.3g}: lower config.lr, with another --workdir"
             )
+            # Several processes stop at the same step: at the next that waits in all of them.
+            if wait or jax.process_count() == 1:
+                raise self._not_finite
 
     def eval(self, step: int, name: str, results: dict[str, dict[str, float]]) -> None:
         """Writes the results of an evaluation: {"ema": {...}, "raw": {...}}."""
@@ -205,7 +211,9 @@ def write_overview(workdir: str, params: PyTree, decayed: PyTree) -> str:
 
     path = os.path.join(workdir, "parameters.txt")
     with open(path, "w") as file:
-        file.write(parameter_overview.get_parameter_overview(params, include_stats="global"))
+        # Means and deviations of split parameters would need the other processes.
+        stats = "global" if jax.process_count() == 1 else False
+        file.write(parameter_overview.get_parameter_overview(params, include_stats=stats))
         file.write("\n\nWeight decay acts on\n")
         for key, yes in jax.tree.leaves_with_path(decayed):
             name = jax.tree_util.keystr(key, simple=True, separator="/")

@@ -1,33 +1,48 @@
 """Notices that the machine asks the run to stop, so that it can save first."""
 
+from collections.abc import Callable, Iterator
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 
+import jax
+from jax.experimental import multihost_utils
+
 
 @contextlib.contextmanager
-def stop_requested():
-    """Catches SIGTERM and Ctrl-C inside the block, and yields an event that they set.
+def stop_requested() -> Iterator[Callable[[int], bool]]:
+    """Catches SIGTERM and Ctrl-C inside the block, and yields a function that tells of them.
+
+    The function is called once after each step, with the step's number; where several processes
+    run it becomes true at the same step in all of them, whichever got the signal.
 
     A second signal of the same kind acts as if nothing caught it. A signal that the process was
     started to ignore stays ignored, such as Ctrl-C in a shell script's background job. Outside the
-    main thread, where Python allows no handlers, the event is never set.
+    main thread, where Python allows no handlers, the function is never true.
     """
     event, old = threading.Event(), {}
+    distributed = jax.distributed.is_initialized()
 
     def handle(signum, unused_frame):
         event.set()
         os.write(2, b"stopping after this step; again to stop at once, without saving\n")
         signal.signal(signum, old[signum])
+        if distributed:
+            os.kill(os.getpid(), signal.SIGTERM)
 
+    # Once processes are joined, JAX itself catches SIGTERM and tells the others.
+    signals = (signal.SIGINT,) if distributed else (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in signals:
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 old[signum] = signal.signal(signum, handle)
     try:
-        yield event
+        if distributed:
+            yield multihost_utils.reached_preemption_sync_point
+        else:
+            yield lambda unused_step: event.is_set()
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)

@@ -1,6 +1,7 @@
 """The folder of a run: config.json and result.json."""
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -23,6 +24,7 @@ FREE_FIELDS = (
     "log_every_steps",
     "checkpoint_every_steps",
     "keep_checkpoints",
+    "state_sharding",
     "memory_gb",  # of a study
     "host_memory_gb",
 )
@@ -49,14 +51,58 @@ def prepare(workdir: str, config: ml_collections.ConfigDict, data: dict[str, int
     new = json.loads(config.to_json()) | data
     try:
         os.makedirs(workdir, exist_ok=True)
+        if jax.process_index() == 0:
+            _lock(workdir)
         # With none of them there is nothing that could be mixed up.
         if has_checkpoint(workdir) or _has_populations(workdir) or read_result(workdir) is not None:
             with open(path) as file:
                 _check_same(json.load(file), new, workdir)
-        _write_json(path, new)
+        if jax.process_index() == 0:
+            _write_json(path, new)
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"--workdir {workdir} cannot be used: {error}; name another") from error
     return workdir
+
+
+def check_shared(workdir: str) -> None:
+    """Checks, after `prepare`, that this process sees what process 0 wrote.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not os.path.exists(os.path.join(workdir, "config.json")):
+        raise ConfigError(
+            f"process {jax.process_index()} does not see the config.json that process 0 wrote in "
+            f"--workdir {workdir}: name a folder that all machines share"
+        )
+
+
+_locks: dict[str, int] = {}  # folder -> open file
+
+
+def _lock(workdir: str) -> None:
+    """Keeps other programs out of the folder for as long as this one lives.
+
+    Raises:
+        ConfigError: another has it.
+    """
+    if workdir in _locks:
+        return
+    file = os.open(os.path.join(workdir, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        pid = os.read(file, 20).decode() or "?"
+        os.close(file)
+        raise ConfigError(
+            f"--workdir {workdir} is in use by process {pid}: stop that, or name another"
+        ) from error
+    except OSError:  # a file system without locks, such as a mounted bucket
+        os.close(file)
+        return
+    os.ftruncate(file, 0)
+    os.write(file, str(os.getpid()).encode())
+    _locks[workdir] = file
 
 
 def has_checkpoint(workdir: str) -> bool:
@@ -112,13 +158,14 @@ def write_text(path: str, text: str) -> None:
 
 def device() -> str:
     """The number of devices and their kind."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
     found = {"python": platform.python_version()}
-    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the study needs few
             found[name] = importlib.metadata.version(name)
     return found

@@ -6,24 +6,18 @@ import itertools
 import os
 import time
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from convstem_jax import build, metrics, optim, preemption, run_folder, weights
+from convstem_jax import build, metrics, optim, preemption, processes, run_folder, weights
 from convstem_jax.checkpoint import Checkpoints
-from convstem_jax.config import check_divides, validate
+from convstem_jax.config import validate
 from convstem_jax.data import pipeline, sources
-from convstem_jax.errors import ConfigError, Preempted
+from convstem_jax.errors import Preempted
 from convstem_jax.evaluate import evaluate, precise_batch_stats
-from convstem_jax.step import (
-    batch_statistics,
-    eval_step,
-    init_state,
-    split,
-    train_step,
-)
+from convstem_jax.sharding import Sharding
+from convstem_jax.step import batch_statistics, eval_step
 from convstem_jax.transfer import transfer
 
 
@@ -43,23 +37,28 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     """
     # ------------------------------------------------------- checks, before anything is slow
 
-    validate(config)
-    train_split = sources.open_split(config.data_dir, config.dataset, config.train_split)
-    eval_split = sources.open_split(config.data_dir, config.dataset, config.eval_split)
-
-    # ------------------------------------------------------------------------------- devices
-
-    if jax.process_count() > 1:
-        raise ConfigError("runs of several processes are not supported yet: start one process")
-    num_devices = jax.device_count()
-    mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    replicated = jax.NamedSharding(mesh, jax.P())
-    sharded = jax.NamedSharding(mesh, jax.P("data"))
-    pair = 2 if config.mixup_alpha or config.cutmix_alpha else 1
-    divisor = num_devices * config.accumulate * pair
-    what = f"{num_devices} devices x {config.accumulate} micro-batches (config.accumulate)"
-    what += " x 2 images to mix" if pair == 2 else ""
-    check_divides(config.batch_size, divisor, what)
+    with processes.together():
+        validate(config)
+        processes.check_same("the configuration", config.to_json())
+        train_split = sources.open_split(config.data_dir, config.dataset, config.train_split)
+        eval_split = sources.open_split(config.data_dir, config.dataset, config.eval_split)
+        sharding = Sharding(jax.devices(), config.state_sharding)
+        build.check_batch(config, len(sharding.devices))
+        recipe = build.recipe(config, train_split.num_classes)
+        graphdef, new_state = build.new_state(config, recipe)
+        data = {
+            "train_examples": len(train_split),
+            "eval_examples": len(eval_split),
+            "num_classes": train_split.num_classes,
+        }
+        workdir = run_folder.prepare(workdir, config, data)
+    with processes.together():
+        run_folder.check_shared(workdir)
+    if (result := run_folder.read_result(workdir)) is not None:
+        if processes.is_first():
+            print("this run is finished; its result:")
+            _print_result(workdir, result)
+        return result
 
     # ---------------------------------------------------------------------------------- data
 
@@ -73,55 +72,30 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         pipeline.train_batches,
         build.train_examples(config, train_split),
         batch_size=config.batch_size,
-        sharding=sharded,
+        sharding=sharding.batch,
         reading=reading,
     )
     eval_batches = pipeline.EvalBatches(
         build.eval_examples(config, eval_split),
         batch_size=config.eval_batch_size,
-        sharding=sharded,
+        sharding=sharding.batch,
         reading=reading,
     )
 
     # ----------------------------------------------------------------------- model and state
 
-    recipe = build.recipe(config, train_split.num_classes)
-
-    def new_model():
-        return build.new_model(config, recipe.num_classes, config.seed)
-
-    try:
-        graphdef, _, _ = split(nnx.eval_shape(new_model))
-    except ValueError as error:
-        raise ConfigError(f"config.model={config.model}: {error}") from error
-    data = {
-        "train_examples": len(train_split),
-        "eval_examples": len(eval_split),
-        "num_classes": train_split.num_classes,
-    }
-    workdir = run_folder.prepare(workdir, config, data)
-    if (result := run_folder.read_result(workdir)) is not None:
-        print("this run is finished; its result:")
-        _print_result(workdir, result)
-        return result
     start_weights = None
     if config.init_from and not run_folder.has_checkpoint(workdir):
         start_weights, _ = weights.load(config.init_from)
-    state = jax.jit(lambda: init_state(recipe, new_model()), out_shardings=replicated)()
-    hparams = jax.device_put(build.hparams(config, len(train_split)), replicated)
+    shardings = sharding.of_state(jax.eval_shape(new_state))
+    state = jax.jit(new_state, out_shardings=shardings)()
+    hparams = jax.device_put(build.hparams(config, len(train_split)), sharding.replicated)
 
-    def jit(function, **options):
-        def on_mesh(*args, **kwargs):
-            # For grouped convolutions, which must know how the batch is sharded.
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return function(graphdef, recipe, *args, **kwargs)
-
-        return jax.jit(on_mesh, out_shardings=replicated, **options)
-
-    jit_train_step = jit(train_step, donate_argnums=0)
-    jit_eval_step = jit(eval_step)
-    jit_batch_statistics = jit(batch_statistics)
-    if jax.process_index() == 0:
+    jit_train_step = build.jit_train_step(sharding, graphdef, recipe, shardings)
+    replicated = {"out_shardings": sharding.replicated}
+    jit_eval_step = sharding.jit(eval_step, graphdef, recipe, **replicated)
+    jit_batch_statistics = sharding.jit(batch_statistics, graphdef, recipe, **replicated)
+    if processes.is_first():
         _print_overview(config, workdir, state.params, len(train_split), num_steps)
 
     # -------------------------------------------------------------------------------- resume
@@ -131,12 +105,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     if checkpoints.latest_step() is not None:
         state, loop = checkpoints.restore(state)
         first_step = checkpoints.latest_step()
-        print(f"resumed from step {first_step}", flush=True)
+        processes.print_once(f"resumed from step {first_step}")
     elif start_weights is not None:
         started, table = transfer(start_weights, state.ema)
-        started = jax.device_put(started, replicated)
+        started = jax.device_put(started, sharding.of_state(started))
         state = state._replace(**started, ema=jax.tree.map(jnp.copy, started))
-        print(f"from {config.init_from}:\n{table}", flush=True)
+        processes.print_once(f"from {config.init_from}:\n{table}")
     records = metrics.Records(
         workdir,
         first_step=first_step,
@@ -182,7 +156,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     with (
         contextlib.closing(records),
         contextlib.closing(checkpoints),
-        preemption.stop_requested() as stop,
+        preemption.stop_requested() as stop_requested,
     ):
         for step in range(first_step + 1, num_steps + 1):  # `step` updates made, after this one
             batch = next(batches)
@@ -190,7 +164,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             with jax.transfer_guard("disallow"):
                 state, step_metrics = jit_train_step(state, batch, hparams)
             records.flush(wait=False)
-            is_last, stopping = step == num_steps, stop.is_set()
+            is_last, stopping = step == num_steps, stop_requested(step)
             if step == 1 or step % config.log_every_steps == 0 or is_last:
                 records.train(step, step_metrics)
             if build.is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last:
@@ -222,7 +196,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         "versions": run_folder.versions(),
         "commit": run_folder.commit(),
     }
-    if jax.process_index() == 0:
+    if processes.is_first():
         curves = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
         metrics.plot_curves(workdir, curves, f"{config.model} on {result['dataset']}")
         run_folder.write_result(workdir, result)

@@ -13,6 +13,7 @@ from convstem_jax.config import load_config
 from convstem_jax.errors import ConfigError, DataError, Preempted
 from convstem_jax.metrics import read_jsonl
 from convstem_jax.models import MODELS
+from convstem_jax.sharding import Sharding
 from convstem_jax.study import population
 from convstem_jax.study.population import train_population
 from convstem_jax.study.programs import Programs, Trial
@@ -62,7 +63,7 @@ def run(config, trials, folder, *, progress=None, stop=None, new_programs=None):
     with population.open_readers(config, memory=1e6) as readers:
         results = train_population(
             config, trials, str(folder), readers=readers, progress=progress or Progress(),
-            stop=stop or threading.Event(),
+            stop_requested=stop or (lambda step: False),
             new_programs=new_programs or (lambda num: programs()),
         )  # fmt: skip
     for result in results:
@@ -75,7 +76,9 @@ def test_a_trial_is_a_run_of_main(tmp_path, monkeypatch):
     c = config()
     trials, progress = [Trial(c.lr / 3, c.wd, 0), Trial(c.lr / 10, c.wd * 3, 1)], Progress()
     results = run(c, trials, tmp_path / "all", progress=progress)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(
+        train_module, "Sharding", lambda devices, *args: Sharding(devices[:1], *args)
+    )
     c.lr, c.wd, c.seed = trials[1]
     result = train_module.train(c, str(tmp_path / "run"))
     records = read_jsonl(str(tmp_path / "run" / "metrics.jsonl"))
@@ -131,7 +134,7 @@ class StopAtTen(Progress):
 def interrupt(c, trials, folder, **options):
     stop = threading.Event()
     with pytest.raises(Preempted, match="stopped at step 11 of 19"):
-        run(c, trials, folder, progress=StopAtTen(stop), stop=stop, **options)
+        run(c, trials, folder, progress=StopAtTen(stop), stop=lambda step: stop.is_set(), **options)
 
 
 def never(num_trials):

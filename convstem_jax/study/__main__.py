@@ -70,7 +70,7 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
     )
     records = []
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(preemption.stop_requested())
+        stop_requested = stack.enter_context(preemption.stop_requested())
 
         @functools.cache
         def readers(image_size, eval_resize):
@@ -95,7 +95,7 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
                 readers=readers(runs[pair].image_size, runs[pair].eval_resize),
                 new_programs=lambda num_trials: programs(*pair, trials_per_device(num_trials)),
                 progress=progress.show,
-                stop=stop,
+                stop_requested=stop_requested,
             )
             progress.finish(population, results)
             about = {

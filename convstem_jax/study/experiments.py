@@ -8,6 +8,7 @@ import zlib
 import ml_collections
 import numpy as np
 
+from convstem_jax import build
 from convstem_jax import config as rules
 from convstem_jax.models import MODELS
 from convstem_jax.study.finished import family_of
@@ -185,11 +186,9 @@ def run_config(
     run = ml_collections.ConfigDict(own)
     run.model, run.optimizer, run.epochs = population.model, population.optimizer, population.epochs
     run.lr, run.wd, run.seed = population.trials[0]
-    run.init_from = ""
+    run.init_from, run.state_sharding = "", "replicated"
     if population.model.startswith(config.cnn):
         run.image_size, run.eval_resize = config.cnn_image_size, config.cnn_eval_resize
     rules.validate(run)
-    pair = 2 if run.mixup_alpha or run.cutmix_alpha else 1
-    what = f"{run.accumulate} micro-batches (config.accumulate)" + " x 2 images to mix" * (pair - 1)
-    rules.check_divides(run.batch_size, run.accumulate * pair, what)
+    build.check_batch(run, num_devices=1)
     return run

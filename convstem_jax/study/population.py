@@ -7,7 +7,6 @@ import glob
 import json
 import os
 import shutil
-import threading
 import time
 
 import jax
@@ -67,7 +66,7 @@ def train_population(
     readers: tuple[Reader, Reader],
     new_programs: Callable[[int], Programs],
     progress: Callable[[int, int, float, np.ndarray], None],
-    stop: threading.Event,
+    stop_requested: Callable[[int], bool],
 ) -> list[dict]:
     """Trains all trials, or those that `folder` does not hold the results of.
 
@@ -79,7 +78,7 @@ def train_population(
         new_programs: gives `Programs` for a number of trials; called only if some are missing.
         progress: called at log points with the number of trials done, of those in training, the
             share of their steps that is made, and the losses of those that have not diverged.
-        stop: set when the machine asks to stop.
+        stop_requested: of the step made, whether the machine asks to stop after it.
 
     Returns:
         For each trial: `lr`, `wd`, `seed`, `top1_error` in percent (EMA weights), `diverged_at`,
@@ -101,7 +100,8 @@ def train_population(
         run_folder.write_text(os.path.join(part_folder, "trials.json"), json.dumps(part))
         found = _train_part(
             config, part, part_folder, programs, readers,
-            functools.partial(progress, len(trials) - len(missing), len(part)), stop, start,
+            functools.partial(progress, len(trials) - len(missing), len(part)),
+            stop_requested, start,
         )  # fmt: skip
         lines = "".join(json.dumps(result) + "\n" for result in found)
         run_folder.write_text(os.path.join(folder, f"trials_{name}.jsonl"), lines)
@@ -143,7 +143,9 @@ def _begun(folder: str, missing: list[Trial], most: int) -> list[Trial] | None:
     return None
 
 
-def _train_part(config, trials, folder, programs, readers, progress, stop, start) -> list[dict]:
+def _train_part(
+    config, trials, folder, programs, readers, progress, stop_requested, start
+) -> list[dict]:
     """Trains as many trials as `programs` takes; `train.train` for a population."""
     train_reader, eval_reader = readers
     num_examples = len(train_reader.examples.split)
@@ -191,7 +193,7 @@ def _train_part(config, trials, folder, programs, readers, progress, stop, start
         for step, batch in enumerate(batches, first_step + 1):
             with jax.transfer_guard("disallow"):
                 state, metrics = programs.step(state, batch, hparams)
-            is_last, stopping = step == num_steps, stop.is_set()
+            is_last, stopping = step == num_steps, stop_requested(step)
             if build.is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last:
                 evaluate_trials(step)
             if step % config.log_every_steps == 0 or is_last:

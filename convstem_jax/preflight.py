@@ -1,0 +1,378 @@
+"""Compiles the training step for a TPU slice that need not be there, and tells what it would do.
+
+    python -m convstem_jax.preflight --config configs/vitc.py:18gf --topology v5e:16x16
+    python -m convstem_jax.preflight --config configs/vitc.py configs/vitp.py --topology v6e:8x8
+    python -m convstem_jax.preflight --config configs/vitc.py --topology v5p:4x4x4 --format json
+
+The real TPU compiler runs on this machine, on the very step that training would run. What it says
+of memory is what it would allocate; times are its estimate, with the collectives' bytes at the
+published speed of the links on top, and reading the data left out.
+"""
+
+import argparse
+from collections import Counter
+import json
+import math
+import os
+import sys
+import time
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX looks for a TPU that is not there
+
+from flax import nnx
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+from tabulate import tabulate
+
+from convstem_jax import build, run_folder, tpu
+from convstem_jax.complexity import complexity
+from convstem_jax.config import load_config, validate
+from convstem_jax.errors import UserError
+from convstem_jax.sharding import Sharding
+
+GIB = 2**30
+# Share of the memory that the largest batch may be reckoned to fill: it is a linear estimate.
+SAFE = 0.95
+_TIMING = (
+    "flops_per_chip", "collective_bytes", "collectives", "cycles", "collective_seconds",
+    "step_seconds", "images_per_second", "mfu", "hours", "chip_hours",
+)  # fmt: skip
+
+
+def preflight(
+    config, topology: str, *, num_classes: int, num_examples: int, quick: bool = False
+) -> dict:
+    """Compiles the configuration's training step for a slice.
+
+    Args:
+        config: see configs/common.py.
+        topology: such as `v5e:16x16`.
+        num_classes: of the data set, which need not be there.
+        num_examples: likewise, for the length of the schedule.
+        quick: compile with the least effort: memory is a few percent more, and no time is given.
+
+    Returns:
+        A JSON-serialisable record; see `_HEADERS` and README.md.
+
+    Raises:
+        ConfigError: the topology or a field is wrong.
+    """
+    # ----------------------------------------------------------------------------- compilation
+
+    validate(config)
+    slice_ = tpu.open_slice(topology)
+    num_devices = len(slice_.devices)
+    build.check_batch(config, num_devices)
+    recipe = build.recipe(config, num_classes)
+    graphdef, new_state = build.new_state(config, recipe)
+    sharding = Sharding(slice_.devices, config.state_sharding)
+
+    def like(tree, shardings):
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+        )
+
+    state = jax.eval_shape(new_state)
+    shardings = sharding.of_state(state)
+    hparams = jax.eval_shape(lambda: build.hparams(config, num_examples))
+    n, size = config.batch_size, config.image_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8, sharding=sharding.batch),
+        "label": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=sharding.batch),
+    }
+    step = build.jit_train_step(sharding, graphdef, recipe, shardings)
+    replicated = jax.tree.map(lambda _: sharding.replicated, hparams)
+    traced = step.trace(like(state, shardings), batch, like(hparams, replicated))
+    start = time.perf_counter()
+    effort = {"exec_time_optimization_effort": -1.0} if quick else None
+    try:
+        compiled = traced.lower().compile(compiler_options=effort)
+    except jax.errors.JaxRuntimeError as error:
+        memory = tpu.out_of_memory(error)
+        if memory is None:
+            raise
+        compiled, need = None, memory[0]
+    seconds = time.perf_counter() - start
+
+    # ------------------------------------------------------------------------------- memory
+
+    per_chip = num_devices // slice_.num_chips
+    images = n // num_devices  # on one device
+    parts = {
+        name: _bytes_on_device(getattr(state, name), getattr(shardings, name))
+        for name in ("params", "batch_stats", "opt_state", "ema")
+    }
+    # What the loop keeps on the devices beside the batch of the step.
+    ahead = config.prefetch * (n + config.eval_batch_size)
+    precise = max(n, config.precise_bn_examples) if state.batch_stats else 0
+    parts["input"] = math.ceil((n + ahead + precise) / num_devices) * size**2 * 3
+    beside = parts["input"] - images * size**2 * 3
+    counts = complexity(nnx.eval_shape(lambda: build.new_model(config, num_classes, 0)))
+    acts = jnp.dtype(config.dtype).itemsize * images // config.accumulate * counts.acts
+    if compiled is not None:
+        said = compiled.memory_analysis()
+        need = said.argument_size_in_bytes + said.output_size_in_bytes - said.alias_size_in_bytes
+        need += said.temp_size_in_bytes + said.generated_code_size_in_bytes
+        parts["program"] = said.generated_code_size_in_bytes
+    need += beside
+    rest = need - sum(parts.values())
+    parts["activations"] = max(0, min(acts, rest))
+    parts["temporaries"] = max(0, rest - parts["activations"])
+    has = tpu.device_bytes(slice_)
+    fits = compiled is not None and need <= has
+    # What is not the state or the program grows in proportion to the images.
+    free = SAFE * has - (need - rest - parts["input"])
+    unit = config.accumulate * build.images_together(config)
+    largest = max(0, int(free / (rest + parts["input"]) * images / unit)) * unit * num_devices
+    record = {
+        "config": run_name(config),
+        "topology": topology,
+        "chips": slice_.num_chips,
+        "hosts": slice_.num_hosts,
+        "batch_size": n,
+        "accumulate": config.accumulate,
+        "state_sharding": config.state_sharding,
+        "compile_seconds": round(seconds, 1),
+        "bytes_per_chip": need * per_chip,
+        "chip_bytes": has * per_chip,
+        "fits": fits,
+        "parts": {name: size * per_chip for name, size in parts.items()},
+        "largest_batch": largest,
+        "remedy": None if fits else _remedy(config, images, rest, free, parts),
+        "float32_products": float32_products(traced.jaxpr.jaxpr),
+        "quick": quick,
+        "versions": run_folder.versions(),
+    }
+
+    # --------------------------------------------------------------------------------- time
+
+    timing = dict.fromkeys(_TIMING)
+    if compiled is not None:
+        program = tpu.read_program(compiled.as_text())
+        timing |= {
+            "flops_per_chip": round(compiled.cost_analysis()["flops"]) * per_chip,
+            "collective_bytes": sum(size for _, size in program.collectives.values()),
+            "collectives": program.collectives,
+        }
+        if not quick:
+            waiting = tpu.collective_seconds(slice_, program.collectives)
+            step_seconds = program.cycles / slice_.chip.clock + waiting
+            hours = build.num_steps(config, num_examples) * step_seconds / 3600
+            timing |= {
+                "cycles": program.cycles,
+                "collective_seconds": waiting,
+                "step_seconds": step_seconds,
+                "images_per_second": n / step_seconds,
+                # A multiply-add is two operations; the backward pass costs twice the forward one.
+                "mfu": 6 * n * counts.flops / step_seconds / (slice_.num_chips * slice_.chip.flops),
+                "hours": hours,
+                "chip_hours": hours * slice_.num_chips,
+            }
+    return record | timing
+
+
+def run_name(config) -> str:
+    """The model and what tells its run from others of the model."""
+    return f"{config.model}, {config.optimizer}, {config.epochs:g} epochs"
+
+
+def _bytes_on_device(tree, shardings) -> int:
+    sizes = jax.tree.map(
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def _remedy(config, images: int, rest: int, free: float, parts: dict[str, int]) -> str:
+    """Which fields to change where the memory is too small."""
+    fields = []
+    state = parts["params"] + parts["opt_state"] + parts["ema"]
+    if config.state_sharding == "replicated" and state > free:
+        fields.append("config.state_sharding=fsdp")
+        free += state
+    together = build.images_together(config)
+    for accumulate in range(config.accumulate, images + 1):
+        need = rest * config.accumulate / accumulate + parts["input"]
+        if images % (accumulate * together) == 0 and need <= free:
+            fields.append(f"config.accumulate={accumulate}")
+            return " and ".join(fields)
+    return "more chips, or a smaller config.batch_size"
+
+
+def float32_products(jaxpr) -> dict[str, int]:
+    """Matrix products and convolutions with a float32 operand: their types and how many."""
+    found = Counter()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            operands = [v.aval for v in eqn.invars[:2]]
+            if any(x.dtype == jnp.float32 for x in operands):
+                found[" x ".join(f"{x.dtype}{list(x.shape)}" for x in operands)] += 1
+        inner = [x for x in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(x)]
+        for program in inner:
+            found.update(float32_products(getattr(program, "jaxpr", program)))
+    return dict(found)
+
+
+def _is_jaxpr(x) -> bool:
+    return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
+
+
+# ------------------------------------------------------------------------------------- output
+
+
+def describe(record: dict) -> str:
+    """One record in words."""
+    per_chip, has = record["bytes_per_chip"], record["chip_bytes"]
+    lines = [
+        f"{record['config']} on {record['topology']}: {record['chips']} chips, "
+        f"{record['hosts']} hosts, batch {record['batch_size']:,}"
+        + f" in {record['accumulate']} micro-batches" * (record["accumulate"] > 1)
+        + f", state {record['state_sharding']}",
+        f"compiled in {record['compile_seconds']:.0f} s",
+        "",
+        f"memory of a chip  {per_chip / GIB:8.2f} of {has / GIB:.2f} GiB: "
+        + ("fits" if record["fits"] else f"does not fit: set {record['remedy']}"),
+    ]
+    lines += [f"  {name:15} {size / GIB:8.2f}" for name, size in record["parts"].items()]
+    lines.append(f"  largest batch that fits: about {record['largest_batch']:,}")
+    if record["flops_per_chip"] is not None:
+        lines += ["", f"a step, on each chip {record['flops_per_chip'] / 1e12:10.2f} Tflop"]
+        lines += [
+            f"  {kind:18} {size / 2**20:12,.1f} MiB in {count}"
+            for kind, (count, size) in record["collectives"].items()
+        ]
+    if record["step_seconds"] is not None:
+        lines += [
+            "",
+            "as the compiler estimates, the input left out:",
+            f"  step            {1000 * record['step_seconds']:,.1f} ms, of them "
+            f"{1000 * record['collective_seconds']:.1f} in collectives if nothing hides them",
+            f"  speed           {record['images_per_second']:,.0f} images/s, "
+            f"{record['images_per_second'] / record['hosts']:,.0f} on each host to read",
+            f"  MFU             {100 * record['mfu']:.1f} % of the bfloat16 peak",
+            f"  whole schedule  {record['hours']:.1f} h, {record['chip_hours']:,.0f} chip-hours",
+        ]
+    lines += ["", "matrix products with a float32 operand:"]
+    lines += [f"  {n:4} of {types}" for types, n in record["float32_products"].items()]
+    return "\n".join([*lines, ""])
+
+
+_HEADERS = (
+    "run", "slice", "chips", "batch", "micro-batches", "GiB of a chip", "fits", "largest batch",
+    "compile (s)", "step (ms)", "images/s", "MFU (%)", "collectives (MiB)", "hours", "chip-hours",
+)  # fmt: skip
+
+
+def table(records: list[dict], tablefmt: str) -> str:
+    """The records, a line each."""
+
+    def number(value, factor=1.0, form=",.0f"):
+        return "–" if value is None else format(factor * value, form)
+
+    lines = [
+        (
+            r["config"], r["topology"], r["chips"], number(r["batch_size"]), r["accumulate"],
+            f"{r['bytes_per_chip'] / GIB:.1f} of {r['chip_bytes'] / GIB:.1f}",
+            "yes" if r["fits"] else f"set {r['remedy']}", number(r["largest_batch"]),
+            number(r["compile_seconds"]), number(r["step_seconds"], 1000, ",.1f"),
+            number(r["images_per_second"]), number(r["mfu"], 100, ".1f"),
+            number(r["collective_bytes"], 2**-20), number(r["hours"], 1, ",.1f"),
+            number(r["chip_hours"]),
+        )
+        for r in records
+    ]  # fmt: skip
+    align = ["left", "left", *["right"] * 4, "left", *["right"] * 8]
+    return tabulate(lines, _HEADERS, tablefmt, disable_numparse=True, colalign=align)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compiles and prints; returns the exit status: 1 where something does not fit."""
+    parser = argparse.ArgumentParser(
+        prog="python -m convstem_jax.preflight",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit status: 0 all fit · 1 some do not · 2 configuration, topology or no libtpu",
+    )
+    parser.add_argument(
+        "--config", nargs="+", required=True, metavar="FILE[:ARG]",
+        help="configurations, with fields after the colon: configs/vitc.py:18gf,accumulate=2",
+    )  # fmt: skip
+    parser.add_argument(
+        "--topology", nargs="+", required=True, metavar="NAME",
+        help="slices, as generation and chips along each axis: v3:2x2 (v3-8), v4:2x2x4 (v4-32), "
+        "v5e:16x16 (v5litepod-256), v5p:4x4x4 (v5p-128), v6e:8x8 (v6e-64)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="compile several times faster with the least effort: memory is a few percent more, "
+        "and no time is estimated",
+    )  # fmt: skip
+    parser.add_argument("--num_classes", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument(
+        "--num_examples", type=int, default=1_281_167,
+        help="of an epoch (default: %(default)s, ImageNet's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--records", metavar="FILE",
+        help="JSON lines to add to; what it holds of these versions is not compiled again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=("text", "markdown", "json"), default="text",
+        help="text: in words, a table where there are several; json: a list of objects, in bytes "
+        "and seconds (default: %(default)s)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        records = _records(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    if args.format == "json":
+        print(json.dumps(records, indent=2))
+    elif args.format == "markdown":
+        print(table(records, "github"))
+    else:
+        print(describe(records[0]) if len(records) == 1 else table(records, "simple"))
+    return 0 if all(record["fits"] for record in records) else 1
+
+
+def _records(args) -> list[dict]:
+    """Compiles what is asked for and not known yet."""
+    wanted = [(spec, topology) for topology in args.topology for spec in args.config]
+    same = {"quick": args.quick, "versions": run_folder.versions()}
+    same |= {"num_classes": args.num_classes, "num_examples": args.num_examples}
+    known = {}
+    if args.records and os.path.exists(args.records):
+        with open(args.records) as file:
+            for line in file:
+                found = json.loads(line)
+                known[found["spec"], found["topology"], json.dumps(found["same"])] = found
+    start, made, records = time.perf_counter(), 0, []
+    for i, (spec, topology) in enumerate(wanted):
+        key = spec, topology, json.dumps(same)
+        if key not in known:
+            left = "" if not made else f", about {_minutes(start, made, len(wanted) - i)} min left"
+            print(
+                f"{i + 1}/{len(wanted)}  {spec} for {topology}{left}", file=sys.stderr, flush=True
+            )
+            record = preflight(
+                load_config(spec), topology, num_classes=args.num_classes,
+                num_examples=args.num_examples, quick=args.quick,
+            )  # fmt: skip
+            known[key] = record | {"spec": spec, "same": same}
+            made += 1
+            if args.records:
+                with open(args.records, "a") as file:
+                    file.write(json.dumps(known[key]) + "\n")
+        records.append(known[key])
+    return records
+
+
+def _minutes(start: float, made: int, left: int) -> int:
+    return round((time.perf_counter() - start) / made * left / 60)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Several processes, on one machine or on many, that train one model."""
+
+import contextlib
+import hashlib
+import os
+import sys
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from convstem_jax.errors import ConfigError, PeerError, UserError, first_line
+
+MEET_SECONDS = 10  # for the others to reach the end
+
+
+def start(coordinator: str | None, num_processes: int | None, process: int | None) -> None:
+    """Joins the other processes of the run, before anything else of JAX is used.
+
+    Without arguments they are found where JAX can: on Cloud TPU, under SLURM, Open MPI or
+    Kubernetes. Elsewhere this process is alone.
+
+    Args:
+        coordinator: HOST:PORT of process 0.
+        num_processes: of the run; 1 alone looks for no others.
+        process: number of this one.
+
+    Raises:
+        ConfigError: part of the arguments is missing or wrong, or the others cannot be reached.
+    """
+    given = [coordinator, num_processes, process]
+    if num_processes == 1 and coordinator is None:
+        return
+    if any(value is None for value in given) and any(value is not None for value in given):
+        raise ConfigError("--coordinator, --processes and --process belong together: give all")
+    if num_processes is not None and not 0 <= process < num_processes:
+        raise ConfigError(f"--process {process} must be from 0 to {num_processes - 1}")
+    try:
+        jax.distributed.initialize(*given)
+    except ValueError as error:
+        # What JAX says where it finds no cluster.
+        if coordinator is None and "should be defined" in str(error):
+            return
+        raise ConfigError(f"--coordinator {coordinator}: {first_line(error)}") from error
+    except RuntimeError as error:
+        # In a notebook that has used JAX already.
+        if coordinator is None and "must be called before" in str(error):
+            return
+        raise ConfigError(
+            f"the other processes cannot be reached ({first_line(error)}): see that all run and "
+            "that --coordinator names process 0; --processes=1 looks for no others"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process writes and prints."""
+    return jax.process_index() == 0
+
+
+def leave(exit_status: int) -> None:
+    """Ends this process of several.
+
+    All together where they stop for the same reason; without the others where they are lost or
+    wait for this one, since they could wait for each other for minutes.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    meet = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    meet.start()
+    meet.join(MEET_SECONDS)
+    os._exit(exit_status)
+
+
+def print_once(text: str) -> None:
+    """Prints a line of the run, not of each process."""
+    if is_first():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def together():
+    """Checks that every process makes: an error in one ends them all, with its exit status.
+
+    Without it the others would wait for the one that stopped.
+    """
+    error = None
+    try:
+        yield
+    except UserError as own:
+        error = own
+    if jax.process_count() > 1:
+        statuses = gather([error.exit_status if error else 0])[:, 0]
+        if error is None and statuses.any():
+            raise PeerError(int(np.flatnonzero(statuses)[0]), int(statuses[statuses > 0][0]))
+    if error is not None:
+        raise error
+
+
+def check_same(what: str, text: str) -> None:
+    """Raises ConfigError where `text` is not the same in every process."""
+    if jax.process_count() > 1:
+        digests = gather([int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])])[:, 0]
+        if different := np.flatnonzero(digests != digests[0]).tolist():
+            raise ConfigError(
+                f"{what} of process {different[0]} is another than of process 0: "
+                "give all processes the same command"
+            )
+
+
+def gather(numbers: list[int]) -> np.ndarray:
+    """32-bit numbers of every process, `[processes, numbers]`."""
+    own = np.array([numbers], np.uint32)
+    return own if jax.process_count() == 1 else multihost_utils.process_allgather(own[0])

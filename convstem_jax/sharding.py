@@ -1,0 +1,73 @@
+"""Where arrays lie: the batch over all devices, the state on each of them or split likewise."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+
+from convstem_jax.step import PyTree
+
+STATES = ("replicated", "fsdp")
+# Smaller arrays are not split: they cost little memory, and each collective its latency.
+MIN_SIZE = 2**13
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """Of the arrays of a run.
+
+    Args:
+        devices: of all processes.
+        state: "replicated", or "fsdp": parameters, optimiser and EMA are split over the devices.
+    """
+
+    devices: Sequence[jax.Device]
+    state: str = "replicated"
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """All devices along the axis `data`, those of a process beside each other.
+
+        So the rows of a batch that a process reads are contiguous.
+        """
+        devices = sorted(self.devices, key=lambda d: (d.process_index, d.id))
+        auto = (jax.sharding.AxisType.Auto,)
+        return jax.sharding.Mesh(np.array(devices), ("data",), axis_types=auto)
+
+    @property
+    def replicated(self) -> jax.NamedSharding:
+        """The whole array on every device."""
+        return jax.NamedSharding(self.mesh, jax.P())
+
+    @property
+    def batch(self) -> jax.NamedSharding:
+        """An equal part of the rows on every device."""
+        return jax.NamedSharding(self.mesh, jax.P("data"))
+
+    def of_state(self, state: PyTree) -> PyTree:
+        """Sharding of each array of a state, or of a part of one.
+
+        One rule for "fsdp": an array of at least `MIN_SIZE` numbers is split along its longest axis
+        that divides by the devices; one without such an axis lies on every device.
+        """
+        return jax.tree.map(self._of_array, state)
+
+    def _of_array(self, x) -> jax.NamedSharding:
+        divisible = [n for n in x.shape if n % len(self.devices) == 0]
+        if self.state == "replicated" or math.prod(x.shape) < MIN_SIZE or not divisible:
+            return self.replicated
+        axis = x.shape.index(max(divisible))
+        return jax.NamedSharding(self.mesh, jax.P(*[None] * axis, "data"))
+
+    def jit(self, function: Callable, *static, **options) -> Callable:
+        """`jax.jit` of `function` with its first arguments bound, on these devices."""
+
+        def on_mesh(*args):
+            # For grouped convolutions, which must know how the batch is sharded.
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return function(*static, *args)
+
+        return jax.jit(on_mesh, **options)

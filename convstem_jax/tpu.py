@@ -1,0 +1,202 @@
+"""TPU slices that need not be there: their chips, and what the TPU compiler says of a program.
+
+The compiler is in the package `libtpu` (requirements-tpu.txt) and runs on any x86 Linux machine.
+Its report is text: this file reads memory, collectives and estimated cycles out of it.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+import dataclasses
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from convstem_jax.errors import ConfigError, first_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As published (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
+
+    Clocks follow from the flops and the size of the matrix units.
+    """
+
+    flops: float  # bfloat16 operations a second
+    clock: float  # cycles a second
+    link: float  # bytes a second through one link, one way, as jax-ml.github.io/scaling-book has it
+    axes: int  # of the torus; each has links in both directions
+    config: str = "default"  # "megacore": the two cores of a chip are one device
+
+
+CHIPS = {
+    "v3": Chip(123e12, 0.94e9, 82e9, 2),
+    "v4": Chip(275e12, 1.05e9, 45e9, 3, "megacore"),
+    "v5e": Chip(197e12, 1.5e9, 45e9, 2),
+    "v5p": Chip(459e12, 1.75e9, 90e9, 3, "megacore"),
+    "v6e": Chip(918e12, 1.75e9, 90e9, 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Devices of a slice, which can be compiled for and not computed on."""
+
+    name: str
+    chip: Chip
+    devices: list
+    num_chips: int
+    num_hosts: int
+
+
+def open_slice(name: str) -> Slice:
+    """Makes the slice `v5e:16x16`: a generation and its chips along each axis of the torus.
+
+    Raises:
+        ConfigError: there is none such, or libtpu is not installed.
+    """
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",  # ask no cloud what it is
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here owns a chip
+        "TPU_STDERR_LOG_LEVEL": "3",
+    }
+    generation, _, shape = name.partition(":")
+    if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise ConfigError(
+            f"--topology {name} is not one of {', '.join(CHIPS)}, a colon and its chips along each "
+            "axis: v5e:16x16 has 256"
+        )
+    chip, sizes = CHIPS[generation], [int(size) for size in shape.split("x")]
+    options = {"chip_config_name": chip.config}
+    if math.prod(sizes) == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **options
+        ).devices
+    except Exception as error:
+        if "libtpu" in str(error):
+            raise ConfigError(
+                "the TPU compiler is not installed: pip install -r requirements-tpu.txt"
+            ) from error
+        raise ConfigError(f"--topology {name}: {first_line(error)}") from error
+    hosts = {device.process_index for device in devices}
+    return Slice(name, chip, list(devices), math.prod(sizes), len(hosts))
+
+
+def device_bytes(slice_: Slice) -> int:
+    """Memory of a device, as the compiler has it: what it says of a program that is too large."""
+    sharding = jax.sharding.SingleDeviceSharding(slice_.devices[0])
+    x = jax.ShapeDtypeStruct((2**42,), "uint8", sharding=sharding)
+    try:
+        jax.jit(lambda x: x + 1).lower(x).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if memory := out_of_memory(error):
+            return memory[1]
+        raise
+    raise AssertionError("a program of 8 TiB fits")
+
+
+def out_of_memory(error: Exception) -> tuple[int, int] | None:
+    """The bytes a device would need and those that it has; None where the error is another."""
+    text, size = str(error), r"([\d.]+)([KMGT]?)"
+    for pattern in (rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm"):
+        if match := re.search(pattern, text):
+            need, unit, has, other = match.groups()
+            return _bytes(need, unit), _bytes(has, other)
+    return None
+
+
+def _bytes(number: str, unit: str) -> int:
+    return round(float(number) * 2 ** (10 * " KMGT".index(unit or " ")))
+
+
+# -------------------------------------------------------------- the compiler's scheduled program
+
+_TYPES = {"pred": 1, "s8": 1, "u8": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2, "s64": 8}
+_TYPES |= {"u64": 8, "f64": 8, "s16": 2, "u16": 2}
+_COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+
+
+@dataclasses.dataclass
+class Program:
+    """What one step does on one device."""
+
+    cycles: int  # of the compiler's cost model, without collectives
+    collectives: dict[str, tuple[int, int]]  # kind -> how many, and the bytes of their results
+
+
+def read_program(hlo: str) -> Program:
+    """Reads a scheduled HLO module, as `compiled.as_text()` gives it.
+
+    Loops count as often as they run, and of a branch's ways the longest.
+    """
+    computations, entry, name = {}, None, None
+    for line in hlo.splitlines():
+        if match := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            name = match[2]
+            computations[name] = []
+            entry = name if match[1] else entry
+        elif name and line.startswith("}"):
+            name = None
+        elif name:
+            computations[name].append(line)
+    cycles, counts, sizes = 0, Counter(), Counter()
+    for times, line in _executed(computations, entry):
+        if match := re.search(r'"estimated_cycles":"(\d+)"', line):
+            cycles += times * int(match[1])
+        if match := re.search(rf"= (.*?) ({_COLLECTIVES})(-start)?\(", line):
+            types, kind, start = match.groups()
+            found = _sizes(types)
+            if start and kind != "all-reduce":  # gives its operands too, before the results
+                found = found[len(found) // 2 :]
+            counts[kind] += times
+            sizes[kind] += times * sum(found)
+    return Program(cycles, {kind: (counts[kind], sizes[kind]) for kind in sorted(counts)})
+
+
+def _executed(computations: dict[str, list[str]], name: str) -> Iterator[tuple[int, str]]:
+    """Instructions of a computation with how often they run; those of fusions count as one."""
+    for line in computations.get(name, []):
+        yield 1, line
+        if match := re.search(r"\bwhile\(.*body=%?([\w.-]+)", line):
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            for times, inner in _executed(computations, match[1]):
+                yield times * (int(trips[1]) if trips else 1), inner
+        elif match := re.search(r"\bconditional\(.*branch_computations=\{([^}]*)\}", line):
+            branches = [list(_executed(computations, b.strip(" %"))) for b in match[1].split(",")]
+            yield from max(branches, key=_cycles)
+        elif match := re.search(r"\b(?:call|async-start)\(.*(?:to_apply|calls)=%?([\w.-]+)", line):
+            yield from _executed(computations, match[1])
+
+
+def _cycles(instructions: list[tuple[int, str]]) -> int:
+    found = ((n, re.search(r'"estimated_cycles":"(\d+)"', line)) for n, line in instructions)
+    return sum(n * int(match[1]) for n, match in found if match)
+
+
+def _sizes(types: str) -> list[int]:
+    """Bytes of each array of a type such as `(f32[24]{0}, bf16[192,576]{1,0}, u32[])`."""
+    return [
+        _TYPES[kind] * math.prod(int(n) for n in shape.split(","))
+        for kind, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]+)\]", types)
+        if kind in _TYPES
+    ]
+
+
+def collective_seconds(slice_: Slice, collectives: dict[str, tuple[int, int]]) -> float:
+    """Time of the collectives at the links' published speed, nothing hidden behind computation.
+
+    On a ring of n devices each link carries (n - 1) / n of a gathered array, and twice that of a
+    reduced one; the axes of the torus share it.
+    """
+    n = len(slice_.devices)
+    speed = slice_.chip.link * 2 * sum(int(s) > 1 for s in slice_.name.split(":")[1].split("x"))
+    total = 0.0
+    for kind, (_, size) in collectives.items():
+        factor = {"all-reduce": 2, "reduce-scatter": n, "collective-permute": 1}.get(kind, 1)
+        total += factor * size * (n - 1) / n / speed
+    return total

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# A container image of the code for GPUs or TPUs (DEVICE in launch/settings.sh), and a run in it.
+#
+#     launch/docker.sh build           of this folder's committed and uncommitted files
+#     launch/docker.sh run [FLAGS]     train here, with more flags of convstem_jax.main
+#     launch/docker.sh push            to the registry that IMAGE names
+#
+# Add --dry-run to see the command alone. DATA_DIR and WORKDIR are folders of this machine, and have
+# the same names inside.
+
+# shellcheck source=launch/shared.sh
+. "$(dirname "$0")/shared.sh"
+
+do_build() {
+  cd "$launch/.."
+  run docker build --file launch/Dockerfile --build-arg DEVICE="$DEVICE" \
+    --label org.opencontainers.image.revision="${COMMIT:-unknown}" --tag "$IMAGE" .
+}
+
+# Runs that were stopped, `docker stop` included, save first if they are given the time.
+do_run() {
+  local devices=(--gpus all)
+  [[ $DEVICE == gpu ]] || devices=(--privileged --network host)
+  set_flags
+  run mkdir -p "$WORKDIR"
+  # Batches travel from the decoding processes through shared memory, of which a container has 64 MB.
+  run docker run --rm --init --name "$RUN_NAME" --stop-timeout 300 --ipc host "${devices[@]}" \
+    ${DATA_DIR:+--volume "$DATA_DIR:$DATA_DIR:ro"} --volume "$WORKDIR:$WORKDIR" \
+    "$IMAGE" "${flags[@]}" "$@"
+}
+
+do_push() {
+  [[ $IMAGE == */* ]] || die "IMAGE=$IMAGE names no registry: give HOST/PATH/convstem_jax"
+  run docker push "$IMAGE"
+}
+
+read_arguments "build run push" "$@"
+"do_$command" "${args[@]}"

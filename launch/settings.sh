@@ -1,0 +1,54 @@
+# Settings of a run on other machines. Edit this file, or set an environment variable of the same
+# name, which wins:
+#
+#     PROJECT=my-project ZONE=us-west4-a launch/tpu_vm.sh create
+#
+# shellcheck shell=bash disable=SC2034  # the scripts that source this file use the values
+
+# --- The run ---
+: "${RUN_NAME:=convstem}"             # of the machine, job or container, and of the run's folder
+: "${CONFIG:=configs/vitc.py:4gf}"    # as after --config
+: "${FIELDS:=}"                       # fields to override, without spaces in them: "lr=5e-4 epochs=50"
+: "${WORKDIR:=/mnt/bucket/runs/$RUN_NAME}"  # a folder that all machines of the run share
+: "${DATA_DIR:=/mnt/data}"            # config.data_dir; "" for the configuration's own
+# Arguments of launch/data.sh, which set-up calls on each machine; "" where the data are there.
+: "${DATA_ARGS:=}"
+
+# --- The code: each machine clones it. No password in the address: it would end up in logs. ---
+: "${REPOSITORY:=}"                   # https://… or git@…
+: "${COMMIT:=$(git -C "${BASH_SOURCE[0]%/*}" rev-parse HEAD 2>/dev/null || true)}"
+
+# --- Google Cloud ---
+: "${PROJECT:=}"
+: "${ZONE:=}"                         # one that has the accelerator: us-west4-a
+# Cloud Storage bucket, mounted at /mnt/bucket. Take one with a hierarchical namespace: a checkpoint
+# is finished by renaming its folder, which other buckets do file by file.
+: "${BUCKET:=}"
+: "${SERVICE_ACCOUNT:=}"              # e-mail address; "" for the project's default account
+: "${SPOT:=yes}"                      # yes: cheaper, and taken away at any time
+
+# --- Cloud TPU VMs: launch/tpu_vm.sh, launch/tpu_spot.sh ---
+: "${ACCELERATOR:=v5litepod-16}"
+# v2-alpha-tpuv6e for v6e, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv5-lite for v5e, tpu-ubuntu2204-base
+# for v4 and older: https://docs.cloud.google.com/tpu/docs/runtimes
+: "${RUNTIME:=v2-alpha-tpuv5-lite}"
+: "${CREATE_FLAGS:=}"                 # more flags of `queued-resources create`: --internal-ips
+: "${SSH_FLAGS:=}"                    # more flags of `tpu-vm ssh`: --tunnel-through-iap
+: "${POLL_SECONDS:=60}"               # between two looks at the machine
+: "${BACKOFF_SECONDS:=60}"            # wait after the first failure; doubles with each further one
+: "${BACKOFF_MAX_SECONDS:=1800}"
+: "${MAX_FAILURES:=20}"               # in a row, without a new checkpoint, before giving up
+: "${DELETE_AT_END:=yes}"             # whether tpu_spot.sh deletes the machine however the run ends
+
+# --- Containers: launch/docker.sh, launch/gke.sh ---
+: "${IMAGE:=convstem_jax}"            # REGION-docker.pkg.dev/PROJECT/REPOSITORY/convstem_jax to push
+: "${DEVICE:=gpu}"                    # what the image is for: gpu or tpu
+
+# --- GKE: launch/gke.sh ---
+: "${CLUSTER:=}"                      # for the XPK line alone; kubectl has its own context
+: "${GKE_ACCELERATOR:=tpu-v5-lite-podslice}"
+: "${GKE_TOPOLOGY:=4x4}"
+: "${GKE_CHIPS_PER_NODE:=4}"
+: "${GKE_DATA_FOLDER:=data}"          # of the bucket: what DATA_DIR is in the pods
+: "${GKE_SERVICE_ACCOUNT:=default}"   # of Kubernetes; it needs access to the bucket
+: "${MAX_RESTARTS:=100}"              # of the whole run, on GKE and under SLURM

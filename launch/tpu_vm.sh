@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# A slice of Cloud TPU VMs, one machine or a pod of many: makes it, trains on it, deletes it.
+#
+#     launch/tpu_vm.sh create            request it; it may stand in the queue for a while
+#     launch/tpu_vm.sh setup             on every worker: clone $COMMIT, install, mount, data
+#     launch/tpu_vm.sh run               start training on every worker; it needs no connection
+#     launch/tpu_vm.sh status            the request's state, the slice's, and each worker's
+#     launch/tpu_vm.sh logs [--follow]   of worker 0; --all for the last lines of each
+#     launch/tpu_vm.sh stop              save and end; `run` goes on from there
+#     launch/tpu_vm.sh delete            the slice and its request
+#
+# Add --dry-run to see the commands alone. launch/settings.sh says what, where and how;
+# launch/tpu_spot.sh does all of this in a loop, for machines that are taken away.
+#
+# Google has frozen the Cloud TPU API that these commands use: TPU v6e is the last that it serves.
+# TPU7x and later need GKE (launch/gke.sh) or Compute Engine; see "Migrate from the Cloud TPU API" in
+# https://docs.cloud.google.com/compute/docs/tpus/tpu-resources-in-compute-engine
+
+# shellcheck source=launch/shared.sh
+. "$(dirname "$0")/shared.sh"
+
+queued_resource() {
+  run gcloud compute tpus queued-resources "$1" "$RUN_NAME" \
+    --project="$PROJECT" --zone="$ZONE" "${@:2}"
+}
+
+tpu_vm() {
+  run gcloud compute tpus tpu-vm "$1" "$RUN_NAME" --project="$PROJECT" --zone="$ZONE" "${@:2}"
+}
+
+# on_workers WHICH COMMAND
+on_workers() {
+  # shellcheck disable=SC2086  # several words
+  tpu_vm ssh --worker="$1" $SSH_FLAGS --command="$2"
+}
+
+do_create() {
+  local more=()
+  [[ $SPOT == no ]] || more+=(--spot)
+  [[ -z $SERVICE_ACCOUNT ]] || more+=(--service-account="$SERVICE_ACCOUNT")
+  # shellcheck disable=SC2086  # several words
+  queued_resource create --node-id="$RUN_NAME" --accelerator-type="$ACCELERATOR" \
+    --runtime-version="$RUNTIME" "${more[@]}" $CREATE_FLAGS
+}
+
+do_setup() {
+  need REPOSITORY COMMIT
+  local steps=(
+    "set -e"
+    "test -d convstem_jax || git clone --quiet $(quote "$REPOSITORY") convstem_jax"
+    "cd convstem_jax"
+    "git fetch --quiet origin"
+    "git checkout --quiet --detach $COMMIT"
+    "BUCKET=$BUCKET DATA_ARGS=$(quote "$DATA_ARGS") launch/worker.sh setup"
+  )
+  on_workers all "$(printf '%s; ' "${steps[@]}")"
+}
+
+do_run() {
+  set_flags
+  on_workers all "cd convstem_jax && launch/worker.sh start $(
+    quote .venv/bin/python -m convstem_jax.main "${flags[@]}"
+  )"
+}
+
+# Lines for tpu_spot.sh to read: "machine STATE", "node STATE WORKERS", "worker HOST STATE STEP".
+do_status() {
+  local state error look
+  if [[ $dry_run == yes ]]; then
+    queued_resource describe --format='value(state.state)'
+  else
+    error=$(mktemp)
+    if ! state=$(queued_resource describe --format='value(state.state)' 2>"$error"); then
+      if ! grep -q NOT_FOUND "$error"; then
+        cat "$error" >&2
+        rm "$error"
+        return 1
+      fi
+      state=NONE
+    fi
+    rm "$error"
+    echo "machine $state"
+    [[ $state == ACTIVE ]] || return 0
+  fi
+  state=$(tpu_vm describe --format='value(state,networkEndpoints.len())') || return 1
+  if [[ $dry_run == yes ]]; then
+    echo "$state"
+  else
+    # shellcheck disable=SC2086  # two words
+    echo node $state
+    [[ $state == READY* ]] || return 0
+  fi
+  look="if cd convstem_jax 2>/dev/null; then launch/worker.sh state $(quote "$WORKDIR"); "
+  look+="else echo worker \$HOSTNAME none -1; fi"
+  on_workers all "$look"
+}
+
+do_logs() {
+  case ${1:-} in
+    '') on_workers 0 'cd convstem_jax && launch/worker.sh log' ;;
+    --follow) on_workers 0 'cd convstem_jax && launch/worker.sh log --follow' ;;
+    --all) on_workers all "cd convstem_jax && launch/worker.sh log 3 | sed \"s/^/\$HOSTNAME: /\"" ;;
+    *) die "logs $1: give nothing, --follow or --all" ;;
+  esac
+}
+
+do_stop() { on_workers all 'cd convstem_jax && launch/worker.sh stop'; }
+
+do_delete() { queued_resource delete --force --quiet; }
+
+read_arguments "create setup run status logs stop delete" "$@"
+need PROJECT ZONE
+"do_$command" "${args[@]}"

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# On a TPU VM, one of the machines of a slice: what launch/tpu_vm.sh asks for over ssh.
+#
+#     launch/worker.sh setup              install the code, mount $BUCKET, run data.sh $DATA_ARGS
+#     launch/worker.sh start COMMAND...   start it so that it outlives the ssh connection
+#     launch/worker.sh state WORKDIR      "worker HOST STATE STEP": running, lost, none, or its exit
+#                                         status; the latest checkpoint's step, -1 for none
+#     launch/worker.sh log [--follow] [LINES]
+#     launch/worker.sh stop               SIGTERM, so that it saves; SIGKILL after two minutes
+#
+# With --dry-run in front the commands are printed and not run. Its files are in ~/run: log, status
+# (the exit status, once there is one), pid, and lock, which is held for as long as COMMAND runs.
+
+# shellcheck source=launch/shared.sh
+. "$(dirname "$0")/shared.sh"
+
+cd "$launch/.."
+files=$HOME/run
+mkdir -p "$files"
+
+setup() {
+  # These images' own Python is 3.10, which is too old; uv brings its own.
+  run python3 -m pip install --quiet --user uv
+  local uv=$HOME/.local/bin/uv
+  run "$uv" venv --quiet --allow-existing --python 3.11 .venv
+  run "$uv" pip install --quiet --python .venv/bin/python --require-hashes \
+    -r requirements.lock -r requirements-tpu.lock
+  [[ -z $BUCKET ]] || mount_bucket
+  # shellcheck disable=SC2086  # several words
+  [[ -z $DATA_ARGS ]] || run launch/data.sh $DATA_ARGS
+}
+
+# https://docs.cloud.google.com/storage/docs/cloud-storage-fuse/install
+mount_bucket() {
+  if mountpoint --quiet /mnt/bucket; then return; fi
+  if ! command -v gcsfuse >/dev/null; then
+    local key=/usr/share/keyrings/cloud.google.asc list=/etc/apt/sources.list.d/gcsfuse.list
+    run sudo curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg -o "$key"
+    run sudo sh -c "echo 'deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main' >$list"
+    run sudo apt-get -qq update
+    run sudo apt-get -qq install -y gcsfuse
+  fi
+  run sudo mkdir -p /mnt/bucket
+  run sudo chown "${USER:-$(id -un)}" /mnt/bucket
+  # No cached metadata: each machine must see at once what the first one writes. A checkpoint's
+  # folder is renamed when it is complete, and without a limit that fails in a flat bucket.
+  run gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
+    --rename-dir-limit=200000 "$BUCKET" /mnt/bucket
+}
+
+start() {
+  if [[ $dry_run == yes ]]; then
+    run "$@"
+    return
+  fi
+  exec 9>"$files/lock"
+  if ! flock --nonblock 9; then
+    echo "already running"
+    return
+  fi
+  rm -f "$files/status"
+  # The lock goes on to the shell that waits for COMMAND, and not to COMMAND's own processes.
+  # shellcheck disable=SC2016  # expanded by that shell
+  setsid bash -c '
+    cd "$1" && files=$2 && shift 2
+    "$@" >>"$files/log" 2>&1 9>&- & echo $! >"$files/pid"
+    wait $! && status=0 || status=$?
+    echo "$status" >"$files/status.new" && mv "$files/status.new" "$files/status"
+  ' start "$PWD" "$files" "$@" </dev/null >/dev/null 2>&1 &
+  echo "started"
+}
+
+state() {
+  local state=none step
+  if ! is_free; then
+    state=running
+  elif [[ -e $files/status ]]; then
+    state=$(<"$files/status")
+  elif [[ -e $files/pid ]]; then
+    state=lost
+  fi
+  # Names of unfinished ones are not numbers.
+  step=$(find "$1/checkpoints" -maxdepth 1 -regex '.*/[0-9]+' -printf '%f\n' 2>/dev/null |
+    sort -n | tail -1) || true
+  echo "worker $HOSTNAME $state ${step:--1}"
+}
+
+is_free() { flock --nonblock "$files/lock" true; }
+
+stop() {
+  if is_free; then return; fi
+  run kill "$(<"$files/pid")" || true
+  for _ in $(seq 120); do
+    if is_free; then return; fi
+    sleep 1
+  done
+  run kill -KILL "$(<"$files/pid")"
+}
+
+log() {
+  local follow=()
+  if [[ ${1:-} == --follow ]]; then follow=(-F) && shift; fi
+  run tail "${follow[@]}" -n "${1:-100}" "$files/log"
+}
+
+if [[ ${1:-} == --dry-run ]]; then dry_run=yes && shift; fi
+case ${1:-} in
+  setup | start | state | log | stop) "$@" ;;
+  --help) usage ;;
+  *) die "'${1:-}' is none of setup, start, state, log, stop: see $0 --help" ;;
+esac

@@ -1,0 +1,174 @@
+"""The TPU compiler runs on the step that would be trained, and what it says is read rightly."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from convstem_jax import preflight, tpu
+from convstem_jax.errors import ConfigError
+
+ROOT = pathlib.Path(__file__).parent.parent
+needs_compiler = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="there is no libtpu for this machine"
+)
+
+
+def run(*flags):
+    """In a process of its own, which has no devices of the tests' kind."""
+    command = [sys.executable, "-m", "convstem_jax.preflight", *flags]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    return done.returncode, done.stdout, done.stderr
+
+
+def json_of(*flags):
+    status, output, error = run(*flags, "--format", "json")
+    assert output, error
+    return status, json.loads(output)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "topology, chips, hosts, gib",
+    [
+        ("v3:2x2", 4, 1, 31),
+        ("v4:2x2x4", 16, 4, 31),
+        ("v5e:4x4", 16, 4, 16),
+        ("v5p:2x2x2", 8, 2, 96),
+        ("v6e:4x4", 16, 4, 31),
+    ],
+)
+def test_vitc_1gf_compiles_for_every_generation(topology, chips, hosts, gib):
+    status, [record] = json_of("--quick", "--config", "configs/vitc.py:1gf", "--topology", topology)
+    assert status == 0 and record["fits"]
+    assert (record["chips"], record["hosts"]) == (chips, hosts)
+    assert record["chip_bytes"] / 2**30 == pytest.approx(gib, abs=1)
+    assert record["bytes_per_chip"] == sum(record["parts"].values()) < record["chip_bytes"]
+    assert record["largest_batch"] > 2048
+    # 1.077 Gflop of the paper forward, twice that backward, two operations each.
+    assert record["flops_per_chip"] == pytest.approx(6 * 1.077e9 * 2048 / chips, rel=0.1)
+    # The gradients of 4.57 million parameters, in bfloat16 or float32, and little else.
+    reduced = record["collectives"]["all-reduce"][1]
+    assert record["collective_bytes"] == reduced and 2 < reduced / 4.57e6 < 4.5
+    assert record["step_seconds"] is None, "the least effort says nothing of speed"
+
+
+@needs_compiler
+def test_speed_memory_and_split_state_of_a_small_model(tmp_path):
+    records = str(tmp_path / "records.jsonl")
+    flags = ["--num_classes", "10", "--num_examples", "10000", "--records", records]
+    flags += ["--topology", "v5e:2x2", "--config", "configs/quickstart.py"]
+    flags += ["configs/quickstart.py:state_sharding=fsdp"]
+    status, [whole, split] = json_of(*flags)
+    assert status == 0
+    assert split["parts"]["params"] < 0.7 * whole["parts"]["params"]
+    assert "all-gather" in split["collectives"] and "all-gather" not in whole["collectives"]
+    for record in (whole, split):
+        assert 0 < record["mfu"] < 0.5
+        steps = 24 * 10_000 // 64
+        assert record["hours"] == pytest.approx(steps * record["step_seconds"] / 3600, rel=0.01)
+        assert record["images_per_second"] == pytest.approx(64 / record["step_seconds"])
+    # What is known is not compiled again, and the table is made from it.
+    status, table, error = run(*flags, "--format", "markdown")
+    assert status == 0 and table.count("vitc_tiny") == 2 and "v5e:2x2" in table
+    assert "1/2" not in error, "it compiled again"
+
+
+@needs_compiler
+def test_what_does_not_fit_comes_with_the_remedy():
+    config = "configs/quickstart.py:batch_size=262144"
+    flags = ["--quick", "--topology", "v5e:1x1", "--config"]
+    status, [record] = json_of(*flags, config)
+    assert status == 1 and not record["fits"]
+    assert record["bytes_per_chip"] > record["chip_bytes"]
+    remedy = record["remedy"].removeprefix("config.")
+    assert remedy.startswith("accumulate=")
+    largest = record["largest_batch"]
+    assert 10_000 < largest < 262144
+
+    others = [f"{config},{remedy}"]
+    others += [f"configs/quickstart.py:batch_size={n}" for n in (largest, 2 * largest)]
+    status, records = json_of(*flags, *others)
+    assert [record["fits"] for record in records] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:16", "v99:2x2", "v5e:2x2x2x2", "v5litepod-256"])
+def test_wrong_topologies_are_refused(name):
+    with pytest.raises(ConfigError, match=f"--topology {name} is not one of .* v5e:16x16"):
+        tpu.open_slice(name)
+
+
+def test_without_the_compiler_the_remedy_is_named(monkeypatch):
+    def missing(*args, **kwargs):
+        raise RuntimeError("TPU support requires libtpu")
+
+    monkeypatch.setattr(tpu.topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(tpu.os, "environ", {})
+    with pytest.raises(ConfigError, match=r"pip install -r requirements-tpu.txt"):
+        tpu.open_slice("v5e:2x2")
+
+
+HLO = """HloModule jit_step, is_scheduled=true
+
+%inner (p: f32[8]) -> f32[8] {
+  %a = f32[8]{0} fusion(%p), backend_config={"estimated_cycles":"7"}
+}
+
+%body (p: f32[8]) -> f32[8] {
+  %f = f32[8]{0} fusion(%p), calls=%inner, backend_config={"estimated_cycles":"100"}
+  %r = f32[1000]{0} all-reduce(%f), to_apply=%sum
+}
+
+%short (p: f32[8]) -> f32[8] {
+  %c = f32[8]{0} copy(%p), backend_config={"estimated_cycles":"1"}
+}
+
+%long (p: f32[8]) -> f32[8] {
+  %c = f32[8]{0} copy(%p), backend_config={"estimated_cycles":"50"}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = (f32[8]{0}, s32[]) while(%t), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"4"}}
+  %i = f32[8]{0} conditional(%x, %p, %p), branch_computations={%short, %long}
+  %g = (bf16[4]{0}, bf16[64]{0}) all-gather-start(%p), dimensions={0}
+  %d = bf16[64]{0} all-gather-done(%g)
+  %k = (f32[24]{0:T(128)S(1)}, bf16[192,576]{1,0}) all-reduce(%p, %q), to_apply=%sum
+  %z = f32[8]{0} fusion(%p), calls=%inner, backend_config={"estimated_cycles":"1000"}
+}
+"""
+
+
+def test_loops_and_branches_are_counted_as_they_run():
+    program = tpu.read_program(HLO)
+    assert program.cycles == 4 * 100 + 50 + 1000
+    assert program.collectives == {
+        "all-gather": (1, 64 * 2),
+        "all-reduce": (5, 4 * 4000 + 24 * 4 + 192 * 576 * 2),
+    }
+
+
+def test_the_memory_that_lacks_is_read_from_the_error():
+    text = "the total memory required for HLO temporaries (2.00T) exceeds available HBM (15.75G)."
+    assert tpu.out_of_memory(RuntimeError(text)) == (2 * 2**40, round(15.75 * 2**30))
+    text = "Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded"
+    assert tpu.out_of_memory(RuntimeError(text)) == (round(21.5 * 2**30), round(15.75 * 2**30))
+    assert tpu.out_of_memory(RuntimeError("INVALID_ARGUMENT")) is None
+
+
+def test_float32_products_are_found_inside_loops_and_jits():
+    half, full = jnp.zeros((4, 4), jnp.bfloat16), jnp.zeros((4, 4))
+
+    def step(x, y):
+        x, _ = jax.lax.scan(lambda c, _: (c @ x, None), x, length=2)
+        return jax.jit(lambda y: y @ y)(y), x @ x
+
+    found = preflight.float32_products(jax.make_jaxpr(step)(half, full).jaxpr)
+    assert found == {"float32[4, 4] x float32[4, 4]": 1}

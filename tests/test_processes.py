@@ -1,0 +1,267 @@
+"""Several real processes train as one: same numbers, one end, one set of files.
+
+`make drill` runs every split of 8 devices; without it a short form stands for them.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from convstem_jax import launch_local, processes, run_folder
+from convstem_jax.checkpoint import Checkpoints
+from convstem_jax.errors import ConfigError
+from convstem_jax.metrics import read_jsonl
+from convstem_jax.sharding import MIN_SIZE, Sharding
+
+ROOT = pathlib.Path(__file__).parent.parent
+NUM_STEPS = 20
+# 20 steps with all that may differ between processes: BatchNorm, mixing, lighting, EMA,
+# augmentation, precise statistics, and a last batch of the evaluation that is not full.
+FIELDS = {
+    "epochs": "0.128",
+    "warmup_epochs": "0.05",
+    "eval_every_epochs": "0.064",
+    "ema_every": "4",
+    "ema_alpha": "1e-4",
+    "log_every_steps": "1",
+    "checkpoint_every_steps": "4",
+    "auto_augment": "true",
+    "mixup_alpha": "0.8",
+    "cutmix_alpha": "1.0",
+    "lighting_std": "0.1",
+    "precise_bn_examples": "128",
+    "eval_split": "test[:500]",
+    "num_workers": "0",
+}
+DRILL = "DRILL" in os.environ
+SPLITS = ["1x8", "2x4", "4x2", "8x1", "2x4 fsdp"] if DRILL else ["2x2 fsdp"]
+
+
+def flags(workdir, **fields):
+    fields = FIELDS | fields
+    yield from ("--config", "configs/quickstart.py", "--workdir", str(workdir))
+    yield from (f"--config.{name}={value}" for name, value in fields.items())
+
+
+@contextlib.contextmanager
+def running(num_processes, num_devices, *flags):
+    """The command of the README, with its lines as they come."""
+    command = [sys.executable, "-m", "convstem_jax.launch_local", "--processes", num_processes]
+    command += ["--devices-per-process", num_devices, "--", *flags]
+    with subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+
+
+def run(*args):
+    """Its exit status and output."""
+    with running(*args) as process:
+        output = process.stdout.read()
+        return process.wait(), output
+
+
+def weights(workdir):
+    checkpoints = Checkpoints(str(workdir / "checkpoints"))
+    found = checkpoints.restore_weights()
+    checkpoints.close()
+    return {
+        jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(found)
+    }
+
+
+def assert_same_run(workdir, reference):
+    """Losses to 1e-5, weights to 0.5 % of each array's norm, error counts exactly.
+
+    Sums of other orders differ in their last bits, which AdamW's first steps, of a size that does
+    not depend on the gradient's, enlarge.
+    """
+    records, expected = (read_jsonl(str(d / "metrics.jsonl")) for d in (workdir, reference))
+    assert [r["step"] for r in records] == [r["step"] for r in expected]
+    for ours, theirs in zip(records, expected, strict=True):
+        if ours["kind"] == "train":
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), ours
+        else:
+            assert ours["ema_top1_error"] == theirs["ema_top1_error"]
+            assert ours["raw_top1_error"] == theirs["raw_top1_error"]
+    ours, theirs = weights(workdir), weights(reference)
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    for name in ours:
+        scale = np.linalg.norm(theirs[name]) + 1e-6
+        assert np.linalg.norm(ours[name] - theirs[name]) / scale < 5e-3, name
+    assert json.loads((workdir / "result.json").read_text())["examples"] == 500
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one_device") / "run"
+    status, output = run(1, 1, *flags(workdir))
+    assert status == 0, output
+    assert len(read_jsonl(str(workdir / "metrics.jsonl"))) == NUM_STEPS + 2
+    return workdir
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_split_of_the_devices_trains_alike(split, one_device, tmp_path):
+    devices, _, state = split.partition(" ")
+    num_processes, num_devices = map(int, devices.split("x"))
+    command = flags(tmp_path, state_sharding=state or "replicated")
+    status, output = run(num_processes, num_devices, *command)
+    assert status == 0, output
+    assert f"on {num_processes * num_devices} x cpu" in output
+    assert output.count("step 20/20  epoch 0.1  loss") == 1, "process 0 alone prints"
+    assert_same_run(tmp_path, one_device)
+
+
+def child(process, number):
+    """Operating system's number of one of the processes of a run."""
+    import psutil
+
+    for found in psutil.Process(process.pid).children():
+        words = found.cmdline()
+        if "--process" in words and words[words.index("--process") + 1] == str(number):
+            return found.pid
+    raise AssertionError(f"no process {number}")
+
+
+def test_what_stops_one_process_stops_all_and_nothing_is_lost(one_device, tmp_path):
+    """SIGTERM to one, then the loss of one; a run on other processes goes on each time."""
+
+    def stop_at(step, number, signum, *args):
+        with running(*args, *flags(tmp_path)) as process:
+            output, sent = "", False
+            for line in process.stdout:
+                output += line
+                if not sent and line.startswith("step") and int(line.split()[1][:-3]) >= step:
+                    os.kill(child(process, number), signum)
+                    sent = True
+            return process.wait(), output
+
+    status, output = stop_at(3, 1, signal.SIGTERM, 2, 1)
+    assert status == 75, output
+    stopped = set(re.findall(r"stopped at step (\d+) of 20, which is saved", output))
+    assert len(stopped) == 1, "all processes stop at the same step"
+    status, output = stop_at(int(stopped.pop()) + 4, 1, signal.SIGKILL, 2, 1)
+    assert status == 75 and "resumed from step" in output, output
+    assert "process 1 was ended by signal 9" in output
+    status, output = run(1, 2, *flags(tmp_path))
+    assert status == 0 and "resumed from step" in output, output
+    assert_same_run(tmp_path, one_device)
+
+
+@pytest.mark.skipif(not DRILL, reason="make drill runs it")
+def test_a_loss_that_is_not_finite_ends_all_processes(tmp_path):
+    command = flags(tmp_path, lr="1e20", checkpoint_every_steps="100")
+    status, output = run(2, 1, *command)
+    assert status == 5 and output.count("the training loss is nan") == 2, output
+
+
+def start_two(flags_of):
+    """Starts two processes with flags of their own; returns their statuses and outputs."""
+    main = [sys.executable, "-m", "convstem_jax.main"]
+    main += ["--coordinator", launch_local.free_address(), "--processes", "2", "--process"]
+    started = [
+        subprocess.Popen(
+            [*main, str(i), *flags_of[i]],
+            cwd=ROOT,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=100)[0] for process in started]
+    return [process.returncode for process in started], outputs
+
+
+def test_processes_with_different_commands_are_refused(tmp_path):
+    statuses, outputs = start_two([flags(tmp_path), flags(tmp_path, lr="0.1")])
+    assert statuses == [2, 2], outputs
+    for output in outputs:
+        assert "the configuration of process 1 is another than of process 0" in output
+
+
+def test_an_error_in_one_process_ends_the_other_with_the_same_status(tmp_path):
+    statuses, outputs = start_two([flags(tmp_path / "a"), flags("/proc/nowhere")])
+    assert statuses == [2, 2]
+    assert "process 1 of the run failed" in outputs[0] and "cannot be used" in outputs[1]
+
+
+def test_a_work_directory_that_is_not_shared_is_refused(tmp_path):
+    statuses, outputs = start_two([flags(tmp_path / "a"), flags(tmp_path / "b")])
+    assert statuses == [2, 2], outputs
+    assert "process 1 does not see the config.json that process 0 wrote" in outputs[1]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("localhost:1", None, None), "belong together"),
+        ((None, 2, None), "belong together"),
+        (("localhost:1", 2, 2), "--process 2 must be from 0 to 1"),
+        (("localhost:1", 2, -1), "--process -1 must be from 0 to 1"),
+    ],
+)
+def test_wrong_addresses_are_refused(args, message):
+    with pytest.raises(ConfigError, match=message):
+        processes.start(*args)
+
+
+def test_without_a_cluster_a_process_is_alone():
+    processes.start(None, None, None)
+    processes.start(None, 1, None)
+    assert jax.process_count() == 1 and not jax.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "statuses, status",
+    [([0, 0], 0), ([0, -9], 75), ([130, 0], 130), ([75, 3], 3), ([1, 75], 1), ([5, 2], 2)],
+)
+def test_the_status_of_a_run_says_what_to_do(statuses, status):
+    assert launch_local.exit_status(statuses) == status
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    with open(tmp_path / ".lock", "w") as file:
+        file.write("123")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="is in use by process 123: stop that"):
+            run_folder._lock(str(tmp_path))
+    run_folder._lock(str(tmp_path))
+    run_folder._lock(str(tmp_path))  # this process may, as often as it likes
+
+
+def test_fsdp_splits_what_is_large_along_its_longest_axis_that_divides():
+    sharding = Sharding(jax.devices(), "fsdp")
+    for shape, spec in {
+        (768, 3072): jax.P(None, "data"),
+        (3072, 768): jax.P("data"),
+        (1001, 768): jax.P(None, "data"),
+        (1001, 767): jax.P(),
+        (MIN_SIZE - 8,): jax.P(),
+        (MIN_SIZE,): jax.P("data"),
+    }.items():
+        x = jax.ShapeDtypeStruct(shape, "float32")
+        assert sharding.of_state({"x": x})["x"].spec == spec, shape
+        assert Sharding(jax.devices()).of_state(x).spec == jax.P()
