@@ -93,7 +93,7 @@ def preflight(
         memory = tpu.out_of_memory(error)
         if memory is None:
             raise
-        compiled, need = None, memory[0]
+        compiled = None
     seconds = time.perf_counter() - start
 
     # ------------------------------------------------------------------------------- memory
@@ -116,6 +116,8 @@ def preflight(
         need = said.argument_size_in_bytes + said.output_size_in_bytes - said.alias_size_in_bytes
         need += said.temp_size_in_bytes + said.generated_code_size_in_bytes
         parts["program"] = said.generated_code_size_in_bytes
+    else:  # the compiler names the temporaries alone
+        need = memory[0] + sum(parts.values()) - beside
     need += beside
     rest = need - sum(parts.values())
     parts["activations"] = max(0, min(acts, rest))
