@@ -114,10 +114,12 @@ class Checkpoints:
         return state["ema"], {key: state[key] for key in ("params", "batch_stats")}
 
     def _read(self, step: int, like: TrainState | None) -> tuple[PyTree, dict]:
+        if step is None:
+            raise CheckpointError(f"there is no checkpoint in {self.directory}")
         try:
             saved = self._manager.item_metadata(step)["state"].tree
             if like is None:
-                sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+                sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
                 like = jax.tree.map(
                     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved
                 )
@@ -208,8 +210,9 @@ def _inspect(state: PyTree) -> tuple[dict[str, int], bool]:
     )
     own = [sum(int(total) for total, _ in parts) % 2**32 for parts in found]
     broken = sum(not finite for parts in found for _, finite in parts)
-    *sums, broken = processes.gather([*own, broken]).sum(axis=0, dtype=np.uint32).tolist()
-    return dict(zip(arrays, sums, strict=True)), not broken
+    if not all(x.is_fully_addressable for x in arrays.values()):
+        *own, broken = processes.gather([*own, broken]).sum(axis=0, dtype=np.uint32).tolist()
+    return dict(zip(arrays, own, strict=True)), not broken
 
 
 @jax.jit

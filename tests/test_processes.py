@@ -169,6 +169,16 @@ def test_what_stops_one_process_stops_all_and_nothing_is_lost(one_device, tmp_pa
 
 
 @pytest.mark.skipif(not DRILL, reason="make drill runs it")
+def test_several_processes_start_from_the_weights_of_a_run(one_device, tmp_path):
+    command = flags(tmp_path, init_from=str(one_device), lr="1e-9", precise_bn_examples="0")
+    status, output = run(2, 1, *command)
+    assert status == 0 and re.search(r"the other \d+ +loaded", output), output
+    ours, theirs = weights(tmp_path), weights(one_device)
+    name = "[0]['params']['stem']['projection']['kernel']"
+    np.testing.assert_allclose(ours[name], theirs[name], atol=1e-6)
+
+
+@pytest.mark.skipif(not DRILL, reason="make drill runs it")
 def test_a_loss_that_is_not_finite_ends_all_processes(tmp_path):
     command = flags(tmp_path, lr="1e20", checkpoint_every_steps="100")
     status, output = run(2, 1, *command)
