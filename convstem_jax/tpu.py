@@ -162,15 +162,22 @@ def _executed(computations: dict[str, list[str]], name: str) -> Iterator[tuple[i
     """Instructions of a computation with how often they run; those of fusions count as one."""
     for line in computations.get(name, []):
         yield 1, line
-        if match := re.search(r"\bwhile\(.*body=%?([\w.-]+)", line):
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            for times, inner in _executed(computations, match[1]):
-                yield times * (int(trips[1]) if trips else 1), inner
+        if match := re.search(r"\bwhile\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
+            trips = _trips(computations[match[1]])
+            for times, inner in _executed(computations, match[2]):
+                yield trips * times, inner
         elif match := re.search(r"\bconditional\(.*branch_computations=\{([^}]*)\}", line):
             branches = [list(_executed(computations, b.strip(" %"))) for b in match[1].split(",")]
             yield from max(branches, key=_cycles)
         elif match := re.search(r"\b(?:call|async-start)\(.*(?:to_apply|calls)=%?([\w.-]+)", line):
             yield from _executed(computations, match[1])
+
+
+def _trips(condition: list[str]) -> int:
+    """How often a loop runs that counts from 0; one that waits for some other event counts as 1."""
+    text = "\n".join(condition)
+    limit = re.search(r"= s32\[\]\S* constant\((\d+)\)", text)
+    return int(limit[1]) if limit and "direction=LT" in text else 1
 
 
 def _cycles(instructions: list[tuple[int, str]]) -> int:

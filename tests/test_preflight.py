@@ -61,24 +61,26 @@ def test_vitc_1gf_compiles_for_every_generation(topology, chips, hosts, gib):
 
 
 @needs_compiler
-def test_speed_memory_and_split_state_of_a_small_model(tmp_path):
+def test_speed_memory_and_the_fields_that_change_them(tmp_path):
     records = str(tmp_path / "records.jsonl")
     flags = ["--num_classes", "10", "--num_examples", "10000", "--records", records]
     flags += ["--topology", "v5e:2x2", "--config", "configs/quickstart.py"]
-    flags += ["configs/quickstart.py:state_sharding=fsdp"]
-    status, [whole, split] = json_of(*flags)
+    flags += [f"configs/quickstart.py:{field}" for field in ("state_sharding=fsdp", "accumulate=2")]
+    status, [whole, split, parts] = json_of(*flags)
     assert status == 0
+    assert parts["flops_per_chip"] == pytest.approx(whole["flops_per_chip"], rel=0.1)
+    assert whole["cycles"] < parts["cycles"] < 2 * whole["cycles"]
     assert split["parts"]["params"] < 0.7 * whole["parts"]["params"]
     assert "all-gather" in split["collectives"] and "all-gather" not in whole["collectives"]
-    for record in (whole, split):
+    for record in (whole, split, parts):
         assert 0 < record["mfu"] < 0.5
         steps = 24 * 10_000 // 64
         assert record["hours"] == pytest.approx(steps * record["step_seconds"] / 3600, rel=0.01)
         assert record["images_per_second"] == pytest.approx(64 / record["step_seconds"])
     # What is known is not compiled again, and the table is made from it.
     status, table, error = run(*flags, "--format", "markdown")
-    assert status == 0 and table.count("vitc_tiny") == 2 and "v5e:2x2" in table
-    assert "1/2" not in error, "it compiled again"
+    assert status == 0 and table.count("vitc_tiny") == 3 and "v5e:2x2" in table
+    assert "1/3" not in error, "it compiled again"
 
 
 @needs_compiler
@@ -126,6 +128,16 @@ HLO = """HloModule jit_step, is_scheduled=true
   %r = f32[1000]{0} all-reduce(%f), to_apply=%sum
 }
 
+%cond (p: f32[8]) -> pred[] {
+  %n = s32[]{:T(256)} constant(4)
+  ROOT %lt = pred[]{:T(1024)} compare(%i, %n), direction=LT
+}
+
+%until (p: f32[8]) -> pred[] {
+  %n = f32[1]{0} constant({0.5})
+  ROOT %lt = pred[]{:T(1024)} compare(%p, %n), direction=LT
+}
+
 %short (p: f32[8]) -> f32[8] {
   %c = f32[8]{0} copy(%p), backend_config={"estimated_cycles":"1"}
 }
@@ -135,8 +147,8 @@ HLO = """HloModule jit_step, is_scheduled=true
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
-  %w = (f32[8]{0}, s32[]) while(%t), condition=%cond, body=%body, \
-backend_config={"known_trip_count":{"n":"4"}}
+  %w = (f32[8]{0}, s32[]) while(%t), condition=%cond, body=%body
+  %e = (f32[8]{0}, s32[]) while(%t), condition=%until, body=%short
   %i = f32[8]{0} conditional(%x, %p, %p), branch_computations={%short, %long}
   %g = (bf16[4]{0}, bf16[64]{0}) all-gather-start(%p), dimensions={0}
   %d = bf16[64]{0} all-gather-done(%g)
@@ -148,7 +160,7 @@ backend_config={"known_trip_count":{"n":"4"}}
 
 def test_loops_and_branches_are_counted_as_they_run():
     program = tpu.read_program(HLO)
-    assert program.cycles == 4 * 100 + 50 + 1000
+    assert program.cycles == 4 * 100 + 1 + 50 + 1000
     assert program.collectives == {
         "all-gather": (1, 64 * 2),
         "all-reduce": (5, 4 * 4000 + 24 * 4 + 192 * 576 * 2),
