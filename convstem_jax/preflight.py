@@ -153,7 +153,7 @@ def preflight(
     timing = dict.fromkeys(_TIMING)
     if compiled is not None:
         program = tpu.read_program(compiled.as_text())
-        # The compiler counts the loop over micro-batches, nearly all of the work, as if it ran once.
+        # The compiler counts the loop over micro-batches, nearly all of the work, once.
         flops = round(compiled.cost_analysis()["flops"]) * config.accumulate
         timing |= {
             "flops_per_chip": flops * per_chip,
