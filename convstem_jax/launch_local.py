@@ -122,7 +122,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("flags", nargs="+", help="flags of convstem_jax.main, after --")
     args = parser.parse_args(argv)
     for name in ("processes", "devices_per_process"):
-        if (getattr(args, name) or 1) < 1:
+        value = getattr(args, name)
+        if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     return launch(
         [sys.executable, "-m", "convstem_jax.main", *args.flags],

@@ -101,6 +101,36 @@ def test_what_does_not_fit_comes_with_the_remedy():
     assert [record["fits"] for record in records] == [True, True, False]
 
 
+STEM_ON_V6E = """
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from convstem_jax import tpu
+from convstem_jax.models.stems import ConvStem
+from convstem_jax.sharding import Sharding
+from convstem_jax.step import split
+
+def loss(graphdef, params, batch_stats, images):
+    return nnx.merge(graphdef, params, batch_stats)(images).sum()
+
+new = lambda: ConvStem((3, 3, 3), (24, 48, 96), (2, 2, 2), 192, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+graphdef, params, batch_stats = split(nnx.eval_shape(new))
+images = jax.ShapeDtypeStruct((32, 224, 224, 3), "float32")
+sharding = Sharding(tpu.open_slice("v6e:1x1").devices)
+step = sharding.jit(jax.grad(loss, 1), graphdef, in_shardings=sharding.replicated)
+step.lower(params, batch_stats, images).compile()
+"""
+
+
+@needs_compiler
+def test_the_compiler_survives_the_stem_on_v6e():
+    """With the layers' gradients fused it dies of signal 11."""
+    command = [sys.executable, "-c", STEM_ON_V6E]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("name", ["v5e", "v5e:16", "v99:2x2", "v5e:2x2x2x2", "v5litepod-256"])
 def test_wrong_topologies_are_refused(name):
     with pytest.raises(ConfigError, match=f"--topology {name} is not one of .* v5e:16x16"):

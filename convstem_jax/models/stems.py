@@ -148,4 +148,25 @@ class ConvStem(nnx.Module):
         x = images
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = nnx.relu(norm(conv(x)))
+            if _on_v6e():
+                x = _fuse_gradient_apart(x)
         return self.projection(x)
+
+
+def _on_v6e() -> bool:
+    """Whether the computation is for TPU v6e, as far as the mesh that it is traced under tells."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.device_kind == "TPU v6 lite"
+
+
+@jax.custom_vjp
+def _fuse_gradient_apart(x: jax.Array) -> jax.Array:
+    """Keeps what computes the gradient of `x` and what uses it in kernels of their own.
+
+    For v6e the compiler (libtpu 0.0.42) fuses the layers' backward passes into something that
+    overflows its own stack. Elsewhere the fusion saves up to a quarter of the stem's time.
+    """
+    return x
+
+
+_fuse_gradient_apart.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
