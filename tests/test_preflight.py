@@ -113,7 +113,10 @@ from convstem_jax.step import split
 def loss(graphdef, params, batch_stats, images):
     return nnx.merge(graphdef, params, batch_stats)(images).sum()
 
-new = lambda: ConvStem((3, 3, 3), (24, 48, 96), (2, 2, 2), 192, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+def new():
+    sizes = (3, 3, 3), (24, 48, 96), (2, 2, 2), 192
+    return ConvStem(*sizes, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
 graphdef, params, batch_stats = split(nnx.eval_shape(new))
 images = jax.ShapeDtypeStruct((32, 224, 224, 3), "float32")
 sharding = Sharding(tpu.open_slice("v6e:1x1").devices)
