@@ -38,7 +38,7 @@ manifest() {
   if [[ $SPOT == no ]]; then text=$(grep -v '# spot only$' <<<"$text"); fi
   for name in RUN_NAME MAX_RESTARTS NUM_NODES RESTART_STATUSES GKE_SERVICE_ACCOUNT GKE_ACCELERATOR \
     GKE_TOPOLOGY GKE_CHIPS_PER_NODE IMAGE ARGS BUCKET DATA_DIR \
-    GKE_DATA_FOLDER; do
+    GKE_DATA_FOLDER GKE_CACHE; do
     text=${text//"\${$name}"/"${!name}"}
   done
   echo "$text"

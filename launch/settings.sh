@@ -11,8 +11,6 @@
 : "${FIELDS:=}"                       # fields to override, without spaces in them: "lr=5e-4 epochs=50"
 : "${WORKDIR:=/mnt/bucket/runs/$RUN_NAME}"  # a folder that all machines of the run share
 : "${DATA_DIR:=/mnt/data}"            # config.data_dir; "" for the configuration's own
-# Arguments of launch/data.sh, which set-up calls on each machine; "" where the data are there.
-: "${DATA_ARGS:=}"
 
 # --- The code: each machine clones it. No password in the address: it would end up in logs. ---
 : "${REPOSITORY:=}"                   # https://… or git@…
@@ -26,6 +24,10 @@
 : "${BUCKET:=}"
 : "${SERVICE_ACCOUNT:=}"              # e-mail address; "" for the project's default account
 : "${SPOT:=yes}"                      # yes: cheaper, and taken away at any time
+
+# --- The data: launch/data.sh copies them to each TPU VM; see docs/data_on_a_pod.md ---
+: "${DATA_SOURCE=${BUCKET:+gs://$BUCKET/data}}"  # a folder; "" where they are in DATA_DIR already
+: "${MEMORY_RESERVE_GB:=32}"          # for the program, where the data go into memory
 
 # --- Cloud TPU VMs: launch/tpu_vm.sh, launch/tpu_spot.sh ---
 : "${ACCELERATOR:=v5litepod-16}"
@@ -50,5 +52,6 @@
 : "${GKE_TOPOLOGY:=4x4}"
 : "${GKE_CHIPS_PER_NODE:=4}"
 : "${GKE_DATA_FOLDER:=data}"          # of the bucket: what DATA_DIR is in the pods
+: "${GKE_CACHE:=160Gi}"               # memory for all of it: ImageNet's two splits have 145 GiB
 : "${GKE_SERVICE_ACCOUNT:=default}"   # of Kubernetes; it needs access to the bucket
 : "${MAX_RESTARTS:=100}"              # of the whole run, on GKE and under SLURM

@@ -77,11 +77,13 @@ check_settings() {
   must_match PROJECT '([a-z][-a-z0-9.:]+)?' "the project's ID, not its name or number"
   must_match ZONE '([a-z]+-[a-z]+[0-9]+-[a-z])?' "a zone, as in us-west4-a"
   must_match BUCKET '([a-z0-9][-a-z0-9._]+)?' "the bucket's name without gs:// or a folder"
+  must_match DATA_SOURCE '(gs://[a-z0-9][-a-zA-Z0-9._/]+)?' "a folder, as in gs://my-bucket/data"
   must_match GKE_TOPOLOGY '[0-9]+(x[0-9]+){1,2}' "chips along each side, as in 4x4"
+  must_match GKE_CACHE '[1-9][0-9]*Gi' "memory as Kubernetes writes it, as in 160Gi"
   must_match DEVICE 'gpu|tpu' "gpu or tpu"
   for name in SPOT DELETE_AT_END; do must_match "$name" 'yes|no' "yes or no"; done
   for name in POLL_SECONDS BACKOFF_SECONDS BACKOFF_MAX_SECONDS MAX_FAILURES MAX_RESTARTS \
-    GKE_CHIPS_PER_NODE; do
+    GKE_CHIPS_PER_NODE MEMORY_RESERVE_GB; do
     must_match "$name" '[1-9][0-9]*' "a whole number from 1"
   done
   read -ra fields <<<"$FIELDS"

@@ -45,13 +45,17 @@ do_create() {
 
 do_setup() {
   need REPOSITORY COMMIT
+  local name settings=""
+  for name in BUCKET DATA_SOURCE DATA_DIR MEMORY_RESERVE_GB; do
+    settings+="$name=$(quote "${!name}") "
+  done
   local steps=(
     "set -e"
     "test -d convstem_jax || git clone --quiet $(quote "$REPOSITORY") convstem_jax"
     "cd convstem_jax"
     "git fetch --quiet origin"
     "git checkout --quiet --detach $COMMIT"
-    "BUCKET=$BUCKET DATA_ARGS=$(quote "$DATA_ARGS") launch/worker.sh setup"
+    "${settings}launch/worker.sh setup"
   )
   on_workers all "$(printf '%s; ' "${steps[@]}")"
 }

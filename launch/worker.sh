@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a TPU VM, one of the machines of a slice: what launch/tpu_vm.sh asks for over ssh.
 #
-#     launch/worker.sh setup              install the code, mount $BUCKET, run data.sh $DATA_ARGS
+#     launch/worker.sh setup              install the code, mount $BUCKET, run data.sh
 #     launch/worker.sh start COMMAND...   start it so that it outlives the ssh connection
 #     launch/worker.sh state WORKDIR      "worker HOST STATE STEP": running, lost, none, or its exit
 #                                         status; the latest checkpoint's step, -1 for none
@@ -26,8 +26,7 @@ setup() {
   run "$uv" pip install --quiet --python .venv/bin/python --require-hashes \
     -r requirements.lock -r requirements-tpu.lock
   [[ -z $BUCKET ]] || mount_bucket
-  # shellcheck disable=SC2086  # several words
-  [[ -z $DATA_ARGS ]] || run launch/data.sh $DATA_ARGS
+  [[ -z $DATA_SOURCE ]] || run launch/data.sh
 }
 
 # https://docs.cloud.google.com/storage/docs/cloud-storage-fuse/install

@@ -37,12 +37,12 @@ SETTINGS = {
     "REPOSITORY": "https://example.com/convstem_jax.git",
     "COMMIT": "0123456789abcdef0123456789abcdef01234567",
     "FIELDS": "lr=5e-4 mean=(0.5,0.5,0.5)",
-    "DATA_ARGS": "--to /mnt/data",
     "IMAGE": "example.com/images/convstem_jax",
     "CLUSTER": "my-cluster",
 }
 # The words after each script whose output is in tests/golden.
 GOLDEN = {
+    "data.sh": [""],
     "docker.sh": ["build", "run --config.epochs=1", "push"],
     "gke.sh": ["apply", "status", "logs --follow", "delete", "xpk"],
     "multi_gpu.sh": ["", "0,1,2,3"],
@@ -123,7 +123,7 @@ def test_help(cloud, script):
 
 
 def test_every_script_has_golden_output():
-    assert sorted(GOLDEN) == [s.name for s in SCRIPTS if s.name not in SOURCED | {"data.sh"}]
+    assert sorted(GOLDEN) == [s.name for s in SCRIPTS if s.name not in SOURCED]
 
 
 @pytest.mark.parametrize("script", GOLDEN)
@@ -386,6 +386,76 @@ def test_status_shows_another_error(cloud):
     assert done.returncode == 1 and "PERMISSION_DENIED" in done.stderr and done.stdout == ""
 
 
+# --- Data of a TPU VM ---
+
+GB = 10**9
+SIZED = ["storage du", 0, f"{150 * GB}  gs://my-bucket/data\n"]
+
+
+def fill(cloud, answers, *, disk: int, memory: int, folder: str = "", **settings):
+    """Runs data.sh where disk and memory have so many GB; returns its result and what it did."""
+    for name in ("sudo", "df", "free"):
+        (cloud.folder / "bin" / name).symlink_to(ROOT / "tests/fake_cloud/fake.sh")
+    free = f"        total used free shared buff available\nMem: 9 9 9 9 9 {memory * GB}\n"
+    cloud.answer([*answers, ["df", 0, f"Avail\n{disk * GB}\n"], ["free", 0, free]])
+    done = cloud.run("launch/data.sh", DATA_DIR=folder or str(cloud.home), **settings)
+    words = (" ".join(call) for call in cloud.calls())
+    did = [w for w in words if w.startswith(("sudo mount", "gcloud storage rsync"))]
+    return done, did
+
+
+def test_data_go_to_the_disk_where_it_has_the_room(cloud):
+    done, did = fill(cloud, [SIZED], disk=160, memory=10)
+    assert done.returncode == 0, done.stderr
+    assert did == [f"gcloud storage rsync --recursive gs://my-bucket/data {cloud.home}"]
+    assert "150 GB for" in done.stdout and "160 GB free" in done.stdout
+
+
+def test_data_go_to_memory_where_the_disk_is_too_small(cloud):
+    done, did = fill(cloud, [SIZED], disk=90, memory=190, MEMORY_RESERVE_GB="38")
+    assert done.returncode == 0, done.stderr
+    size = 150 * GB + 2**30
+    assert did[0] == f"sudo mount --types tmpfs --options size={size},mode=0777 data {cloud.home}"
+    assert did[1].startswith("gcloud storage rsync")
+
+
+def test_what_is_there_already_needs_no_room(cloud):
+    (cloud.home / "part").write_bytes(bytes(2 * 10**6))
+    du = ["storage du", 0, f"{2 * 10**6}  gs://my-bucket/data\n"]
+    done, did = fill(cloud, [du], disk=2, memory=1)
+    assert done.returncode == 0 and len(did) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "memory", "folder", "status", "words"),
+    [
+        (SIZED, 180, "", 2, "150 GB of data"),
+        # A file system in memory that is there already, and too small.
+        (SIZED, 900, "/dev/shm", 2, "150 GB of data"),
+        (SIZED, 900, "/mnt/bucket/data", 2, "lies in the bucket"),
+        (
+            ["storage du", 1, "ERROR: URLs matched no objects: gs://…\n"],
+            900,
+            "",
+            3,
+            "holds nothing",
+        ),
+        (["storage du", 0, "0  gs://my-bucket/data\n"], 900, "", 3, "holds nothing"),
+        (["storage du", 1, "ERROR: HTTPError 503\n"], 900, "", 1, "503"),
+    ],
+)
+def test_data_that_cannot_be_copied(cloud, answer, memory, folder, status, words):
+    done, did = fill(cloud, [answer], disk=90, memory=memory, folder=folder)
+    assert done.returncode == status, done.stderr
+    assert words in done.stderr and did == []
+
+
+def test_a_copy_that_fails_is_tried_again(cloud):
+    answers = [SIZED, ["storage rsync", 1, "ERROR: connection reset\n"]]
+    done, did = fill(cloud, answers, disk=160, memory=10)
+    assert done.returncode == 1 and "connection reset" in done.stderr and len(did) == 1
+
+
 # --- A TPU VM's own script: this one runs for real ---
 
 
@@ -484,7 +554,13 @@ def test_jobset(cloud):
     assert container["args"][-1] == '--config.dataset="a\\b"'
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert {"/mnt/bucket", "/mnt/data", "/dev/shm"} == mounts
-    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    # The driver mounts its cache itself.
+    volumes = {v["name"]: v for v in pod["volumes"]}
+    mounted = {m["name"] for m in container["volumeMounts"]}
+    assert volumes.keys() - mounted == {"gke-gcsfuse-cache"} and mounted <= volumes.keys()
+    data = volumes["data"]["csi"]["volumeAttributes"]
+    assert data["fileCacheCapacity"] == "160Gi"
+    assert "file-cache:cache-file-for-range-read:true" in data["mountOptions"].split(",")
 
 
 def test_jobset_without_spot(cloud):
@@ -620,6 +696,7 @@ def test_slurm_from_another_folder(cloud):
 
 def test_skypilot():
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert task["file_mounts"]["/mnt/data"] == "gs://${BUCKET}/data", "copied, not mounted"
     # Fields of SkyPilot 0.14's schema; it refuses others.
     assert set(task) <= {
         "name", "resources", "num_nodes", "workdir", "envs", "file_mounts", "setup", "run",
