@@ -129,6 +129,8 @@ class Records:
             state: the arrays to wait for, so that the training before is not left out too.
         """
         self.flush()
+        if self._main:
+            os.fsync(self._file.fileno())  # a checkpoint must not outlive the records before it
         jax.block_until_ready(state)
         with self._clock.pause(step):
             yield

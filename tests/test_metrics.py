@@ -65,6 +65,18 @@ def test_training_metrics_are_written_one_log_point_late(tmp_path, capsys, clock
     assert records.images_per_second == 128
 
 
+def test_records_reach_the_disk_before_a_checkpoint(tmp_path, monkeypatch):
+    """A machine that is lost after it must not leave a gap in metrics.jsonl."""
+    synced = []
+    records = records_of(tmp_path)
+    text = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(metrics.os, "fsync", lambda unused_file: synced.append(text.read_text()))
+    records.train(7, step_metrics(2.5))
+    with records.pause(7, {}):
+        assert len(synced) == 1 and '"step": 7' in synced[0]
+    records.close()
+
+
 @pytest.mark.parametrize("loss", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_is_recorded_and_raised(tmp_path, loss):
     records = records_of(tmp_path)
