@@ -289,6 +289,11 @@ def test_missing_data_names_the_remedy(tmp_path):
         sources.open_split(str(tmp_path), NAME, "train")
 
 
+def test_a_bucket_is_refused():
+    with pytest.raises(ConfigError, match=r"data_dir=gs://b/data is not a folder.*launch/data.sh"):
+        sources.open_split("gs://b/data", "imagenet2012", "train")
+
+
 def test_a_part_of_a_split(train_split):
     part = sources.open_split(str(DATASETS), NAME, "train[20:25]")
     assert len(part) == 5

@@ -60,6 +60,11 @@ def open_split(data_dir: str, dataset: str, split: str) -> Split:
         ConfigError: there is no such data set or split, or its format is another one.
         DataError: it is damaged.
     """
+    if "://" in data_dir:
+        raise ConfigError(
+            f"config.data_dir={data_dir} is not a folder, and records come too slowly from a "
+            "bucket: copy the data with launch/data.sh (docs/data_on_a_pod.md)"
+        )
     data_dir = os.path.expanduser(data_dir)
     packed_file = os.path.join(data_dir, f"{dataset}.npz")
     if os.path.exists(packed_file):
