@@ -83,6 +83,8 @@ class Checkpoints:
             if not self._manager.save(step, args=items, metrics=metrics):
                 raise CheckpointError(f"Orbax refused to save step {step} in {self.directory}")
         except (OSError, ValueError) as error:  # perhaps of the save before, in the background
+            if processes.is_lost_peer(error):
+                raise
             raise self._failed(error) from error
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
@@ -137,6 +139,8 @@ class Checkpoints:
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {self.directory}/{step}: {error}") from error
         except Exception as error:  # damage surfaces as any of a dozen types
+            if processes.is_lost_peer(error):
+                raise
             older = [s for s in self._manager.all_steps() if s < step]
             remedy = (
                 f"delete that folder to go on from step {max(older)}"
@@ -153,6 +157,8 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
+            if processes.is_lost_peer(error):
+                raise
             raise self._failed(error) from error
         finally:
             self._manager.close()

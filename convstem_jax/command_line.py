@@ -6,6 +6,7 @@ import logging as python_logging
 import os
 import re
 import sys
+import traceback
 
 from absl import logging
 import jax
@@ -61,10 +62,11 @@ def run(
         prefix = "" if isinstance(error, Preempted) else "error: "
         print(f"{prefix}{error}", file=sys.stderr)
         return error.exit_status
-    except jax.errors.JaxRuntimeError as error:
-        # What is left of a run when a machine is gone, unless this one has no memory.
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error) or args.traceback:
+    except (RuntimeError, ValueError) as error:
+        if not processes.is_lost_peer(error):
             raise
+        if args.traceback:
+            traceback.print_exc()
         print(
             "another process of the run was lost: the same command goes on from the last "
             f"checkpoint ({first_line(error)[:200]})",

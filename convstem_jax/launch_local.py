@@ -51,11 +51,13 @@ def launch(command: list[str], *, num_processes: int, devices_per_process: int |
     ]
 
     def forward(signum, unused_frame):
+        if signum == signal.SIGHUP:  # the terminal is closed: they should save
+            signum = signal.SIGTERM
         for process in started:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, forward)
     readers = [
         threading.Thread(target=_copy_lines, args=(process, f"[{i}] " if i else ""))
@@ -117,7 +119,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--processes", type=int, required=True, metavar="N")
     parser.add_argument(
         "--devices-per-process", type=int, metavar="N",
-        help="virtual CPU devices for each; by default each sees the machine's devices",
+        help="virtual CPU devices for each; without it each takes all devices of this machine, "
+        "which GPUs and TPUs do not allow twice",
     )  # fmt: skip
     parser.add_argument("flags", nargs="+", help="flags of convstem_jax.main, after --")
     args = parser.parse_args(argv)

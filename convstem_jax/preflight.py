@@ -29,20 +29,26 @@ from tabulate import tabulate
 from convstem_jax import build, run_folder, tpu
 from convstem_jax.complexity import complexity
 from convstem_jax.config import load_config, validate
-from convstem_jax.errors import UserError
+from convstem_jax.errors import ConfigError, UserError, first_line
 from convstem_jax.sharding import Sharding
 
 GIB = 2**30
 # Share of the memory that the largest batch may be reckoned to fill: it is a linear estimate.
 SAFE = 0.95
 _TIMING = (
-    "flops_per_chip", "collective_bytes", "collectives", "cycles", "collective_seconds",
-    "step_seconds", "images_per_second", "mfu", "hours", "chip_hours",
+    "flops_per_chip", "collective_bytes", "collective_seconds", "step_seconds",
+    "images_per_second", "mfu", "hours", "chip_hours",
 )  # fmt: skip
 
 
 def preflight(
-    config, topology: str, *, num_classes: int, num_examples: int, quick: bool = False
+    config,
+    topology: str,
+    *,
+    num_classes: int,
+    num_examples: int,
+    quick: bool = False,
+    known: dict | None = None,
 ) -> dict:
     """Compiles the configuration's training step for a slice.
 
@@ -52,22 +58,106 @@ def preflight(
         num_classes: of the data set, which need not be there.
         num_examples: likewise, for the length of the schedule.
         quick: compile with the least effort: memory is a few percent more, and no time is given.
+        known: an earlier record: the same program is not compiled again.
 
     Returns:
-        A JSON-serialisable record; see `_HEADERS` and README.md.
+        A JSON-serialisable record; see `_HEADERS` and docs/preflight.md. `compiled` is what the
+        compiler said, all else follows from it.
 
     Raises:
         ConfigError: the topology or a field is wrong.
+        jax.errors.JaxRuntimeError: the compiler failed, and not for lack of memory.
     """
-    # ----------------------------------------------------------------------------- compilation
-
     validate(config)
     slice_ = tpu.open_slice(topology)
     num_devices = len(slice_.devices)
     build.check_batch(config, num_devices)
+    sharding = Sharding(slice_.devices, config.state_sharding)
+    traced, state, shardings = _trace(config, sharding, num_classes, num_examples)
+    compiled = tpu.compile_step(traced, slice_, quick, known and known["compiled"])
+
+    # ------------------------------------------------------------------------------- memory
+
+    per_chip = num_devices // slice_.num_chips
+    n, size = config.batch_size, config.image_size
+    images = n // num_devices  # on one device
+    parts = {
+        name: _bytes_on_device(getattr(state, name), getattr(shardings, name))
+        for name in ("params", "batch_stats", "opt_state", "ema")
+    }
+    # What the loop keeps on the devices beside the batch of the step.
+    ahead = config.prefetch * (n + config.eval_batch_size)
+    precise = (
+        config.precise_bn_examples and state.batch_stats and max(n, config.precise_bn_examples)
+    )
+    parts["input"] = math.ceil((n + ahead + (precise or 0)) / num_devices) * size**2 * 3
+    beside = parts["input"] - images * size**2 * 3
+    counts = complexity(nnx.eval_shape(lambda: build.new_model(config, num_classes, 0)))
+    acts = jnp.dtype(config.dtype).itemsize * images // config.accumulate * counts.acts
+    if compiled["bytes"]:
+        need = compiled["bytes"] + beside
+        parts["program"] = compiled["code_bytes"]
+    else:  # the compiler names the temporaries alone
+        need = compiled["temporaries_needed"] + sum(parts.values())
+    rest = need - sum(parts.values())
+    parts["activations"] = max(0, min(acts, rest))
+    parts["temporaries"] = max(0, rest - parts["activations"])
+    has = compiled["device_bytes"]
+    fits = compiled["bytes"] is not None and need <= has
+    # What is not the state or the program grows in proportion to the images.
+    free = SAFE * has - (need - rest - parts["input"])
+    unit = config.accumulate * build.images_together(config)
+    largest = max(0, int(free / (rest + parts["input"]) * images / unit)) * unit * num_devices
+    record = {
+        "config": f"{config.model}, {config.optimizer}, {config.epochs:g} epochs",
+        "topology": topology,
+        "chips": slice_.num_chips,
+        "hosts": slice_.num_hosts,
+        "batch_size": n,
+        "accumulate": config.accumulate,
+        "state_sharding": config.state_sharding,
+        "compile_seconds": compiled["seconds"],
+        "bytes_per_chip": need * per_chip,
+        "chip_bytes": has * per_chip,
+        "fits": fits,
+        "parts": {name: size * per_chip for name, size in parts.items()},
+        "largest_batch": largest,
+        "remedy": None if fits else _remedy(config, num_devices, rest, free, parts),
+        "float32_products": float32_products(traced.jaxpr.jaxpr),
+        "quick": quick,
+        "compiled": compiled,
+    }
+
+    # --------------------------------------------------------------------------------- time
+
+    timing = dict.fromkeys(_TIMING)
+    if compiled["bytes"]:
+        collectives = compiled["collectives"]
+        timing |= {
+            # The compiler counts the loop over micro-batches, nearly all of the work, once.
+            "flops_per_chip": compiled["flops"] * config.accumulate * per_chip,
+            "collective_bytes": per_chip * sum(size for _, size in collectives.values()),
+        }
+        if not quick:
+            waiting = tpu.collective_seconds(slice_, collectives)
+            step_seconds = compiled["cycles"] / slice_.chip.clock + waiting
+            hours = build.num_steps(config, num_examples) * step_seconds / 3600
+            timing |= {
+                "collective_seconds": waiting,
+                "step_seconds": step_seconds,
+                "images_per_second": n / step_seconds,
+                # A multiply-add is two operations; the backward pass costs twice the forward one.
+                "mfu": 6 * n * counts.flops / step_seconds / (slice_.num_chips * slice_.chip.flops),
+                "hours": hours,
+                "chip_hours": hours * slice_.num_chips,
+            }
+    return record | timing
+
+
+def _trace(config, sharding: Sharding, num_classes: int, num_examples: int):
+    """The step that would be trained, and its state with the shardings: shapes alone."""
     recipe = build.recipe(config, num_classes)
     graphdef, new_state = build.new_state(config, recipe)
-    sharding = Sharding(slice_.devices, config.state_sharding)
 
     def like(tree, shardings):
         return jax.tree.map(
@@ -84,102 +174,7 @@ def preflight(
     }
     step = build.jit_train_step(sharding, graphdef, recipe, shardings)
     replicated = jax.tree.map(lambda _: sharding.replicated, hparams)
-    traced = step.trace(like(state, shardings), batch, like(hparams, replicated))
-    start = time.perf_counter()
-    effort = {"exec_time_optimization_effort": -1.0} if quick else None
-    try:
-        compiled = traced.lower().compile(compiler_options=effort)
-    except jax.errors.JaxRuntimeError as error:
-        memory = tpu.out_of_memory(error)
-        if memory is None:
-            raise
-        compiled = None
-    seconds = time.perf_counter() - start
-
-    # ------------------------------------------------------------------------------- memory
-
-    per_chip = num_devices // slice_.num_chips
-    images = n // num_devices  # on one device
-    parts = {
-        name: _bytes_on_device(getattr(state, name), getattr(shardings, name))
-        for name in ("params", "batch_stats", "opt_state", "ema")
-    }
-    # What the loop keeps on the devices beside the batch of the step.
-    ahead = config.prefetch * (n + config.eval_batch_size)
-    precise = max(n, config.precise_bn_examples) if state.batch_stats else 0
-    parts["input"] = math.ceil((n + ahead + precise) / num_devices) * size**2 * 3
-    beside = parts["input"] - images * size**2 * 3
-    counts = complexity(nnx.eval_shape(lambda: build.new_model(config, num_classes, 0)))
-    acts = jnp.dtype(config.dtype).itemsize * images // config.accumulate * counts.acts
-    if compiled is not None:
-        said = compiled.memory_analysis()
-        need = said.argument_size_in_bytes + said.output_size_in_bytes - said.alias_size_in_bytes
-        need += said.temp_size_in_bytes + said.generated_code_size_in_bytes
-        parts["program"] = said.generated_code_size_in_bytes
-    else:  # the compiler names the temporaries alone
-        need = memory[0] + sum(parts.values()) - beside
-    need += beside
-    rest = need - sum(parts.values())
-    parts["activations"] = max(0, min(acts, rest))
-    parts["temporaries"] = max(0, rest - parts["activations"])
-    has = tpu.device_bytes(slice_)
-    fits = compiled is not None and need <= has
-    # What is not the state or the program grows in proportion to the images.
-    free = SAFE * has - (need - rest - parts["input"])
-    unit = config.accumulate * build.images_together(config)
-    largest = max(0, int(free / (rest + parts["input"]) * images / unit)) * unit * num_devices
-    record = {
-        "config": run_name(config),
-        "topology": topology,
-        "chips": slice_.num_chips,
-        "hosts": slice_.num_hosts,
-        "batch_size": n,
-        "accumulate": config.accumulate,
-        "state_sharding": config.state_sharding,
-        "compile_seconds": round(seconds, 1),
-        "bytes_per_chip": need * per_chip,
-        "chip_bytes": has * per_chip,
-        "fits": fits,
-        "parts": {name: size * per_chip for name, size in parts.items()},
-        "largest_batch": largest,
-        "remedy": None if fits else _remedy(config, images, rest, free, parts),
-        "float32_products": float32_products(traced.jaxpr.jaxpr),
-        "quick": quick,
-        "versions": run_folder.versions(),
-    }
-
-    # --------------------------------------------------------------------------------- time
-
-    timing = dict.fromkeys(_TIMING)
-    if compiled is not None:
-        program = tpu.read_program(compiled.as_text())
-        # The compiler counts the loop over micro-batches, nearly all of the work, once.
-        flops = round(compiled.cost_analysis()["flops"]) * config.accumulate
-        timing |= {
-            "flops_per_chip": flops * per_chip,
-            "collective_bytes": sum(size for _, size in program.collectives.values()),
-            "collectives": program.collectives,
-        }
-        if not quick:
-            waiting = tpu.collective_seconds(slice_, program.collectives)
-            step_seconds = program.cycles / slice_.chip.clock + waiting
-            hours = build.num_steps(config, num_examples) * step_seconds / 3600
-            timing |= {
-                "cycles": program.cycles,
-                "collective_seconds": waiting,
-                "step_seconds": step_seconds,
-                "images_per_second": n / step_seconds,
-                # A multiply-add is two operations; the backward pass costs twice the forward one.
-                "mfu": 6 * n * counts.flops / step_seconds / (slice_.num_chips * slice_.chip.flops),
-                "hours": hours,
-                "chip_hours": hours * slice_.num_chips,
-            }
-    return record | timing
-
-
-def run_name(config) -> str:
-    """The model and what tells its run from others of the model."""
-    return f"{config.model}, {config.optimizer}, {config.epochs:g} epochs"
+    return step.trace(like(state, shardings), batch, like(hparams, replicated)), state, shardings
 
 
 def _bytes_on_device(tree, shardings) -> int:
@@ -189,20 +184,35 @@ def _bytes_on_device(tree, shardings) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def _remedy(config, images: int, rest: int, free: float, parts: dict[str, int]) -> str:
-    """Which fields to change where the memory is too small."""
-    fields = []
+def _remedy(config, num_devices: int, rest: int, free: float, parts: dict[str, int]) -> str:
+    """Which fields to change where the memory is too small.
+
+    Splitting the state comes first, since it changes no number.
+
+    Args:
+        config: that does not fit.
+        num_devices: of the slice.
+        rest: bytes of activations and temporaries on a device.
+        free: bytes of a device for them and the input.
+        parts: bytes of the rest.
+    """
+    images, together = config.batch_size // num_devices, build.images_together(config)
     state = parts["params"] + parts["opt_state"] + parts["ema"]
-    if config.state_sharding == "replicated" and state > free:
-        fields.append("config.state_sharding=fsdp")
-        free += state
-    together = build.images_together(config)
-    for accumulate in range(config.accumulate, images + 1):
-        need = rest * config.accumulate / accumulate + parts["input"]
-        if images % (accumulate * together) == 0 and need <= free:
-            fields.append(f"config.accumulate={accumulate}")
-            return " and ".join(fields)
-    return "more chips, or a smaller config.batch_size"
+    rooms = {"": free}
+    if config.state_sharding == "replicated" and num_devices > 1:
+        rooms["config.state_sharding=fsdp"] = free + state * (1 - 1 / num_devices)
+
+    def fits(room, accumulate):
+        return rest * config.accumulate / accumulate + parts["input"] <= room
+
+    for words, room in rooms.items():
+        if words and fits(room, config.accumulate):
+            return f"set {words}"
+    for words, room in rooms.items():
+        for accumulate in range(config.accumulate + 1, images + 1):
+            if images % (accumulate * together) == 0 and fits(room, accumulate):
+                return " and ".join(filter(None, [f"set config.accumulate={accumulate}", words]))
+    return "take more chips, or set a smaller config.batch_size"
 
 
 def float32_products(jaxpr) -> dict[str, int]:
@@ -237,15 +247,15 @@ def describe(record: dict) -> str:
         f"compiled in {record['compile_seconds']:.0f} s",
         "",
         f"memory of a chip  {per_chip / GIB:8.2f} of {has / GIB:.2f} GiB: "
-        + ("fits" if record["fits"] else f"does not fit: set {record['remedy']}"),
+        + ("fits" if record["fits"] else f"does not fit: {record['remedy']}"),
     ]
     lines += [f"  {name:15} {size / GIB:8.2f}" for name, size in record["parts"].items()]
     lines.append(f"  largest batch that fits: about {record['largest_batch']:,}")
     if record["flops_per_chip"] is not None:
         lines += ["", f"a step, on each chip {record['flops_per_chip'] / 1e12:10.2f} Tflop"]
         lines += [
-            f"  {kind:18} {size / 2**20:12,.1f} MiB in {count}"
-            for kind, (count, size) in record["collectives"].items()
+            f"  {kind:18} {size / 2**20:12,.1f} MiB on each device, in {count}"
+            for kind, (count, size) in record["compiled"]["collectives"].items()
         ]
     if record["step_seconds"] is not None:
         lines += [
@@ -259,7 +269,9 @@ def describe(record: dict) -> str:
             f"  whole schedule  {record['hours']:.1f} h, {record['chip_hours']:,.0f} chip-hours",
         ]
     lines += ["", "matrix products with a float32 operand:"]
-    lines += [f"  {n:4} of {types}" for types, n in record["float32_products"].items()]
+    lines += [f"  {n:4} of {types}" for types, n in record["float32_products"].items()] or [
+        "  none"
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -279,7 +291,7 @@ def table(records: list[dict], tablefmt: str) -> str:
         (
             r["config"], r["topology"], r["chips"], number(r["batch_size"]), r["accumulate"],
             f"{r['bytes_per_chip'] / GIB:.1f} of {r['chip_bytes'] / GIB:.1f}",
-            "yes" if r["fits"] else f"set {r['remedy']}", number(r["largest_batch"]),
+            "yes" if r["fits"] else f"no: {r['remedy']}", number(r["largest_batch"]),
             number(r["compile_seconds"]), number(r["step_seconds"], 1000, ",.1f"),
             number(r["images_per_second"]), number(r["mfu"], 100, ".1f"),
             number(r["collective_bytes"], 2**-20), number(r["hours"], 1, ",.1f"),
@@ -292,12 +304,13 @@ def table(records: list[dict], tablefmt: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compiles and prints; returns the exit status: 1 where something does not fit."""
+    """Compiles and prints; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m convstem_jax.preflight",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit status: 0 all fit · 1 some do not · 2 configuration, topology or no libtpu",
+        epilog="exit status: 0 all fit · 1 the compiler failed · 2 configuration, topology or no "
+        "libtpu · 6 some do not fit",
     )
     parser.add_argument(
         "--config", nargs="+", required=True, metavar="FILE[:ARG]",
@@ -320,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--records", metavar="FILE",
-        help="JSON lines to add to; what it holds of these versions is not compiled again",
+        help="JSON lines to keep the results in: the same program is not compiled again",
     )  # fmt: skip
     parser.add_argument(
         "--format", choices=("text", "markdown", "json"), default="text",
@@ -329,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     args = parser.parse_args(argv)
     try:
-        records = _records(args)
+        records, failed = _records(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -337,45 +350,48 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(records, indent=2))
     elif args.format == "markdown":
         print(table(records, "github"))
-    else:
+    elif records:
         print(describe(records[0]) if len(records) == 1 else table(records, "simple"))
-    return 0 if all(record["fits"] for record in records) else 1
+    if failed:
+        return 1
+    return 0 if all(record["fits"] for record in records) else 6
 
 
-def _records(args) -> list[dict]:
-    """Compiles what is asked for and not known yet."""
+def _records(args) -> tuple[list[dict], bool]:
+    """What is asked for, and whether the compiler failed at something."""
     wanted = [(spec, topology) for topology in args.topology for spec in args.config]
-    same = {"quick": args.quick, "versions": run_folder.versions()}
-    same |= {"num_classes": args.num_classes, "num_examples": args.num_examples}
-    known = {}
-    if args.records and os.path.exists(args.records):
-        with open(args.records) as file:
-            for line in file:
-                found = json.loads(line)
-                known[found["spec"], found["topology"], json.dumps(found["same"])] = found
-    start, made, records = time.perf_counter(), 0, []
+    known, records, start = _read_records(args.records), [], time.perf_counter()
     for i, (spec, topology) in enumerate(wanted):
-        key = spec, topology, json.dumps(same)
-        if key not in known:
-            left = "" if not made else f", about {_minutes(start, made, len(wanted) - i)} min left"
-            print(
-                f"{i + 1}/{len(wanted)}  {spec} for {topology}{left}", file=sys.stderr, flush=True
-            )
+        minutes = (time.perf_counter() - start) / max(1, i) * (len(wanted) - i) / 60
+        left = f", about {minutes:.0f} min left" if i else ""
+        print(f"{i + 1}/{len(wanted)}  {spec} for {topology}{left}", file=sys.stderr, flush=True)
+        try:
             record = preflight(
                 load_config(spec), topology, num_classes=args.num_classes,
-                num_examples=args.num_examples, quick=args.quick,
+                num_examples=args.num_examples, quick=args.quick, known=known.get((spec, topology)),
             )  # fmt: skip
-            known[key] = record | {"spec": spec, "same": same}
-            made += 1
-            if args.records:
-                with open(args.records, "a") as file:
-                    file.write(json.dumps(known[key]) + "\n")
-        records.append(known[key])
-    return records
+        except jax.errors.JaxRuntimeError as error:
+            print(f"error: the compiler failed at it: {first_line(error)}", file=sys.stderr)
+            continue
+        records.append({"spec": spec} | record)
+        known[spec, topology] = records[-1]
+        if args.records:
+            lines = (json.dumps(record) + "\n" for record in known.values())
+            run_folder.write_text(args.records, "".join(lines))
+    return records, len(records) < len(wanted)
 
 
-def _minutes(start: float, made: int, left: int) -> int:
-    return round((time.perf_counter() - start) / made * left / 60)
+def _read_records(path: str | None) -> dict[tuple[str, str], dict]:
+    if path is None or not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        try:
+            records = [json.loads(line) for line in file]
+            return {(record["spec"], record["topology"]): record for record in records}
+        except (ValueError, KeyError) as error:
+            raise ConfigError(
+                f"--records {path} holds something else ({first_line(error)}): name another file"
+            ) from error
 
 
 if __name__ == "__main__":

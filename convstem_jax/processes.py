@@ -1,8 +1,10 @@
 """Several processes, on one machine or on many, that train one model."""
 
+from collections.abc import Callable
 import contextlib
 import hashlib
 import os
+import re
 import sys
 import threading
 
@@ -68,7 +70,10 @@ def leave(exit_status: int) -> None:
     sys.stderr.flush()
     meet = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     meet.start()
-    meet.join(MEET_SECONDS)
+    meet.join(1)
+    if meet.is_alive():
+        print(f"waiting up to {MEET_SECONDS} s for the other processes", file=sys.stderr)
+        meet.join(MEET_SECONDS)
     os._exit(exit_status)
 
 
@@ -97,15 +102,34 @@ def together():
         raise error
 
 
-def check_same(what: str, text: str) -> None:
-    """Raises ConfigError where `text` is not the same in every process."""
+def check_same(text: str, message: Callable[[int], str]) -> None:
+    """Checks that `text` is the same in every process. Never inside `together`, which gathers too.
+
+    Raises:
+        ConfigError: it is not; `message` makes its text from the number of one that differs.
+    """
     if jax.process_count() > 1:
         digests = gather([int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])])[:, 0]
         if different := np.flatnonzero(digests != digests[0]).tolist():
-            raise ConfigError(
-                f"{what} of process {different[0]} is another than of process 0: "
-                "give all processes the same command"
-            )
+            raise ConfigError(message(different[0]))
+
+
+# What the transports and the service that watches the processes say.
+_LOST = re.compile(
+    r"UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|gloo|nccl|barrier|heartbeat|by peer|"
+    r"preempted|halted unexpectedly|unhealthy",
+    re.IGNORECASE,
+)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error of JAX's means that another process of the run is gone.
+
+    It comes as a RuntimeError or a ValueError, whichever notices first.
+    """
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    kind = isinstance(error, RuntimeError | ValueError)
+    return several and kind and bool(_LOST.search(str(error)))
 
 
 def gather(numbers: list[int]) -> np.ndarray:

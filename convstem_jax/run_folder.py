@@ -6,13 +6,16 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import subprocess
 
 import jax
 import ml_collections
 
+from convstem_jax import processes
 from convstem_jax.errors import ConfigError
 
+_TOKEN = ".token"  # another at each start
 # Fields that may change when a run is resumed, since no result depends on them.
 FREE_FIELDS = (
     "data_dir",  # what it holds is compared
@@ -51,30 +54,36 @@ def prepare(workdir: str, config: ml_collections.ConfigDict, data: dict[str, int
     new = json.loads(config.to_json()) | data
     try:
         os.makedirs(workdir, exist_ok=True)
-        if jax.process_index() == 0:
+        if processes.is_first():
             _lock(workdir)
         # With none of them there is nothing that could be mixed up.
         if has_checkpoint(workdir) or _has_populations(workdir) or read_result(workdir) is not None:
             with open(path) as file:
                 _check_same(json.load(file), new, workdir)
-        if jax.process_index() == 0:
+        if processes.is_first():
             _write_json(path, new)
+            write_text(os.path.join(workdir, _TOKEN), secrets.token_hex())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"--workdir {workdir} cannot be used: {error}; name another") from error
     return workdir
 
 
 def check_shared(workdir: str) -> None:
-    """Checks, after `prepare`, that this process sees what process 0 wrote.
+    """Checks, after `prepare`, that every process sees what process 0 wrote just now.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: one does not.
     """
-    if not os.path.exists(os.path.join(workdir, "config.json")):
-        raise ConfigError(
-            f"process {jax.process_index()} does not see the config.json that process 0 wrote in "
-            f"--workdir {workdir}: name a folder that all machines share"
-        )
+    token = ""
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(workdir, _TOKEN)) as file:
+        token = file.read()
+    processes.check_same(
+        token,
+        lambda i: (
+            f"process {i} does not see what process 0 wrote in --workdir {workdir}: "
+            "name a folder that all machines share"
+        ),
+    )
 
 
 _locks: dict[str, int] = {}  # folder -> open file

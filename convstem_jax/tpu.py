@@ -7,13 +7,17 @@ Its report is text: this file reads memory, collectives and estimated cycles out
 from collections import Counter
 from collections.abc import Iterator
 import dataclasses
+import hashlib
+import importlib.util
 import math
 import os
 import re
+import time
 
 import jax
 from jax.experimental import topologies
 
+from convstem_jax import run_folder
 from convstem_jax.errors import ConfigError, first_line
 
 
@@ -27,16 +31,16 @@ class Chip:
     flops: float  # bfloat16 operations a second
     clock: float  # cycles a second
     link: float  # bytes a second through one link, one way, as jax-ml.github.io/scaling-book has it
-    axes: int  # of the torus; each has links in both directions
+    ring: int  # an axis of the torus closes where its chips are a multiple of this
     config: str = "default"  # "megacore": the two cores of a chip are one device
 
 
 CHIPS = {
-    "v3": Chip(123e12, 0.94e9, 82e9, 2),
-    "v4": Chip(275e12, 1.05e9, 45e9, 3, "megacore"),
-    "v5e": Chip(197e12, 1.5e9, 45e9, 2),
-    "v5p": Chip(459e12, 1.75e9, 90e9, 3, "megacore"),
-    "v6e": Chip(918e12, 1.75e9, 90e9, 2),
+    "v3": Chip(123e12, 0.94e9, 82e9, 32),
+    "v4": Chip(275e12, 1.05e9, 45e9, 4, "megacore"),
+    "v5e": Chip(197e12, 1.5e9, 45e9, 16),
+    "v5p": Chip(459e12, 1.75e9, 90e9, 4, "megacore"),
+    "v6e": Chip(918e12, 1.75e9, 90e9, 16),
 }
 
 
@@ -69,6 +73,11 @@ def open_slice(name: str) -> Slice:
             f"--topology {name} is not one of {', '.join(CHIPS)}, a colon and its chips along each "
             "axis: v5e:16x16 has 256"
         )
+    if not importlib.util.find_spec("libtpu"):
+        raise ConfigError(
+            "the TPU compiler is not installed: pip install --require-hashes -r requirements.lock "
+            "-r requirements-tpu.lock, on an x86 Linux machine"
+        )
     chip, sizes = CHIPS[generation], [int(size) for size in shape.split("x")]
     options = {"chip_config_name": chip.config}
     if math.prod(sizes) == 1:
@@ -78,13 +87,58 @@ def open_slice(name: str) -> Slice:
             platform="tpu", topology_name=name, **options
         ).devices
     except Exception as error:
-        if "libtpu" in str(error):
-            raise ConfigError(
-                "the TPU compiler is not installed: pip install -r requirements-tpu.txt"
-            ) from error
         raise ConfigError(f"--topology {name}: {first_line(error)}") from error
     hosts = {device.process_index for device in devices}
     return Slice(name, chip, list(devices), math.prod(sizes), len(hosts))
+
+
+def compile_step(traced: jax.stages.Traced, slice_: Slice, quick: bool, known: dict | None) -> dict:
+    """What the compiler says of a traced program on one device.
+
+    Args:
+        traced: the program, its arguments sharded over the slice.
+        slice_: what to compile for.
+        quick: with the least effort.
+        known: an earlier answer, which is given again if program and versions are the same.
+
+    Returns:
+        A JSON-serialisable dict; without "bytes" where the memory is too small.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the compiler failed for another reason.
+    """
+    lowered = traced.lower()
+    program = {
+        "sha256": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+        "quick": quick,
+        "versions": run_folder.versions(),
+    }
+    if known and program.items() <= known.items():
+        return known
+    said = program | dict.fromkeys(
+        ("bytes", "code_bytes", "temporaries_needed", "flops", "cycles", "collectives")
+    )
+    start = time.perf_counter()
+    try:
+        effort = {"exec_time_optimization_effort": -1.0} if quick else None
+        compiled = lowered.compile(compiler_options=effort)
+    except jax.errors.JaxRuntimeError as error:
+        memory = out_of_memory(error)
+        if memory is None:
+            raise
+        said["temporaries_needed"] = memory[0]
+    else:
+        memory = compiled.memory_analysis()
+        needed = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        needed += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        said["bytes"] = needed - memory.alias_size_in_bytes
+        said["code_bytes"] = memory.generated_code_size_in_bytes
+        said["flops"] = round(compiled.cost_analysis()["flops"])
+        said |= dataclasses.asdict(read_program(compiled.as_text()))
+        if not quick and not said["cycles"]:
+            raise ValueError("the compiler estimates no cycles any more: libtpu is too new")
+    said["seconds"] = round(time.perf_counter() - start, 1)
+    return said | {"device_bytes": device_bytes(slice_)}
 
 
 def device_bytes(slice_: Slice) -> int:
@@ -133,6 +187,9 @@ def read_program(hlo: str) -> Program:
     """Reads a scheduled HLO module, as `compiled.as_text()` gives it.
 
     Loops count as often as they run, and of a branch's ways the longest.
+
+    Raises:
+        ValueError: it is not one, or of a form that this function does not know.
     """
     computations, entry, name = {}, None, None
     for line in hlo.splitlines():
@@ -144,7 +201,9 @@ def read_program(hlo: str) -> Program:
             name = None
         elif name:
             computations[name].append(line)
-    cycles, counts, sizes = 0, Counter(), Counter()
+    if entry is None:
+        raise ValueError("the compiled program has no entry: jax or libtpu is too new")
+    cycles, collectives = 0, {}
     for times, line in _executed(computations, entry):
         if match := re.search(r'"estimated_cycles":"(\d+)"', line):
             cycles += times * int(match[1])
@@ -153,14 +212,23 @@ def read_program(hlo: str) -> Program:
             found = _sizes(types)
             if start and kind != "all-reduce":  # gives its operands too, before the results
                 found = found[len(found) // 2 :]
-            counts[kind] += times
-            sizes[kind] += times * sum(found)
+            # An asynchronous one stands in several fusions, with the work that hides it.
+            channel = re.search(r"channel_id=(\d+)", line)
+            collectives[channel[1] if channel else -len(collectives)] = kind, times, sum(found)
+    counts, sizes = Counter(), Counter()
+    for kind, times, size in collectives.values():
+        counts[kind] += times
+        sizes[kind] += times * size
     return Program(cycles, {kind: (counts[kind], sizes[kind]) for kind in sorted(counts)})
 
 
 def _executed(computations: dict[str, list[str]], name: str) -> Iterator[tuple[int, str]]:
-    """Instructions of a computation with how often they run; those of fusions count as one."""
-    for line in computations.get(name, []):
+    """Instructions of a computation with how often they run.
+
+    Fusions count as one instruction, whose cycles are their own; of what is inside come the
+    collectives.
+    """
+    for line in computations[name]:
         yield 1, line
         if match := re.search(r"\bwhile\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
             trips = _trips(computations[match[1]])
@@ -171,6 +239,10 @@ def _executed(computations: dict[str, list[str]], name: str) -> Iterator[tuple[i
             yield from max(branches, key=_cycles)
         elif match := re.search(r"\b(?:call|async-start)\(.*(?:to_apply|calls)=%?([\w.-]+)", line):
             yield from _executed(computations, match[1])
+        elif match := re.search(r"\bfusion\(.*calls=%?([\w.-]+)", line):
+            for times, inner in _executed(computations, match[1]):
+                if re.search(f" (?:{_COLLECTIVES})", inner):
+                    yield times, inner.partition("backend_config")[0]
 
 
 def _trips(condition: list[str]) -> int:
@@ -198,11 +270,16 @@ def collective_seconds(slice_: Slice, collectives: dict[str, tuple[int, int]]) -
     """Time of the collectives at the links' published speed, nothing hidden behind computation.
 
     On a ring of n devices each link carries (n - 1) / n of a gathered array, and twice that of a
-    reduced one; the axes of the torus share it.
+    reduced one; the axes of the torus share it. A chip has two links along an axis that closes to a
+    ring, and one to send on along another.
     """
-    n = len(slice_.devices)
-    speed = slice_.chip.link * 2 * sum(int(s) > 1 for s in slice_.name.split(":")[1].split("x"))
-    total = 0.0
+    n, total = len(slice_.devices), 0.0
+    sizes = [int(size) for size in slice_.name.split(":")[1].split("x")]
+    closed = [size % slice_.chip.ring == 0 for size in sizes]
+    if len(sizes) == 3:  # of whole cubes only
+        closed = [all(closed)] * 3
+    links = sum(1 + ring for size, ring in zip(sizes, closed, strict=True) if size > 1)
+    speed = slice_.chip.link * max(1, links)
     for kind, (_, size) in collectives.items():
         factor = {"all-reduce": 2, "reduce-scatter": n, "collective-permute": 1}.get(kind, 1)
         total += factor * size * (n - 1) / n / speed

@@ -37,9 +37,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     """
     # ------------------------------------------------------- checks, before anything is slow
 
+    processes.check_same(
+        config.to_json(),
+        lambda i: (
+            f"the configuration of process {i} is another than of process 0: "
+            "give all processes the same command"
+        ),
+    )
     with processes.together():
         validate(config)
-        processes.check_same("the configuration", config.to_json())
         train_split = sources.open_split(config.data_dir, config.dataset, config.train_split)
         eval_split = sources.open_split(config.data_dir, config.dataset, config.eval_split)
         sharding = Sharding(jax.devices(), config.state_sharding)
@@ -52,8 +58,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             "num_classes": train_split.num_classes,
         }
         workdir = run_folder.prepare(workdir, config, data)
-    with processes.together():
-        run_folder.check_shared(workdir)
+    run_folder.check_shared(workdir)
     if (result := run_folder.read_result(workdir)) is not None:
         if processes.is_first():
             print("this run is finished; its result:")

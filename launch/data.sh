@@ -13,7 +13,7 @@
 # shellcheck source=launch/shared.sh
 . "$(dirname "$0")/shared.sh"
 
-SPARE=$((1 << 30)) # for the file system itself, and logs
+SPARE=$((1 << 30)) # for file systems, which keep whole pages, and logs
 
 gigabytes() { echo "$((($1 + 999999999) / 1000000000)) GB"; }
 
@@ -33,9 +33,10 @@ source_bytes() {
 # Makes a file system in memory of that many bytes where the disk has no room.
 make_room() {
   local bytes=$1 there disk memory
-  there=$(du --summarize --bytes "$DATA_DIR" | cut -f 1)
+  there=$(du --summarize --block-size=1 "$DATA_DIR" | cut -f 1)
+  if ((there >= bytes)); then return; fi
   disk=$(df --block-size=1 --output=avail "$DATA_DIR" | tail -n 1)
-  if ((disk + there >= bytes + SPARE)); then
+  if ((disk + there >= bytes + SPARE / 2)); then
     say "$(gigabytes "$bytes") for $DATA_DIR, which has $(gigabytes "$disk") free"
     return
   fi

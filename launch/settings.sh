@@ -10,7 +10,7 @@
 : "${CONFIG:=configs/vitc.py:4gf}"    # as after --config
 : "${FIELDS:=}"                       # fields to override, without spaces in them: "lr=5e-4 epochs=50"
 : "${WORKDIR:=/mnt/bucket/runs/$RUN_NAME}"  # a folder that all machines of the run share
-: "${DATA_DIR:=/mnt/data}"            # config.data_dir; "" for the configuration's own
+: "${DATA_DIR:=/mnt/data}"            # config.data_dir; "" for the configuration's own, where no data are copied
 
 # --- The code: each machine clones it. No password in the address: it would end up in logs. ---
 : "${REPOSITORY:=}"                   # https://… or git@…

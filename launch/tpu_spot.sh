@@ -16,6 +16,7 @@
 . "$(dirname "$0")/shared.sh"
 
 STUCK_POLLS=5 # without an answer, or with some workers gone and others waiting for them
+QUIET_POLLS=60 # of a run without a new checkpoint, before it says so
 
 vm() { "$launch/tpu_vm.sh" "$@"; }
 
@@ -94,24 +95,29 @@ look() {
   [[ $node != READY || ${#states[@]} == "$num_workers" ]]
 }
 
+# A machine that was restarted has lost what was mounted: set-up comes before every start.
+begin() { attempt "setting up $num_workers workers" setup && attempt "starting the run" run; }
+
 # Every worker is up and has told its state.
 consider() {
   local status
   if ((best_step == -2)); then
     best_step=$step # of an earlier session of this script
   elif ((step > best_step)); then
-    best_step=$step failures=0 delay=$BACKOFF_SECONDS
+    best_step=$step failures=0 delay=$BACKOFF_SECONDS quiet=0
     say "checkpoint of step $step"
   fi
   if [[ " ${states[*]} " == *" none "* ]]; then
-    attempt "setting up $num_workers workers" setup || return 0
-    attempt "starting the run" run || return 0
-    pause "$POLL_SECONDS"
+    if begin; then pause "$POLL_SECONDS"; fi
     return
   fi
   status=$(run_status "${states[@]}")
   case $status in
-    running) leaving=0 && pause "$POLL_SECONDS" ;;
+    running)
+      leaving=0 quiet=$((quiet + 1))
+      ((quiet % QUIET_POLLS)) || say "no new checkpoint in $quiet looks: launch/tpu_vm.sh logs"
+      pause "$POLL_SECONDS"
+      ;;
     leaving)
       leaving=$((leaving + 1))
       if ((leaving < STUCK_POLLS)); then
@@ -124,7 +130,7 @@ consider() {
     0) finish 0 "the run is done" ;;
     75)
       failed "the run was interrupted (${states[*]})"
-      attempt "starting the run again" run || true
+      begin || true
       ;;
     *) finish "$status" "the run failed with status $status, and would again (${states[*]})" ;;
   esac
@@ -138,7 +144,7 @@ if [[ $dry_run == yes ]]; then
   exit
 fi
 
-machine=NONE failures=0 delay=$BACKOFF_SECONDS best_step=-2 silent=0 leaving=0 seen=''
+machine=NONE failures=0 delay=$BACKOFF_SECONDS best_step=-2 silent=0 leaving=0 quiet=0 seen=''
 trap interrupted INT TERM
 while true; do
   if ! look; then

@@ -18,7 +18,11 @@ cd "$launch/.."
 files=$HOME/run
 mkdir -p "$files"
 
+# Done twice it does no harm.
 setup() {
+  # For want of a network, say: try again. The commands' own 2 and 3 would mean settings and data.
+  set -E
+  trap 'exit 1' ERR
   # These images' own Python is 3.10, which is too old; uv brings its own.
   run python3 -m pip install --quiet --user uv
   local uv=$HOME/.local/bin/uv
@@ -26,6 +30,7 @@ setup() {
   run "$uv" pip install --quiet --python .venv/bin/python --require-hashes \
     -r requirements.lock -r requirements-tpu.lock
   [[ -z $BUCKET ]] || mount_bucket
+  trap - ERR
   [[ -z $DATA_SOURCE ]] || run launch/data.sh
 }
 
@@ -51,6 +56,10 @@ start() {
   if [[ $dry_run == yes ]]; then
     run "$@"
     return
+  fi
+  if [[ " $* " == *" /mnt/bucket/"* ]] && ! mountpoint --quiet /mnt/bucket; then
+    echo "error: /mnt/bucket is not mounted, since a restart perhaps: worker.sh setup" >&2
+    exit 1
   fi
   exec 9>"$files/lock"
   if ! flock --nonblock 9; then

@@ -339,14 +339,22 @@ def test_spot_stops_where_set_up_finds_damaged_data(cloud):
 def test_spot_runs_again_after_75(cloud):
     states = [workers("running", "running"), workers("75", "137"), workers("0", "0")]
     done, did, _ = spot(cloud, [ACTIVE, READY, *states])
-    assert done.returncode == 0 and did == ["start", "delete"]
+    assert done.returncode == 0 and did == ["setup", "start", "delete"]
+
+
+def test_spot_says_that_no_checkpoint_comes(cloud):
+    states = [workers("running", "running", step=5)] * 125 + [workers("0", "0", step=5)]
+    done, did, _ = spot(cloud, [ACTIVE, READY, *states])
+    assert done.returncode == 0 and did == ["delete"]
+    assert done.stdout.count("no new checkpoint in 60 looks") == 1
+    assert done.stdout.count("no new checkpoint in 120 looks") == 1
 
 
 def test_spot_stops_workers_that_wait_for_a_lost_one(cloud):
     states = [workers("lost", "running")] * 5 + [workers("lost", "75"), workers("0", "0")]
     done, did, _ = spot(cloud, [ACTIVE, READY, *states])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert did == ["stop", "start", "delete"]
+    assert did == ["stop", "setup", "start", "delete"]
 
 
 def test_spot_gives_up_and_counts_anew_after_a_checkpoint(cloud):
@@ -357,7 +365,7 @@ def test_spot_gives_up_and_counts_anew_after_a_checkpoint(cloud):
     # Three failures, a checkpoint, then three and the fourth.
     assert waits == [60, 120, 240, 60, 60, 120, 240]
     assert "checkpoint of step 6" in done.stdout
-    assert did == ["start"] * 6 + ["log", "delete"]
+    assert did == ["setup", "start"] * 6 + ["log", "delete"]
 
 
 def test_spot_keeps_the_machine_when_told(cloud):
@@ -419,10 +427,12 @@ def test_data_go_to_memory_where_the_disk_is_too_small(cloud):
     assert did[1].startswith("gcloud storage rsync")
 
 
-def test_what_is_there_already_needs_no_room(cloud):
+@pytest.mark.parametrize("size, memory", [(2 * 10**6, 1), (2 * 10**6 + 4000, 9)])
+def test_what_is_there_already_needs_no_room(cloud, size, memory):
+    """Files take whole pages, so that all of it may look larger than in the bucket."""
     (cloud.home / "part").write_bytes(bytes(2 * 10**6))
-    du = ["storage du", 0, f"{2 * 10**6}  gs://my-bucket/data\n"]
-    done, did = fill(cloud, [du], disk=2, memory=1)
+    du = ["storage du", 0, f"{size}  gs://my-bucket/data\n"]
+    done, did = fill(cloud, [du], disk=1, memory=memory)
     assert done.returncode == 0 and len(did) == 1, done.stderr
 
 
@@ -484,6 +494,25 @@ class Worker:
 @pytest.fixture
 def worker(tmp_path):
     return Worker(tmp_path)
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_worker_sets_up_again_where_a_program_fails(worker, status):
+    """uv's own 2 for want of a network must not be taken for a wrong setting."""
+    uv = worker.cloud.home / ".local/bin/uv"
+    uv.parent.mkdir(parents=True)
+    uv.write_text(f"#!/bin/bash\nexit {status}\n")
+    uv.chmod(0o755)
+    (worker.cloud.folder / "bin/python3").symlink_to(ROOT / "tests/fake_cloud/fake.sh")
+    nothing = {"BUCKET": "", "DATA_SOURCE": "", "WORKDIR": "/tmp"}
+    done = worker.cloud.run(f"{LAUNCH}/worker.sh setup", **nothing)
+    assert done.returncode == min(status, 1), done.stderr
+
+
+def test_worker_does_not_train_beside_the_bucket(worker):
+    done = worker.cloud.run(f"{LAUNCH}/worker.sh start train --workdir /mnt/bucket/runs/first")
+    assert done.returncode == 1 and "/mnt/bucket is not mounted" in done.stderr
+    assert worker(f"state {worker.workdir}") == "worker host-0 none -1\n"
 
 
 def test_worker_starts_and_tells_the_exit_status(worker):
@@ -639,7 +668,7 @@ def cluster(cloud):
     srun = cloud.folder / "bin/srun"
     srun.unlink()
     srun.write_text(
-        '#!/bin/bash\nshift; for i in 0 1 2 3; do SLURM_PROCID=$i "$@" & done; wait; exit 137\n'
+        '#!/bin/bash\nshift 2; for i in 0 1 2 3; do SLURM_PROCID=$i "$@" & done; wait; exit 137\n'
     )
     for path in (python, srun):
         path.chmod(0o755)
@@ -682,6 +711,8 @@ def test_slurm_options():
     assert max(directives) < body, "sbatch reads no directive after the first command"
     options = dict(lines[i].removeprefix("#SBATCH --").partition("=")[::2] for i in directives)
     assert options["ntasks-per-node"] == options["gpus-per-node"], "JAX wants one for each GPU"
+    [srun] = [line for line in lines if line.startswith("run srun")]
+    assert "--cpus-per-task=" in srun, "srun does not take sbatch's by itself"
     assert options["signal"] == "TERM@300"  # not B:, which would signal this script alone
     assert "requeue" in options and options["open-mode"] == "append"
 

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,27 +186,60 @@ def test_a_loss_that_is_not_finite_ends_all_processes(tmp_path):
     assert status == 5 and output.count("the training loss is nan") == 2, output
 
 
-def start_two(flags_of):
-    """Starts two processes with flags of their own; returns their statuses and outputs."""
-    main = [sys.executable, "-m", "convstem_jax.main"]
-    main += ["--coordinator", launch_local.free_address(), "--processes", "2", "--process"]
+def start_two(flags_of, program=("-m", "convstem_jax.main")):
+    """Starts two processes with flags of their own; returns their statuses and outputs.
+
+    `program` is what Python runs as process 1.
+    """
+    cluster = ["--coordinator", launch_local.free_address(), "--processes", "2", "--process"]
     started = [
         subprocess.Popen(
-            [*main, str(i), *flags_of[i]],
+            [sys.executable, *words, *cluster, str(i), *flags_of[i]],
             cwd=ROOT,
             env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for i in (0, 1)
+        for i, words in enumerate([("-m", "convstem_jax.main"), program])
     ]
-    outputs = [process.communicate(timeout=100)[0] for process in started]
+    outputs = [process.communicate(timeout=200)[0] for process in started]
     return [process.returncode for process in started], outputs
 
 
-def test_processes_with_different_commands_are_refused(tmp_path):
-    statuses, outputs = start_two([flags(tmp_path), flags(tmp_path, lr="0.1")])
+DIES_AT = """
+import os, sys
+from convstem_jax import {module}, main, processes
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), 9)
+
+{module}.{name} = die
+main.main(sys.argv[1:])
+"""
+PLACES = [("checkpoint", "_inspect")]  # before the checksums of a restored state are compared
+if DRILL:
+    PLACES += [("checkpoint", "Checkpoints._read"), ("checkpoint", "Checkpoints.save")]
+    PLACES += [("run_folder", "prepare"), ("train", "evaluate")]
+
+
+@pytest.mark.parametrize("module, name", PLACES)
+def test_a_process_that_is_lost_is_no_damaged_checkpoint(module, name, one_device, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(one_device, workdir)
+    (workdir / "result.json").unlink()
+    if name == "Checkpoints.save":  # there must be something left to save
+        shutil.rmtree(workdir / "checkpoints/20")
+    dies = ["-c", DIES_AT.format(module=module, name=name)]
+    statuses, outputs = start_two([flags(workdir), flags(workdir)], dies)
+    assert statuses == [75, -signal.SIGKILL], outputs[0]
+    assert "another process of the run was lost" in outputs[0]
+
+
+@pytest.mark.parametrize("other", [{"lr": "0.1"}, {"warmup_epochs": "99"}])
+def test_processes_with_different_commands_are_refused(other, tmp_path):
+    """Also where the other is wrong by itself."""
+    statuses, outputs = start_two([flags(tmp_path), flags(tmp_path, **other)])
     assert statuses == [2, 2], outputs
     for output in outputs:
         assert "the configuration of process 1 is another than of process 0" in output
@@ -220,7 +254,7 @@ def test_an_error_in_one_process_ends_the_other_with_the_same_status(tmp_path):
 def test_a_work_directory_that_is_not_shared_is_refused(tmp_path):
     statuses, outputs = start_two([flags(tmp_path / "a"), flags(tmp_path / "b")])
     assert statuses == [2, 2], outputs
-    assert "process 1 does not see the config.json that process 0 wrote" in outputs[1]
+    assert "process 1 does not see what process 0 wrote" in outputs[0]
 
 
 @pytest.mark.parametrize(

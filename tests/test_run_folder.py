@@ -35,7 +35,7 @@ def test_a_folder_of_the_same_run_is_accepted(tmp_path):
     config = load_config("configs/quickstart.py")
     path = run_folder.prepare(str(tmp_path / "a" / "b"), config, {})
     assert path == run_folder.prepare(str(tmp_path / "a" / "b"), config, {})
-    assert sorted(os.listdir(path)) == [".lock", "config.json"]
+    assert sorted(os.listdir(path)) == [".lock", ".token", "config.json"]
 
 
 def test_a_damaged_description_is_refused_where_there_is_a_run(tmp_path):
