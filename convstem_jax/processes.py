@@ -20,8 +20,8 @@ MEET_SECONDS = 10  # for the others to reach the end
 def start(coordinator: str | None, num_processes: int | None, process: int | None) -> None:
     """Joins the other processes of the run, before anything else of JAX is used.
 
-    Without arguments they are found where JAX can: on Cloud TPU, under SLURM, Open MPI or
-    Kubernetes. Elsewhere this process is alone.
+    Without arguments they are found where JAX can: on Cloud TPU, in GKE too, under SLURM and
+    Open MPI. Elsewhere this process is alone.
 
     Args:
         coordinator: HOST:PORT of process 0.

@@ -71,3 +71,14 @@ class Sharding:
                 return function(*static, *args)
 
         return jax.jit(on_mesh, **options)
+
+
+def bytes_on_device(arrays: PyTree) -> int:
+    """Bytes that arrays take of this process's first device."""
+    device = jax.local_devices()[0]
+    return sum(
+        part.data.nbytes
+        for x in jax.tree.leaves(arrays)
+        for part in x.addressable_shards
+        if part.device == device
+    )

@@ -16,7 +16,7 @@ from convstem_jax.config import validate
 from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import Preempted
 from convstem_jax.evaluate import evaluate, precise_batch_stats
-from convstem_jax.sharding import Sharding
+from convstem_jax.sharding import Sharding, bytes_on_device
 from convstem_jax.step import batch_statistics, eval_step
 from convstem_jax.transfer import transfer
 
@@ -101,7 +101,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     jit_eval_step = sharding.jit(eval_step, graphdef, recipe, **replicated)
     jit_batch_statistics = sharding.jit(batch_statistics, graphdef, recipe, **replicated)
     if processes.is_first():
-        _print_overview(config, workdir, state.params, len(train_split), num_steps)
+        _print_overview(config, workdir, state, len(train_split), num_steps)
 
     # -------------------------------------------------------------------------------- resume
 
@@ -209,7 +209,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     return result
 
 
-def _print_overview(config, workdir: str, params, num_images: int, num_steps: int) -> None:
+def _print_overview(config, workdir: str, state, num_images: int, num_steps: int) -> None:
+    params = state.params
     decayed = optim.decay_mask(params)
     path = metrics.write_overview(workdir, params, decayed)
     flags = jax.tree.leaves(decayed)
@@ -218,6 +219,8 @@ def _print_overview(config, workdir: str, params, num_images: int, num_steps: in
     print(
         f"{config.model}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, "
         f"{config.dtype}, on {run_folder.device()}\n"
+        f"the state, {config.state_sharding}, takes {bytes_on_device(state) / 2**20:,.1f} MiB of "
+        "each device\n"
         f"weight decay acts on {sum(flags)} of {len(flags)} arrays, on none called {exempt}: see "
         f"{path}\n"
         f"{num_images:,} training images, {num_steps:,} steps of {config.batch_size}\n"

@@ -22,7 +22,7 @@ from convstem_jax import launch_local, processes, run_folder
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import ConfigError
 from convstem_jax.metrics import read_jsonl
-from convstem_jax.sharding import MIN_SIZE, Sharding
+from convstem_jax.sharding import MIN_SIZE, Sharding, bytes_on_device
 
 ROOT = pathlib.Path(__file__).parent.parent
 NUM_STEPS = 20
@@ -309,3 +309,12 @@ def test_fsdp_splits_what_is_large_along_its_longest_axis_that_divides():
         x = jax.ShapeDtypeStruct(shape, "float32")
         assert sharding.of_state({"x": x})["x"].spec == spec, shape
         assert Sharding(jax.devices()).of_state(x).spec == jax.P()
+
+
+def test_fsdp_takes_a_part_of_the_memory_of_each_device():
+    num = len(jax.devices())
+    large, small = np.zeros((num * MIN_SIZE,), np.float32), np.zeros((num,), np.float32)
+    for state, divisor in (("replicated", 1), ("fsdp", num)):
+        shardings = Sharding(jax.devices(), state).of_state([large, small])
+        arrays = jax.device_put([large, small], shardings)
+        assert bytes_on_device(arrays) == large.nbytes / divisor + small.nbytes
