@@ -115,7 +115,7 @@ def _parse(
     if several_processes:
         group = parser.add_argument_group(
             "several processes",
-            "found on Cloud TPU, GKE's too, under SLURM and Open MPI; elsewhere give each all three",
+            "found on Cloud TPU (GKE's too), under SLURM, Open MPI; elsewhere give each all three",
         )
         group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
         group.add_argument("--processes", type=int, metavar="N", help="1 to look for no others")
