@@ -14,9 +14,11 @@ import collections
 import concurrent.futures
 import contextlib
 import http.server
+import importlib.metadata
 import json
 import os
 import pathlib
+import platform
 import re
 import sys
 import tempfile
@@ -194,8 +196,13 @@ def main(argv: list[str] | None = None) -> int:
     for rows in tables.values():
         print(tabulate(rows, headers="keys", tablefmt="github"), end="\n\n")
     if args.json:
+        about = {
+            "array_record": importlib.metadata.version("array_record"),
+            "python": platform.python_version(),
+            "cores": len(os.sched_getaffinity(0)),
+        }
         with open(args.json, "w") as file:
-            json.dump(tables, file, indent=2)
+            json.dump(tables | {"about": about}, file, indent=2)
             file.write("\n")
     return 0
 

@@ -294,7 +294,7 @@ def table(records: list[dict], tablefmt: str) -> str:
             "yes" if r["fits"] else f"no: {r['remedy']}", number(r["largest_batch"]),
             number(r["compile_seconds"]), number(r["step_seconds"], 1000, ",.1f"),
             number(r["images_per_second"]), number(r["mfu"], 100, ".1f"),
-            number(r["collective_bytes"], 2**-20), number(r["hours"], 1, ",.1f"),
+            number(r["collective_bytes"], 2**-20), number(r["hours"], 1, ",.2f"),
             number(r["chip_hours"]),
         )
         for r in records

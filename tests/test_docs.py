@@ -1,0 +1,33 @@
+"""What the documentation says of files and results is there."""
+
+import json
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+from convstem_jax import preflight
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_committed_files(page):
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    files = {ROOT / name for name in listed}
+    folders = {folder for file in files for folder in file.parents}
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    missing = [x for x in links if (page.parent / x).resolve() not in files | folders]
+    assert not missing
+
+
+def test_the_table_of_preflight_is_made_of_its_records():
+    lines = (ROOT / "results/preflight/records.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    slices = {"v3:2x2", "v4:2x2x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8"}
+    assert len(records) == 40 and {record["topology"] for record in records} == slices
+    assert preflight.table(records, "github") in (ROOT / "docs/preflight.md").read_text()
