@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torchvision.models.regnet import BlockParams, RegNet
-from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
+from benchmarks import torch_contenders
 from convstem_jax import layouts
 from convstem_jax.models import create_model
 from convstem_jax.step import split
@@ -43,33 +42,7 @@ def images_of(n, size, seed=1):
 
 def torchvision_network(model):
     """torchvision's network of the same architecture, with the weights of `model`."""
-    spec, num_classes = model.spec, model.head.out_features
-    if hasattr(spec, "depths"):
-        num = len(spec.depths)
-        blocks = BlockParams(
-            depths=list(spec.depths),
-            widths=list(spec.widths),
-            group_widths=[spec.group_width] * num,
-            bottleneck_multipliers=[1.0] * num,
-            strides=[2] * num,
-            se_ratio=spec.se_ratio,
-        )
-        network = RegNet(blocks, num_classes, stem_width=spec.stem_width)
-    else:
-        configs = [
-            ConvStemConfig(channels, 3, stride)
-            for channels, stride in zip(spec.stem_channels, spec.stem_strides, strict=True)
-        ]
-        network = VisionTransformer(
-            spec.image_size,
-            spec.patch_size,
-            spec.depth,
-            spec.num_heads,
-            spec.width,
-            spec.mlp_dim,
-            num_classes=num_classes,
-            conv_stem_configs=configs or None,
-        )
+    network = torch_contenders.torchvision_network(model.spec, model.head.out_features)
     _, params, batch_stats = split(model)
     if all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
         state = layouts.to_torch({"params": params, "batch_stats": batch_stats}, "torchvision")

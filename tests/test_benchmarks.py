@@ -3,10 +3,11 @@
 import dataclasses
 import json
 
+from flax import nnx
 import jax
 import pytest
 
-from benchmarks import population, reading
+from benchmarks import jax_contenders, population, reading, train_step
 from convstem_jax.models import MODELS
 
 
@@ -42,3 +43,36 @@ def test_reading(tmp_path, capsys):
     assert need["images_per_second_and_host"] == 2000 and need["mb_per_second_and_host"] == 230
     assert "v5e:4x4" in capsys.readouterr().out
     assert sorted(tmp_path.iterdir()) == [file, preflight], "it cleans up"
+
+
+def test_train_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, "vitc_tiny", dataclasses.replace(MODELS["vitc_tiny"], depth=1))
+    file = tmp_path / "train_step.json"
+    flags = ["--models=vitc_tiny", "--batch=4", "--steps=1", "--repeats=3", f"--json={file}"]
+    flags += ["--implementations", "convstem_jax", "plain Flax, float32", "torchvision", "timm"]
+    assert train_step.main([*flags, "--torch_mode=eager", "--matmul_size=64"]) == 0
+    rows = json.loads(file.read_text())
+    names = ["convstem_jax", "plain Flax, float32", "torchvision"]
+    assert [row["implementation"] for row in rows] == names
+    for row in rows:
+        assert row["images_per_second"] > 0 and row["mfu"] > 0 and row["batch"] == 4
+    assert rows[0]["ours_over_it"] == 1
+    output, error = capsys.readouterr()
+    assert output.count("vitc_tiny") == 3 and "left out: timm" in error
+
+
+@pytest.mark.parametrize("name", ["vitc_18gf", "vitp_1gf"])
+def test_the_plain_model_is_the_same_network(name):
+    def sizes(implementation):
+        model = nnx.eval_shape(jax_contenders.new_model(implementation, name))
+        params = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        return sum(x.size for x in params)
+
+    assert sizes("plain Flax, bfloat16") == sizes("convstem_jax")
+    assert jax_contenders.new_model("plain Flax, bfloat16", "regnety_1gf") is None
+
+
+def test_train_step_refuses_an_odd_batch(capsys):
+    with pytest.raises(SystemExit) as error:
+        train_step.main(["--batch=3"])
+    assert error.value.code == 2 and "--batch 3 must be even" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""Training steps in JAX: this project's, and the same around a model of Flax's stock layers."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import time
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convstem_jax.models import MODELS, create_model
+from convstem_jax.models.vit import ViTSpec
+from convstem_jax.step import HParams, Recipe, init_state, split, train_step
+
+NUM_CLASSES = 1000
+
+
+class PlainBlock(nnx.Module):
+    """Pre-norm block of stock layers, as Flax's own documentation would have one write it."""
+
+    def __init__(self, spec: ViTSpec, **kwargs):
+        self.norm1 = nnx.LayerNorm(spec.width, **kwargs)
+        self.attention = nnx.MultiHeadAttention(spec.num_heads, spec.width, decode=False, **kwargs)
+        self.norm2 = nnx.LayerNorm(spec.width, **kwargs)
+        self.fc1 = nnx.Linear(spec.width, spec.mlp_dim, **kwargs)
+        self.fc2 = nnx.Linear(spec.mlp_dim, spec.width, **kwargs)
+
+    def __call__(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(nnx.gelu(self.fc1(self.norm2(x)), approximate=False))
+
+
+class PlainViT(nnx.Module):
+    """The paper's ViT of stock layers alone: separate query, key and value, defaults elsewhere."""
+
+    def __init__(self, spec: ViTSpec, *, dtype, rngs: nnx.Rngs):
+        kwargs = {"dtype": dtype, "rngs": rngs}
+        layers, num_in = [], 3
+        for channels, stride in zip(spec.stem_channels, spec.stem_strides, strict=True):
+            conv = nnx.Conv(
+                num_in, channels, (3, 3), stride, padding=1, use_bias=False, **kwargs
+            )  # fmt: skip
+            layers += [conv, nnx.BatchNorm(channels, **kwargs), nnx.relu]
+            num_in = channels
+        size = 1 if layers else spec.patch_size
+        layers.append(nnx.Conv(num_in, spec.width, (size, size), size, **kwargs))
+        self.stem = nnx.Sequential(*layers)
+        num_tokens = 1 + (spec.image_size // spec.patch_size) ** 2
+        self.class_token = nnx.Param(jnp.zeros((1, 1, spec.width)))
+        self.position_embedding = nnx.Param(jnp.zeros((1, num_tokens, spec.width)))
+        self.blocks = nnx.List(PlainBlock(spec, **kwargs) for _ in range(spec.depth))
+        self.norm = nnx.LayerNorm(spec.width, **kwargs)
+        self.head = nnx.Linear(spec.width, NUM_CLASSES, **kwargs)
+
+    def __call__(self, images):
+        x = self.stem(images)
+        x = x.reshape(len(x), -1, x.shape[-1])
+        token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
+        x = jnp.concatenate([token, x], axis=1) + self.position_embedding[...].astype(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+def new_model(implementation: str, name: str) -> Callable[[], nnx.Module] | None:
+    """A function that makes the model; None where this implementation has none such.
+
+    Args:
+        implementation: "convstem_jax", "plain Flax, bfloat16" or "plain Flax, float32".
+        name: a key of `MODELS`.
+    """
+    if implementation == "convstem_jax":
+        return lambda: create_model(name, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    spec = MODELS[name]
+    if not isinstance(spec, ViTSpec) or spec.stem_kernels or spec.stem_norm:
+        return None
+    dtype = jnp.dtype(implementation.rpartition(" ")[2])
+    return lambda: PlainViT(spec, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def recipe_of(optimizer: str) -> Recipe:
+    """The paper's recipe on ImageNet."""
+    return Recipe(
+        num_classes=NUM_CLASSES, optimizer=optimizer, label_smoothing=0.1, mixup_alpha=0.8,
+        cutmix_alpha=1.0, lighting_std=0.1, ema_every=32, mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )  # fmt: skip
+
+
+def hparams() -> HParams:
+    """Of a run of 10,000 steps."""
+    return HParams(
+        lr=jnp.float32(1e-3), wd=jnp.float32(0.1), seed=jnp.uint32(0), num_steps=jnp.int32(10_000),
+        warmup_steps=jnp.int32(0), ema_rate=jnp.float32(1e-3),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class JaxStep:
+    """A compiled training step with its state and batch on the first device."""
+
+    name: str
+    compile_seconds: float
+    peak_bytes: int
+    _step: Callable
+    _state: tuple
+    _rest: tuple
+
+    @classmethod
+    def make(cls, implementation: str, model: str, optimizer: str, images: np.ndarray, labels):
+        """Compiles it; None where the implementation has no such model."""
+        if (new := new_model(implementation, model)) is None:
+            return None
+        recipe = recipe_of(optimizer)
+        graphdef, _, _ = split(nnx.eval_shape(new))
+        state = jax.jit(lambda: init_state(recipe, new()))()
+        rest = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}, hparams()
+        step = jax.jit(functools.partial(train_step, graphdef, recipe), donate_argnums=0)
+        start = time.perf_counter()
+        compiled = step.lower(state, *rest).compile()
+        seconds = time.perf_counter() - start
+        memory = compiled.memory_analysis()
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+        return cls(implementation, seconds, peak, compiled, state, rest)
+
+    def run(self, num_steps: int) -> float:
+        """Makes so many steps and waits for them; returns the last loss."""
+        for _ in range(num_steps):
+            self._state, metrics = self._step(self._state, *self._rest)
+        return float(metrics["loss"])
+
+
+def matmul_flops(size: int, num: int = 10) -> float:
+    """Operations a second of bfloat16 products of two `size` x `size` matrices on this device."""
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+
+    @jax.jit
+    def products(x):
+        return jax.lax.fori_loop(0, num, lambda _, y: (x @ y) * jnp.bfloat16(size**-0.5), x)
+
+    products(x).block_until_ready()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        products(x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 * num / float(np.median(times))

@@ -1,0 +1,159 @@
+"""Training steps in PyTorch, at their best: torch.compile, bfloat16 autocast, fused optimisers.
+
+The networks are torchvision's and timm's own. The step does what this project's does: it normalises
+uint8 images, lights, mixes and smooths on the device, updates the parameters, and the EMA at every
+32nd step.
+"""
+
+from collections.abc import Callable
+import importlib
+import time
+
+import numpy as np
+
+from convstem_jax.errors import first_line
+from convstem_jax.models import MODELS
+from convstem_jax.models.vit import ViTSpec
+
+NUM_CLASSES = 1000
+EMA_EVERY, EMA_RATE = 32, 1e-3
+# The same network under timm's name.
+TIMM = {"vitp_18gf": "vit_base_patch16_224"}
+
+
+def unavailable(implementation: str) -> str | None:
+    """Why this implementation cannot be used here, if it cannot."""
+    try:
+        importlib.import_module(implementation)
+    except (ImportError, RuntimeError) as error:  # torchvision's, beside another build of torch
+        return first_line(error)
+    return None
+
+
+def torchvision_network(spec, num_classes: int = NUM_CLASSES):
+    """torchvision's network of the architecture of `spec`, a value of `MODELS`."""
+    from torchvision.models.regnet import BlockParams, RegNet
+    from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
+
+    if not isinstance(spec, ViTSpec):
+        num = len(spec.depths)
+        blocks = BlockParams(
+            depths=list(spec.depths),
+            widths=list(spec.widths),
+            group_widths=[spec.group_width] * num,
+            bottleneck_multipliers=[1.0] * num,
+            strides=[2] * num,
+            se_ratio=spec.se_ratio,
+        )
+        return RegNet(blocks, num_classes, stem_width=spec.stem_width)
+    configs = [
+        ConvStemConfig(channels, 3, stride)
+        for channels, stride in zip(spec.stem_channels, spec.stem_strides, strict=True)
+    ]
+    return VisionTransformer(
+        spec.image_size,
+        spec.patch_size,
+        spec.depth,
+        spec.num_heads,
+        spec.width,
+        spec.mlp_dim,
+        num_classes=num_classes,
+        conv_stem_configs=configs or None,
+    )
+
+
+def new_network(implementation: str, model: str) -> Callable | None:
+    """A function that makes the network; None where this implementation has none such."""
+    if implementation == "torchvision":
+        spec = MODELS[model]
+        if isinstance(spec, ViTSpec) and (spec.stem_kernels or spec.stem_norm):
+            return None
+        return lambda: torchvision_network(spec)
+    if model not in TIMM:
+        return None
+
+    def timm_network():
+        import timm
+
+        return timm.create_model(TIMM[model], num_classes=NUM_CLASSES)
+
+    return timm_network
+
+
+class TorchStep:
+    """A compiled training step with its state and batch on the GPU, or on the CPU without one."""
+
+    def __init__(self, name: str, network, optimizer: str, images: np.ndarray, labels, mode: str):
+        import torch
+        from torch.nn import functional
+
+        self.name, self._torch = name, torch
+        self._cuda = torch.cuda.is_available()
+        device = torch.device("cuda" if self._cuda else "cpu")
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+        network = network.to(device, memory_format=torch.channels_last).train()
+        decayed = [p for p in network.parameters() if p.ndim > 1]
+        others = [p for p in network.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        if optimizer == "adamw":
+            self._optimizer = torch.optim.AdamW(groups, 1e-3, weight_decay=0.1, fused=True)
+        else:
+            self._optimizer = torch.optim.SGD(
+                groups, 1e-3, momentum=0.9, nesterov=True, weight_decay=1e-5, fused=True
+            )
+        tensors = [*network.parameters(), *network.buffers()]
+        self._weights = [x for x in tensors if x.is_floating_point()]
+        self._ema = [x.detach().clone() for x in self._weights]
+        mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
+        std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
+        self._images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+        self._labels = torch.from_numpy(labels).long().to(device)
+        height, width = images.shape[1:3]
+
+        def loss_of(images, labels, mask, light):
+            x = (images.float() / 255 + light[:, :, None, None] - mean) / std
+            targets = functional.one_hot(labels, NUM_CLASSES).float()
+            targets = 0.9 * targets + 0.1 / NUM_CLASSES
+            share = mask.mean()
+            x = (mask * x + (1 - mask) * x.flip(0)).contiguous(memory_format=torch.channels_last)
+            targets = share * targets + (1 - share) * targets.flip(0)
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = network(x)
+            return functional.cross_entropy(logits.float(), targets)
+
+        def draw():
+            if np.random.rand() < 0.5:
+                mask = torch.full((height, width), np.random.beta(0.8, 0.8), device=device)
+            else:
+                mask = torch.ones((height, width), device=device)
+                half = int(height * (1 - np.random.beta(1, 1)) ** 0.5) // 2
+                y, x = np.random.randint(height), np.random.randint(width)
+                mask[max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
+            return mask, 0.1 * torch.randn(len(images), 3, device=device)
+
+        self._draw = draw
+        self._loss_of = torch.compile(loss_of, mode=mode) if mode != "eager" else loss_of
+        self._steps = 0
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        self.run(3)  # graphs are recorded at the second and third call
+        self.compile_seconds = time.perf_counter() - start
+        state = sum(x.nbytes for x in self._weights) * 4 + images.nbytes
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before + state if self._cuda else None
+
+    def run(self, num_steps: int) -> float:
+        """Makes so many steps and waits for them; returns the last loss."""
+        torch = self._torch
+        for _ in range(num_steps):
+            loss = self._loss_of(self._images, self._labels, *self._draw())
+            loss.backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            self._steps += 1
+            if self._steps % EMA_EVERY == 0:
+                with torch.no_grad():
+                    torch._foreach_lerp_(self._ema, self._weights, EMA_RATE)
+        return loss.item()
