@@ -15,6 +15,7 @@ from convstem_jax.models.vit import ViTSpec
 from convstem_jax.step import HParams, Recipe, init_state, split, train_step
 
 NUM_CLASSES = 1000
+IMPLEMENTATIONS = ("convstem_jax", "plain Flax, bfloat16", "plain Flax, float32")  # ours first
 
 
 class PlainBlock(nnx.Module):
@@ -68,7 +69,7 @@ def new_model(implementation: str, name: str) -> Callable[[], nnx.Module] | None
     """A function that makes the model; None where this implementation has none such.
 
     Args:
-        implementation: "convstem_jax", "plain Flax, bfloat16" or "plain Flax, float32".
+        implementation: one of `IMPLEMENTATIONS`.
         name: a key of `MODELS`.
     """
     if implementation == "convstem_jax":

@@ -24,14 +24,13 @@ import jax
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks import torch_contenders
-from benchmarks.jax_contenders import JaxStep, matmul_flops
+from benchmarks import jax_contenders, torch_contenders
 from convstem_jax.complexity import complexity
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.optim import OPTIMIZERS
 
-OURS = "convstem_jax"
-JAX = (OURS, "plain Flax, bfloat16", "plain Flax, float32")
+JAX = jax_contenders.IMPLEMENTATIONS
+OURS = JAX[0]
 TORCH = ("torchvision", "timm")
 
 
@@ -40,7 +39,7 @@ def contenders(model: str, args, images: np.ndarray, labels: np.ndarray) -> list
     found = []
     for name in args.implementations:
         if name in JAX:
-            step = JaxStep.make(name, model, args.optimizer, images, labels)
+            step = jax_contenders.JaxStep.make(name, model, args.optimizer, images, labels)
         elif reason := torch_contenders.unavailable(name):
             print(f"left out: {name} ({reason})", file=sys.stderr)
             continue
@@ -137,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more")
 
-    peak = matmul_flops(args.matmul_size)
+    peak = jax_contenders.matmul_flops(args.matmul_size)
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, "
         f"Python {platform.python_version()}: {peak / 1e12:.2f} Tflop/s in bfloat16 products of "

@@ -1,7 +1,12 @@
 """The benchmarks run, and write what they promise."""
 
 import dataclasses
+import importlib.util
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 from flax import nnx
 import jax
@@ -9,6 +14,8 @@ import pytest
 
 from benchmarks import jax_contenders, population, reading, train_step
 from convstem_jax.models import MODELS
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_population(tmp_path, monkeypatch, capsys):
@@ -76,3 +83,17 @@ def test_train_step_refuses_an_odd_batch(capsys):
     with pytest.raises(SystemExit) as error:
         train_step.main(["--batch=3"])
     assert error.value.code == 2 and "--batch 3 must be even" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu for this machine")
+def test_tpu_cycles(tmp_path):
+    file = tmp_path / "cycles.json"
+    flags = ["--models", "vitp_tiny", "--topology", "v5e:1x1", "--batch=8", f"--json={file}"]
+    command = [sys.executable, "-m", "benchmarks.tpu_cycles", *flags]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, half, full = json.loads(file.read_text())
+    assert ours["implementation"] == "convstem_jax" and ours["ours_over_it"] == 1
+    assert half["ours_over_it"] == pytest.approx(ours["cycles"] / half["cycles"])
+    assert full["implementation"] in done.stdout and full["cycles"] > 0

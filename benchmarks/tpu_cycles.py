@@ -1,0 +1,102 @@
+"""The TPU compiler's estimate of a training step: this project's against plain Flax's.
+
+    python -m benchmarks.tpu_cycles --models vitc_4gf vitc_18gf --topology v4:2x2x1 v5e:2x2 v6e:2x2
+
+It needs libtpu and no TPU: see convstem_jax.preflight. Cycles are of the compiler's cost model, on
+one device, without collectives.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX looks for a TPU that is not there
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from tabulate import tabulate
+
+from benchmarks import jax_contenders
+from convstem_jax import build, tpu
+from convstem_jax.errors import UserError
+from convstem_jax.models import MODELS
+from convstem_jax.sharding import Sharding
+from convstem_jax.step import init_state, split
+
+OURS, *PLAIN = jax_contenders.IMPLEMENTATIONS
+
+
+def estimate(implementation: str, model: str, topology: str, batch: int) -> dict | None:
+    """Cycles and bytes of a device; None where the implementation has no such model."""
+    if (new := jax_contenders.new_model(implementation, model)) is None:
+        return None
+    slice_ = tpu.open_slice(topology)
+    sharding = Sharding(slice_.devices)
+    recipe = jax_contenders.recipe_of("adamw")
+    graphdef, _, _ = split(nnx.eval_shape(new))
+    state = jax.eval_shape(lambda: init_state(recipe, new()))
+    step = build.jit_train_step(sharding, graphdef, recipe, sharding.of_state(state))
+    size, n = MODELS[model].image_size, batch * len(slice_.devices)
+
+    def replicated(tree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated), tree
+        )
+
+    data = {
+        "image": jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8, sharding=sharding.batch),
+        "label": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=sharding.batch),
+    }
+    hparams = jax.eval_shape(jax_contenders.hparams)
+    traced = step.trace(replicated(state), data, replicated(hparams))
+    said = tpu.compile_step(traced, slice_, quick=False, known=None)
+    row = {"model": model, "topology": topology, "batch_on_device": batch}
+    row |= {"implementation": implementation}
+    return row | {name: said[name] for name in ("cycles", "bytes", "seconds", "versions")}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tpu_cycles",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", default=["vitc_4gf"], choices=MODELS, metavar="MODEL")
+    add("--topology", nargs="+", default=["v5e:2x2"], metavar="NAME", help="as in preflight")
+    add("--batch", type=int, default=64, help="images on a device (default: %(default)s)")
+    add("--json", metavar="FILE", help="write the table as a list of objects too")
+    args = parser.parse_args(argv)
+    rows, lines = [], []
+    try:
+        for topology in args.topology:
+            for model in args.models:
+                ours = None
+                for name in (OURS, *PLAIN):
+                    print(f"{model}, {topology}, {name}", file=sys.stderr, flush=True)
+                    if (row := estimate(name, model, topology, args.batch)) is None:
+                        continue
+                    if row["cycles"] is None:
+                        print("left out: it does not fit, lower --batch", file=sys.stderr)
+                        continue
+                    ours = row["cycles"] if name == OURS else ours
+                    rows.append(row | {"ours_over_it": ours and ours / row["cycles"]})
+                    lines.append((model, topology, name, row["cycles"], rows[-1]["ours_over_it"]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    headers = ("model", "slice", "implementation", "cycles", "ours over its cycles")
+    print(tabulate(lines, headers, "github", floatfmt=",.2f", intfmt=","))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(rows, file, indent=2)
+            file.write("\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
