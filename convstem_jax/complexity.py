@@ -10,6 +10,7 @@ included. Norms, softmax and activation functions cost nothing.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable, Iterator
 import dataclasses
 import json
@@ -89,6 +90,27 @@ def complexity(model: nnx.Module) -> Complexity:
     )
 
 
+def float32_products(jaxpr) -> dict[str, int]:
+    """Matrix products and convolutions with a float32 operand: their types and how many."""
+    found = Counter()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            operands = [v.aval for v in eqn.invars[:2]]
+            if any(x.dtype == jnp.float32 for x in operands):
+                found[" x ".join(f"{x.dtype}{list(x.shape)}" for x in operands)] += 1
+        for inner in _inner(eqn):
+            found.update(float32_products(inner))
+    return dict(found)
+
+
+def _inner(eqn) -> Iterator:
+    """Programs that an instruction calls."""
+    programs = core.Jaxpr | core.ClosedJaxpr
+    for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: isinstance(x, programs)):
+        if isinstance(inner, programs):
+            yield getattr(inner, "jaxpr", inner)
+
+
 def _count(jaxpr, params: dict) -> Iterator[tuple[tuple, int, int]]:
     """Yields (path of the parameter, flops, activations) of each product and of each bias.
 
@@ -121,13 +143,9 @@ def _count(jaxpr, params: dict) -> Iterator[tuple[tuple, int, int]]:
                 products.add(eqn.outvars[0])
         if name in ("scan", "while", "cond"):
             raise ValueError(f"this model's program has a {name}, which is not counted")
-        for inner in jax.tree.leaves(
-            eqn.params, is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr)
-        ):
-            if isinstance(inner, core.Jaxpr | core.ClosedJaxpr):
-                inner = getattr(inner, "jaxpr", inner)
-                known = zip(inner.invars, eqn.invars, strict=True)
-                yield from _count(inner, {v: params[o] for v, o in known if o in params})
+        for inner in _inner(eqn):
+            known = zip(inner.invars, eqn.invars, strict=True)
+            yield from _count(inner, {v: params[o] for v, o in known if o in params})
 
 
 def rows(names: Iterable[str], num_classes: int = 1000, **changes) -> list[dict]:

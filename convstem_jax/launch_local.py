@@ -113,6 +113,7 @@ def main(argv: list[str]) -> int:
     """Reads the command line; returns the exit status of the run."""
     parser = argparse.ArgumentParser(
         prog="python -m convstem_jax.launch_local",
+        usage="%(prog)s [-h] --processes N [--devices-per-process N] -- FLAGS OF MAIN",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -10,7 +10,6 @@ published speed of the links on top, and reading the data left out.
 """
 
 import argparse
-from collections import Counter
 import json
 import math
 import os
@@ -22,12 +21,11 @@ if __name__ == "__main__":
 
 from flax import nnx
 import jax
-from jax.extend import core
 import jax.numpy as jnp
 from tabulate import tabulate
 
 from convstem_jax import build, run_folder, tpu
-from convstem_jax.complexity import complexity
+from convstem_jax.complexity import complexity, float32_products
 from convstem_jax.config import load_config, validate
 from convstem_jax.errors import ConfigError, UserError, first_line
 from convstem_jax.sharding import Sharding
@@ -57,7 +55,7 @@ def preflight(
         topology: such as `v5e:16x16`.
         num_classes: of the data set, which need not be there.
         num_examples: likewise, for the length of the schedule.
-        quick: compile with the least effort: memory is a few percent more, and no time is given.
+        quick: compile with the least effort: memory may be some percent off, and no time is given.
         known: an earlier record: the same program is not compiled again.
 
     Returns:
@@ -215,24 +213,6 @@ def _remedy(config, num_devices: int, rest: int, free: float, parts: dict[str, i
     return "take more chips, or set a smaller config.batch_size"
 
 
-def float32_products(jaxpr) -> dict[str, int]:
-    """Matrix products and convolutions with a float32 operand: their types and how many."""
-    found = Counter()
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            operands = [v.aval for v in eqn.invars[:2]]
-            if any(x.dtype == jnp.float32 for x in operands):
-                found[" x ".join(f"{x.dtype}{list(x.shape)}" for x in operands)] += 1
-        inner = [x for x in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(x)]
-        for program in inner:
-            found.update(float32_products(getattr(program, "jaxpr", program)))
-    return dict(found)
-
-
-def _is_jaxpr(x) -> bool:
-    return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
-
-
 # ------------------------------------------------------------------------------------- output
 
 
@@ -323,8 +303,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--quick", action="store_true",
-        help="compile several times faster with the least effort: memory is a few percent more, "
-        "and no time is estimated",
+        help="compile several times faster with the least effort: memory may be some percent more "
+        "or less, and no time is estimated",
     )  # fmt: skip
     parser.add_argument("--num_classes", type=int, default=1000, help="default: %(default)s")
     parser.add_argument(
@@ -360,6 +340,13 @@ def main(argv: list[str] | None = None) -> int:
 def _records(args) -> tuple[list[dict], bool]:
     """What is asked for, and whether the compiler failed at something."""
     wanted = [(spec, topology) for topology in args.topology for spec in args.config]
+    for spec in args.config:
+        validate(load_config(spec))
+    for topology in args.topology:
+        tpu.open_slice(topology)
+    for name in ("num_classes", "num_examples"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} {getattr(args, name)} must be 1 or more")
     known, records, start = _read_records(args.records), [], time.perf_counter()
     for i, (spec, topology) in enumerate(wanted):
         minutes = (time.perf_counter() - start) / max(1, i) * (len(wanted) - i) / 60
@@ -383,6 +370,8 @@ def _records(args) -> tuple[list[dict], bool]:
 
 def _read_records(path: str | None) -> dict[tuple[str, str], dict]:
     if path is None or not os.path.exists(path):
+        if path and not os.access(os.path.dirname(path) or ".", os.W_OK):
+            raise ConfigError(f"--records {path} cannot be written: name a file in another folder")
         return {}
     with open(path) as file:
         try:

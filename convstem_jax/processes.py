@@ -36,6 +36,8 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
         return
     if any(value is None for value in given) and any(value is not None for value in given):
         raise ConfigError("--coordinator, --processes and --process belong together: give all")
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise ConfigError(f"--coordinator {coordinator} must be HOST:PORT, as in 10.0.0.1:8476")
     if num_processes is not None and not 0 <= process < num_processes:
         raise ConfigError(f"--process {process} must be from 0 to {num_processes - 1}")
     try:

@@ -31,16 +31,17 @@ class Chip:
     flops: float  # bfloat16 operations a second
     clock: float  # cycles a second
     link: float  # bytes a second through one link, one way, as jax-ml.github.io/scaling-book has it
+    axes: int  # of the torus
     ring: int  # an axis of the torus closes where its chips are a multiple of this
     config: str = "default"  # "megacore": the two cores of a chip are one device
 
 
 CHIPS = {
-    "v3": Chip(123e12, 0.94e9, 82e9, 32),
-    "v4": Chip(275e12, 1.05e9, 45e9, 4, "megacore"),
-    "v5e": Chip(197e12, 1.5e9, 45e9, 16),
-    "v5p": Chip(459e12, 1.75e9, 90e9, 4, "megacore"),
-    "v6e": Chip(918e12, 1.75e9, 90e9, 16),
+    "v3": Chip(123e12, 0.94e9, 82e9, 2, 32),
+    "v4": Chip(275e12, 1.05e9, 45e9, 3, 4, "megacore"),
+    "v5e": Chip(197e12, 1.5e9, 45e9, 2, 16),
+    "v5p": Chip(459e12, 1.75e9, 90e9, 3, 4, "megacore"),
+    "v6e": Chip(918e12, 1.75e9, 90e9, 2, 16),
 }
 
 
@@ -68,10 +69,12 @@ def open_slice(name: str) -> Slice:
         "TPU_STDERR_LOG_LEVEL": "3",
     }
     generation, _, shape = name.partition(":")
-    if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    known = generation in CHIPS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape)
+    if not known or shape.count("x") + 1 != CHIPS[generation].axes:
         raise ConfigError(
             f"--topology {name} is not one of {', '.join(CHIPS)}, a colon and its chips along each "
-            "axis: v5e:16x16 has 256"
+            "axis, three for v4 and v5p and two for the others: v5litepod-256 is v5e:16x16, v4-32 "
+            "is v4:2x2x4, v5p-128 is v5p:4x4x4"
         )
     if not importlib.util.find_spec("libtpu"):
         raise ConfigError(

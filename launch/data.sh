@@ -44,15 +44,15 @@ make_room() {
   if mountpoint --quiet "$DATA_DIR" ||
     ((memory < bytes + SPARE + MEMORY_RESERVE_GB * 1000000000)); then
     die "$(gigabytes "$bytes") of data, but $DATA_DIR has $(gigabytes "$disk") free and the memory" \
-      "$(gigabytes "$memory"), of which MEMORY_RESERVE_GB=$MEMORY_RESERVE_GB stay: give the machines" \
-      "a larger disk (CREATE_FLAGS), or take others"
+      "$(gigabytes "$memory"), of which MEMORY_RESERVE_GB=$MEMORY_RESERVE_GB stay: lower that, or" \
+      "share a disk that holds them (docs/data_on_a_pod.md)"
   fi
   say "$(gigabytes "$bytes") for $DATA_DIR in memory, of which $(gigabytes "$memory") are free"
   run sudo mount --types tmpfs --options "size=$((bytes + SPARE)),mode=0777" data "$DATA_DIR"
 }
 
 read_arguments "" "$@"
-((${#args[@]} == 0)) || die "unexpected argument '${args[0]}': see --help"
+no_arguments
 need DATA_SOURCE DATA_DIR
 [[ $DATA_DIR/ != /mnt/bucket/* ]] || die "DATA_DIR=$DATA_DIR lies in the bucket: name a local folder"
 run sudo mkdir -p "$DATA_DIR"

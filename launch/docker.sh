@@ -35,4 +35,5 @@ do_push() {
 }
 
 read_arguments "build run push" "$@"
+[[ $command == run ]] || no_arguments
 "do_$command" "${args[@]}"

@@ -5,7 +5,9 @@
 #     launch/gke.sh status             the JobSet and its pods
 #     launch/gke.sh logs [--follow]    of worker 0
 #     launch/gke.sh delete             pods save first; apply goes on from there
-#     launch/gke.sh xpk                the line that starts the same run with XPK
+#     launch/gke.sh xpk                the line that starts the run with XPK, on $ACCELERATOR
+#
+# The slice is $GKE_ACCELERATOR of $GKE_TOPOLOGY, in XPK's own words $ACCELERATOR.
 #
 # Add --dry-run to see the commands alone, and the filled template. Build and push the image first:
 # DEVICE=tpu launch/docker.sh build, launch/docker.sh push. The data are read from the bucket too, the
@@ -17,13 +19,17 @@
 # Name of the JobSet's first pod up to its random end.
 selector="jobset.sigs.k8s.io/jobset-name=$RUN_NAME"
 
+need_image() {
+  [[ $IMAGE == */* ]] || die "IMAGE=$IMAGE names no registry: give HOST/PATH/convstem_jax"
+}
+
 # The template with every ${NAME} replaced.
 manifest() {
   local text name list="" word
   # shellcheck disable=SC2034
   NUM_NODES=$((${GKE_TOPOLOGY//x/*} / GKE_CHIPS_PER_NODE))
   ((NUM_NODES > 0)) || die "GKE_TOPOLOGY=$GKE_TOPOLOGY has fewer chips than one node"
-  [[ $IMAGE == */* ]] || die "IMAGE=$IMAGE names no registry: give HOST/PATH/convstem_jax"
+  need_image
   need DATA_DIR
   set_flags
   for word in "${flags[@]}"; do
@@ -78,7 +84,8 @@ do_delete() { run kubectl delete jobset "$RUN_NAME" --ignore-not-found; }
 # XPK makes a JobSet of its own, with Kueue. It restarts after 42 and 127 to 255 by itself. Storage
 # comes from `xpk storage attach … --type=gcsfuse --mount-point=/mnt/bucket`.
 do_xpk() {
-  need PROJECT ZONE CLUSTER
+  need PROJECT ZONE CLUSTER BUCKET
+  need_image
   set_flags
   quote xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" \
     --workload="$RUN_NAME" --tpu-type="$ACCELERATOR" --num-slices=1 --docker-image="$IMAGE" \
@@ -87,4 +94,5 @@ do_xpk() {
 }
 
 read_arguments "apply status logs delete xpk" "$@"
+[[ $command == logs ]] || no_arguments
 "do_$command" "${args[@]}"

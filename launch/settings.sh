@@ -5,12 +5,19 @@
 #
 # shellcheck shell=bash disable=SC2034  # the scripts that source this file use the values
 
+# Cloud Storage bucket, mounted at /mnt/bucket on machines of the cloud. Take one with a hierarchical
+# namespace: a checkpoint is finished by renaming its folder, which other buckets do file by file.
+: "${BUCKET:=}"
+
 # --- The run ---
 : "${RUN_NAME:=convstem}"             # of the machine, job or container, and of the run's folder
 : "${CONFIG:=configs/vitc.py:4gf}"    # as after --config
 : "${FIELDS:=}"                       # fields to override, without spaces in them: "lr=5e-4 epochs=50"
-: "${WORKDIR:=/mnt/bucket/runs/$RUN_NAME}"  # a folder that all machines of the run share
-: "${DATA_DIR:=/mnt/data}"            # config.data_dir; "" for the configuration's own, where no data are copied
+# A folder that all machines of the run share; without a BUCKET one of this repository.
+: "${WORKDIR:=${BUCKET:+/mnt/bucket/runs/$RUN_NAME}}"
+: "${WORKDIR:=${launch%/*}/runs/$RUN_NAME}"
+# config.data_dir; "" for the configuration's own, where no data are copied.
+: "${DATA_DIR=${BUCKET:+/mnt/data}}"
 
 # --- The code: each machine clones it. No password in the address: it would end up in logs. ---
 : "${REPOSITORY:=}"                   # https://… or git@…
@@ -19,9 +26,6 @@
 # --- Google Cloud ---
 : "${PROJECT:=}"
 : "${ZONE:=}"                         # one that has the accelerator: us-west4-a
-# Cloud Storage bucket, mounted at /mnt/bucket. Take one with a hierarchical namespace: a checkpoint
-# is finished by renaming its folder, which other buckets do file by file.
-: "${BUCKET:=}"
 : "${SERVICE_ACCOUNT:=}"              # e-mail address; "" for the project's default account
 : "${SPOT:=yes}"                      # yes: cheaper, and taken away at any time
 

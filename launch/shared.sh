@@ -51,6 +51,16 @@ read_arguments() {
   check_settings
 }
 
+no_arguments() {
+  ((${#args[@]} == 0)) || die "unexpected argument '${args[0]}': see $0 --help"
+}
+
+# For machines of the cloud, which do not have this one's folders.
+need_shared_workdir() {
+  [[ -n $BUCKET || $WORKDIR/ != "${launch%/*}"/* ]] ||
+    die "BUCKET is not set, and WORKDIR=$WORKDIR is on this machine: export BUCKET=…"
+}
+
 # need NAME...: settings that must not be empty.
 need() {
   local name

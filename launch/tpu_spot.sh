@@ -16,6 +16,7 @@
 . "$(dirname "$0")/shared.sh"
 
 STUCK_POLLS=5 # without an answer, or with some workers gone and others waiting for them
+MAX_SETUPS=5   # that fail in a row while the machines cost money
 QUIET_POLLS=60 # of a run without a new checkpoint, before it says so
 
 vm() { "$launch/tpu_vm.sh" "$@"; }
@@ -35,7 +36,7 @@ interrupted() {
 
 finish() {
   say "$2"
-  if [[ $machine != NONE && $1 != 0 ]]; then vm logs || true; fi
+  if [[ $machine != NONE && $1 != 0 ]]; then vm logs --all || true; fi
   if [[ $machine == NONE ]]; then
     say "no machine is left"
   elif [[ $DELETE_AT_END == no ]]; then
@@ -96,7 +97,15 @@ look() {
 }
 
 # A machine that was restarted has lost what was mounted: set-up comes before every start.
-begin() { attempt "setting up $num_workers workers" setup && attempt "starting the run" run; }
+begin() {
+  if ! attempt "setting up $num_workers workers" setup; then
+    setups=$((setups + 1))
+    ((setups < MAX_SETUPS)) || finish 1 "set-up failed $setups times, and would again"
+    return 1
+  fi
+  setups=0
+  attempt "starting the run" run
+}
 
 # Every worker is up and has told its state.
 consider() {
@@ -137,14 +146,15 @@ consider() {
 }
 
 read_arguments "" "$@"
-((${#args[@]} == 0)) || die "unexpected argument '${args[0]}': see --help"
+no_arguments
 need PROJECT ZONE REPOSITORY COMMIT
+need_shared_workdir
 if [[ $dry_run == yes ]]; then
   for command in create status setup run status delete; do vm "$command" --dry-run; done
   exit
 fi
 
-machine=NONE failures=0 delay=$BACKOFF_SECONDS best_step=-2 silent=0 leaving=0 quiet=0 seen=''
+machine=NONE failures=0 delay=$BACKOFF_SECONDS best_step=-2 silent=0 leaving=0 quiet=0 setups=0 seen=''
 trap interrupted INT TERM
 while true; do
   if ! look; then

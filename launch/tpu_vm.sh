@@ -46,7 +46,7 @@ do_create() {
 do_setup() {
   need REPOSITORY COMMIT
   local name settings=""
-  for name in BUCKET DATA_SOURCE DATA_DIR MEMORY_RESERVE_GB; do
+  for name in BUCKET WORKDIR DATA_SOURCE DATA_DIR MEMORY_RESERVE_GB; do
     settings+="$name=$(quote "${!name}") "
   done
   local steps=(
@@ -54,7 +54,7 @@ do_setup() {
     "test -d convstem_jax || git clone --quiet $(quote "$REPOSITORY") convstem_jax"
     "cd convstem_jax"
     "git fetch --quiet origin"
-    "git checkout --quiet --detach $COMMIT"
+    "git checkout --quiet --detach $COMMIT || { echo error: push COMMIT=$COMMIT first >&2; exit 2; }"
     "${settings}launch/worker.sh setup"
   )
   on_workers all "$(printf '%s; ' "${steps[@]}")"
@@ -103,7 +103,7 @@ do_logs() {
   case ${1:-} in
     '') on_workers 0 'cd convstem_jax && launch/worker.sh log' ;;
     --follow) on_workers 0 'cd convstem_jax && launch/worker.sh log --follow' ;;
-    --all) on_workers all "cd convstem_jax && launch/worker.sh log 3 | sed \"s/^/\$HOSTNAME: /\"" ;;
+    --all) on_workers all "cd convstem_jax && launch/worker.sh log 20 | sed \"s/^/\$HOSTNAME: /\"" ;;
     *) die "logs $1: give nothing, --follow or --all" ;;
   esac
 }
@@ -114,4 +114,6 @@ do_delete() { queued_resource delete --force --quiet; }
 
 read_arguments "create setup run status logs stop delete" "$@"
 need PROJECT ZONE
+need_shared_workdir
+[[ $command == logs ]] || no_arguments
 "do_$command" "${args[@]}"

@@ -16,7 +16,6 @@
 
 cd "$launch/.."
 files=$HOME/run
-mkdir -p "$files"
 
 # Done twice it does no harm.
 setup() {
@@ -113,7 +112,7 @@ log() {
 
 if [[ ${1:-} == --dry-run ]]; then dry_run=yes && shift; fi
 case ${1:-} in
-  setup | start | state | log | stop) "$@" ;;
+  setup | start | state | log | stop) mkdir -p "$files" && "$@" ;;
   --help) usage ;;
   *) die "'${1:-}' is none of setup, start, state, log, stop: see $0 --help" ;;
 esac

@@ -175,6 +175,21 @@ def test_unknown_words(cloud, script):
     assert cloud.calls() == []
 
 
+@pytest.mark.parametrize("words", ["tpu_vm.sh delete", "gke.sh delete", "docker.sh push"])
+def test_more_words_than_it_takes(cloud, words):
+    """Not the run of another name, as it may be meant."""
+    done = cloud.run(f"launch/{words} second")
+    assert done.returncode == 2 and "unexpected argument 'second'" in done.stderr
+    assert cloud.calls() == []
+
+
+def test_without_a_bucket_a_run_stays_on_this_machine(cloud):
+    done = cloud.run("launch/multi_gpu.sh --dry-run", BUCKET="", FIELDS="")
+    assert f"--workdir {ROOT}/runs/first" in done.stdout and "data_dir" not in done.stdout
+    done = cloud.run("launch/tpu_vm.sh create", BUCKET="")
+    assert done.returncode == 2 and "export BUCKET=" in done.stderr and cloud.calls() == []
+
+
 @pytest.mark.parametrize("script", GOLDEN)
 def test_secrets_stay_secret(cloud, script):
     secret = "hunter2hunter2"
@@ -334,6 +349,19 @@ def test_spot_stops_where_a_person_must_act(cloud, status):
 def test_spot_stops_where_set_up_finds_damaged_data(cloud):
     done, did, _ = spot(cloud, [ACTIVE, READY, workers("none", "none"), [SETUP, 3, "error\n"]])
     assert done.returncode == 3 and did == ["setup", "log", "delete"]
+
+
+def test_spot_does_not_pay_for_a_set_up_that_never_works(cloud):
+    answers = [ACTIVE, READY, workers("none", "none"), [SETUP, 1, "no such package\n"]]
+    done, did, _ = spot(cloud, answers, MAX_FAILURES="20")
+    assert done.returncode == 1 and "set-up failed 5 times" in done.stdout
+    assert did == ["setup"] * 5 + ["log", "delete"]
+
+
+def test_spot_shows_the_logs_of_all_before_it_deletes_them(cloud):
+    spot(cloud, [ACTIVE, READY, workers("3", "2")])
+    [log] = [" ".join(call) for call in cloud.calls() if "worker.sh log" in " ".join(call)]
+    assert "--worker=all" in log
 
 
 def test_spot_runs_again_after_75(cloud):

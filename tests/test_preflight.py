@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from convstem_jax import preflight, tpu
+from convstem_jax.complexity import float32_products
 from convstem_jax.config import load_config
 from convstem_jax.errors import ConfigError
 
@@ -182,10 +183,27 @@ def test_a_large_product_is_estimated_near_the_published_peak():
     assert all(0.8 < share < 1 for share in shares.values()), shares
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:16", "v99:2x2", "v5e:2x2x2x2", "v5litepod-256"])
+@pytest.mark.parametrize(
+    "name", ["v5e", "v5e:16", "v99:2x2", "v5e:2x2x2", "v4:4x4", "v5e:0x4", "v5litepod-256"]
+)
 def test_wrong_topologies_are_refused(name):
     with pytest.raises(ConfigError, match=f"--topology {name} is not one of .* v5e:16x16"):
         tpu.open_slice(name)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--topology", "v5e:2x2", "v5e:foo"], "v5e:foo"),
+        (["--topology", "v5e:2x2", "--num_examples", "0"], "--num_examples 0"),
+        (["--topology", "v5e:2x2", "--records", "/nowhere/x.jsonl"], "--records /nowhere/x.jsonl"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_compiled(flags, words, monkeypatch, capsys):
+    monkeypatch.setattr(preflight, "preflight", lambda *args, **kwargs: pytest.fail("it compiled"))
+    assert preflight.main(["--config", "configs/vitc.py", *flags]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_without_the_compiler_the_remedy_is_named(monkeypatch):
@@ -317,5 +335,5 @@ def test_float32_products_are_found_inside_loops_and_jits():
         x, _ = jax.lax.scan(lambda c, _: (c @ x, None), x, length=2)
         return jax.jit(lambda y: y @ y)(y), x @ x
 
-    found = preflight.float32_products(jax.make_jaxpr(step)(half, full).jaxpr)
+    found = float32_products(jax.make_jaxpr(step)(half, full).jaxpr)
     assert found == {"float32[4, 4] x float32[4, 4]": 1}

@@ -263,6 +263,7 @@ def test_a_work_directory_that_is_not_shared_is_refused(tmp_path):
         (("localhost:1", None, None), "belong together"),
         ((None, 2, None), "belong together"),
         (("localhost:1", 2, 2), "--process 2 must be from 0 to 1"),
+        (("localhost", 2, 1), "--coordinator localhost must be HOST:PORT"),
         (("localhost:1", 2, -1), "--process -1 must be from 0 to 1"),
     ],
 )
