@@ -40,6 +40,8 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
         raise ConfigError(f"--coordinator {coordinator} must be HOST:PORT, as in 10.0.0.1:8476")
     if num_processes is not None and not 0 <= process < num_processes:
         raise ConfigError(f"--process {process} must be from 0 to {num_processes - 1}")
+    if coordinator is not None:  # it may take minutes to find that nobody is there
+        print(f"meeting the other processes at {coordinator}", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(*given)
     except ValueError as error:

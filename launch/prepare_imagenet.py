@@ -13,8 +13,6 @@ import re
 import sys
 import tarfile
 
-from tqdm import tqdm
-
 # name -> MD5, what its members are called, how many images there are in the end
 TARS = {
     "ILSVRC2012_img_train.tar": ("1d675b47d978889d74fa0da5fadfb00e", r"n\d{8}\.tar", 1_281_167),
@@ -39,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         help="accept tar files of the right form but other content: a subset, for a trial",
     )
     args = parser.parse_args(argv)
+    for path in (args.manual_dir, args.data_dir):
+        if "://" in path:
+            parser.error(f"{path} is not a folder: build here, then copy to the bucket")
     manual_dir, data_dir = map(os.path.expanduser, (args.manual_dir, args.data_dir))
     import tensorflow_datasets as tfds  # loads TensorFlow when it writes
 
@@ -82,6 +83,8 @@ def check_tar(path: str, member: str, md5: str | None) -> None:
     if not os.path.isfile(path):
         raise ValueError(f"{path} is missing: get it from https://image-net.org/download-images")
     if md5:
+        from tqdm import tqdm  # --help needs only Python
+
         found = hashlib.md5(usedforsecurity=False)
         size = os.path.getsize(path)
         with open(path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True) as progress:

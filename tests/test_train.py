@@ -336,6 +336,14 @@ def test_imagenet_is_prepared_and_trained_on(tmp_path):
     assert all(np.isfinite(array).all() for array in arrays.values())
 
 
+def test_preparing_imagenet_needs_folders_and_for_help_only_python():
+    script = [sys.executable, "-S", "launch/prepare_imagenet.py"]  # without installed packages
+    done = subprocess.run([*script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--manual_dir" in done.stdout
+    done = subprocess.run([*script, "--manual_dir=gs://b"], capture_output=True, text=True)
+    assert done.returncode == 2 and "gs://b is not a folder" in done.stderr
+
+
 def test_tar_files_of_the_wrong_form_are_refused(tmp_path):
     make_imagenet_tars(tmp_path / "tars", num_train=2, val_numbers=[1])
     with tarfile.open(tmp_path / "tars" / "ILSVRC2012_img_val.tar", "a") as tar:
