@@ -116,7 +116,7 @@ def _count(jaxpr, params: dict) -> Iterator[tuple[tuple, int, int]]:
 
     Args:
         jaxpr: a traced program.
-        params: its variables that hold a parameter or a reshaped one -> the parameter's path.
+        params: its variables that hold a parameter or a part of one -> the parameter's path.
     """
     products = set()  # variables that a product has just made
     for eqn in jaxpr.eqns:
@@ -136,7 +136,7 @@ def _count(jaxpr, params: dict) -> Iterator[tuple[tuple, int, int]]:
             yield path, size, 0
         elif name == "add" and path[-1:] == ("position_embedding",):
             yield path, size, size
-        elif name in ("reshape", "broadcast_in_dim", "convert_element_type"):
+        elif name in ("reshape", "broadcast_in_dim", "convert_element_type", "slice", "squeeze"):
             if path:
                 params[eqn.outvars[0]] = path
             if products.intersection(inputs):

@@ -240,7 +240,7 @@ def test_bfloat16_is_for_computing_only():
     assert logits.dtype == jnp.float32
     assert {x.dtype.name for x in jax.tree.leaves(state)} == {"float32"}
     inputs = [{v.aval.dtype.name for v in eqn.invars} for eqn in products(jaxpr.jaxpr)]
-    assert inputs == [{"bfloat16"}] * (4 + 6) + [{"float32"}], "stem and block, then the head"
+    assert inputs == [{"bfloat16"}] * (4 + 8) + [{"float32"}], "stem and block, then the head"
 
 
 IMAGES = jnp.zeros((2, 224, 224, 3))

@@ -8,6 +8,8 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
+from convstem_jax.models.target import device_kind
+
 # torch.nn.Conv2d's and torch.nn.Linear's default: uniform in +-sqrt(1 / fan_in).
 torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -20,12 +22,25 @@ def batch_norm(width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.BatchNorm
     Differs from the paper: the statistics are over the global batch, and the running variance is
     the biased one.
     """
-    return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
+    return nnx.BatchNorm(
+        width, momentum=0.9, epsilon=1e-5, dtype=dtype, promote_dtype=_at_least_float32, rngs=rngs
+    )
 
 
 def layer_norm(width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm over the channels, as in the blocks of the transformer."""
-    return nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+    return nnx.LayerNorm(
+        width, epsilon=1e-6, dtype=dtype, promote_dtype=_at_least_float32, rngs=rngs
+    )
+
+
+def _at_least_float32(arrays, dtype):
+    """Norms compute in float32 or more and round their result to `dtype` once.
+
+    In bfloat16 the gradients of gain and bias would be sums of bfloat16 numbers, which TPUs do not
+    fuse with the products beside them.
+    """
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), arrays)
 
 
 NORMS = {"batch": batch_norm, "layer": layer_norm}
@@ -148,15 +163,9 @@ class ConvStem(nnx.Module):
         x = images
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = nnx.relu(norm(conv(x)))
-            if _on_v6e():
+            if device_kind() == "TPU v6 lite":
                 x = _fuse_gradient_apart(x)
         return self.projection(x)
-
-
-def _on_v6e() -> bool:
-    """Whether the computation is for TPU v6e, as far as the mesh that it is traced under tells."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is not None and device.device_kind == "TPU v6 lite"
 
 
 @jax.custom_vjp

@@ -9,6 +9,7 @@ from jax.nn import initializers
 import jax.numpy as jnp
 
 from convstem_jax.models import stems
+from convstem_jax.models.attention import attend, in_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ for size in ("4gf", "tiny"):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention on `[N, T, width]`, with one product for query, key and value."""
+    """Multi-head self-attention on `[N, T, width]`; query, key and value share a parameter."""
 
     def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.num_heads = num_heads
@@ -92,11 +93,17 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         n, t, d = x.shape
-        qkv = self.qkv(x).reshape(n, t, 3, self.num_heads, d // self.num_heads)
-        x = jax.nn.dot_product_attention(
-            qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        )  # [N, T, h, d / h]
-        return self.out(x.reshape(n, t, d))
+        h = self.num_heads
+        kernels = self.qkv.kernel[...].astype(x.dtype).reshape(d, 3, h, d // h)
+        biases = self.qkv.bias[...].astype(x.dtype).reshape(3, h, d // h)
+        # One parameter and three products: the gradient of a single product would have to be
+        # concatenated, which takes TPUs as long as the product.
+        q, k, v = (
+            (jnp.einsum("ntd,dhk->nthk", x, kernel) + bias).transpose(0, 2, 3, 1)  # [N, h, k, T]
+            for kernel, bias in zip(jnp.unstack(kernels, axis=1), biases, strict=True)
+        )
+        x = attend(q, k, v)
+        return self.out(x.transpose(0, 3, 1, 2).reshape(n, t, d))
 
 
 class MLP(nnx.Module):
@@ -111,7 +118,26 @@ class MLP(nnx.Module):
         self.fc2 = nnx.Linear(mlp_dim, width, dtype=dtype, rngs=rngs, **inits)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return self.fc2(gelu(self.fc1(x)))
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact (erf) GELU, computed in float32, which keeps its slope in place of its input.
+
+    The slope needs the same erf: half the work in the backward pass.
+    """
+    return _gelu_and_slope(x)[0]
+
+
+def _gelu_and_slope(x):
+    y = x.astype(jnp.float32)
+    cdf = 0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5)))
+    slope = cdf + y * jnp.exp(-0.5 * y**2) / math.sqrt(2 * math.pi)
+    return (y * cdf).astype(x.dtype), slope.astype(x.dtype)
+
+
+gelu.defvjp(_gelu_and_slope, lambda slope, grad: (grad * slope,))
 
 
 class Block(nnx.Module):
@@ -126,8 +152,8 @@ class Block(nnx.Module):
         self.mlp = MLP(width, mlp_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = in_order(x + self.attention(self.norm1(x)))
+        return in_order(x + self.mlp(self.norm2(x)))
 
 
 class ViT(nnx.Module):
@@ -186,6 +212,7 @@ class ViT(nnx.Module):
         class_token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (n, 1, d))
         x = jnp.concatenate([class_token, x], axis=1)  # [N, T, d]
         x = x + self.position_embedding[...].astype(x.dtype)
+        x = in_order(x)
         for block in self.blocks:
             x = block(x)
         # The norm acts on each token alone, and the head reads only the class token.

@@ -1,0 +1,66 @@
+"""Scaled dot-product attention with a backward pass that reads the weights in one pass.
+
+The `[N, h, T, T]` tensors are what costs here: at 197 tokens and heads of 64 each pass over one of
+them takes as long as the products around it. So the weights are computed from the scores in one
+pass, kept in the type of the inputs, and their gradient is made in one pass too.
+"""
+
+import jax
+from jax.experimental.layout import Layout, with_layout_constraint
+import jax.numpy as jnp
+
+from convstem_jax.models.target import device_kind
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`softmax(q k / sqrt(d)) v`, the softmax in float32.
+
+    Args:
+        q: queries, `[N, h, d, T]`: tokens last, where the compiler for TPUs wants them.
+        k: keys, likewise.
+        v: values, likewise.
+
+    Returns:
+        `[N, h, d, T]`, of the type of the inputs.
+    """
+    q = q * q.shape[2] ** -0.5
+    return in_order(_attend(*map(in_order, (q, k, v))))
+
+
+@jax.custom_vjp
+def _attend(q, k, v):
+    return _forward(q, k, v)[0]
+
+
+def _forward(q, k, v):
+    scores = jnp.einsum("nhdt,nhds->nhst", q, k, preferred_element_type=jnp.float32)
+    weights = jnp.exp(scores - scores.max(axis=2, keepdims=True))
+    # Divided by their sum only after the product, on d rows in place of T.
+    total = weights.sum(axis=2, keepdims=True)  # [N, h, 1, T]
+    weights = weights.astype(q.dtype)  # [N, h, S, T]
+    out = jnp.einsum("nhst,nhds->nhdt", weights, v, preferred_element_type=jnp.float32)
+    out = (out / total).astype(q.dtype)
+    return out, (q, k, v, weights, total, out)
+
+
+def _backward(residuals, grad):
+    q, k, v, weights, total, out = residuals
+    grad = (grad.astype(jnp.float32) / total).astype(q.dtype)
+    # What the softmax's gradient subtracts, sum_s p dp, is also sum_d out grad: no pass over T x T.
+    shift = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=2, keepdims=True)
+    grad_v = jnp.einsum("nhst,nhdt->nhds", weights, grad)
+    grad_scores = jnp.einsum("nhdt,nhds->nhst", grad, v, preferred_element_type=jnp.float32)
+    grad_scores = (weights.astype(jnp.float32) * (grad_scores - shift)).astype(q.dtype)
+    grad_q = jnp.einsum("nhst,nhds->nhdt", grad_scores, k)
+    grad_k = jnp.einsum("nhst,nhdt->nhds", grad_scores, q)
+    return grad_q, grad_k, grad_v
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def in_order(x: jax.Array) -> jax.Array:
+    """Keeps the compiler for TPUs from permuting the axes, which ends in copies of `[T, T]`."""
+    if not device_kind().startswith("TPU"):
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
