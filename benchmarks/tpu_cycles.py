@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from tabulate import tabulate
 
 from benchmarks import jax_contenders
-from convstem_jax import build, tpu
+from convstem_jax import build, run_folder, tpu
 from convstem_jax.errors import UserError
 from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
@@ -68,15 +68,20 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--models", nargs="+", default=["vitc_4gf"], choices=MODELS, metavar="MODEL")
     add("--topology", nargs="+", default=["v5e:2x2"], metavar="NAME", help="as in preflight")
-    add("--batch", type=int, default=64, help="images on a device (default: %(default)s)")
-    add("--json", metavar="FILE", help="write the table as a list of objects too")
+    add("--implementations", nargs="+", default=[OURS, *PLAIN], choices=[OURS, *PLAIN],
+        metavar="NAME", help=f"of: {'; '.join([OURS, *PLAIN])} (default: all)")  # fmt: skip
+    # TPUs compute in lanes of 128, and the stem's first layers lay the images along them.
+    add("--batch", type=int, default=128, help="images on a device (default: %(default)s)")
+    add("--json", metavar="FILE", help="write the table as a list of objects too, line by line")
     args = parser.parse_args(argv)
+    if args.batch < 2 or args.batch % 2:
+        parser.error(f"--batch {args.batch} must be even: images are mixed in pairs")
     rows, lines = [], []
     try:
         for topology in args.topology:
             for model in args.models:
                 ours = None
-                for name in (OURS, *PLAIN):
+                for name in args.implementations:
                     print(f"{model}, {topology}, {name}", file=sys.stderr, flush=True)
                     if (row := estimate(name, model, topology, args.batch)) is None:
                         continue
@@ -86,15 +91,13 @@ def main(argv: list[str] | None = None) -> int:
                     ours = row["cycles"] if name == OURS else ours
                     rows.append(row | {"ours_over_it": ours and ours / row["cycles"]})
                     lines.append((model, topology, name, row["cycles"], rows[-1]["ours_over_it"]))
+                    if args.json:  # an estimate takes minutes
+                        run_folder.write_text(args.json, json.dumps(rows, indent=2) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     headers = ("model", "slice", "implementation", "cycles", "ours over its cycles")
     print(tabulate(lines, headers, "github", floatfmt=",.2f", intfmt=","))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=2)
-            file.write("\n")
     return 0
 
 

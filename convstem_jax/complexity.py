@@ -98,12 +98,12 @@ def float32_products(jaxpr) -> dict[str, int]:
             operands = [v.aval for v in eqn.invars[:2]]
             if any(x.dtype == jnp.float32 for x in operands):
                 found[" x ".join(f"{x.dtype}{list(x.shape)}" for x in operands)] += 1
-        for inner in _inner(eqn):
+        for inner in inner_programs(eqn):
             found.update(float32_products(inner))
     return dict(found)
 
 
-def _inner(eqn) -> Iterator:
+def inner_programs(eqn) -> Iterator:
     """Programs that an instruction calls."""
     programs = core.Jaxpr | core.ClosedJaxpr
     for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: isinstance(x, programs)):
@@ -143,7 +143,7 @@ def _count(jaxpr, params: dict) -> Iterator[tuple[tuple, int, int]]:
                 products.add(eqn.outvars[0])
         if name in ("scan", "while", "cond"):
             raise ValueError(f"this model's program has a {name}, which is not counted")
-        for inner in _inner(eqn):
+        for inner in inner_programs(eqn):
             known = zip(inner.invars, eqn.invars, strict=True)
             yield from _count(inner, {v: params[o] for v, o in known if o in params})
 

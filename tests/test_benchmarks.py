@@ -10,10 +10,12 @@ import sys
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import pytest
 
-from benchmarks import jax_contenders, population, reading, train_step
-from convstem_jax.models import MODELS
+from benchmarks import jax_contenders, population, reading, roofline, train_step
+from convstem_jax.complexity import complexity
+from convstem_jax.models import MODELS, create_model
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -97,3 +99,46 @@ def test_tpu_cycles(tmp_path):
     assert ours["implementation"] == "convstem_jax" and ours["ours_over_it"] == 1
     assert half["ours_over_it"] == pytest.approx(ours["cycles"] / half["cycles"])
     assert full["implementation"] in done.stdout and full["cycles"] > 0
+
+
+def test_kernels_of_a_small_program_by_hand():
+    """relu(x w) is one kernel with the product, the two sums of its result are one more."""
+
+    @jax.jit
+    def program(x, w, v):
+        y = jax.nn.relu(x @ w)  # [8, 32]
+        full = y.astype(jnp.float32)
+        return jnp.transpose(y) @ v, full.sum(axis=0), (full * full).sum(axis=0)
+
+    shapes = ((8, 16), (16, 32), (8, 4))
+    jaxpr = jax.make_jaxpr(program)(*(jnp.zeros(shape, jnp.bfloat16) for shape in shapes)).jaxpr
+    found = sorted(roofline.kernels(jaxpr), key=lambda kernel: -kernel.flops)
+    assert [kernel.flops for kernel in found] == [2 * 8 * 16 * 32, 2 * 32 * 8 * 4, 0]
+    x, w, v, y, out, one_sum = 8 * 16, 16 * 32, 8 * 4, 8 * 32, 32 * 4, 32
+    assert [kernel.bytes for kernel in found] == [
+        2 * (x + w + y), 2 * (y + v + out), 2 * y + 2 * one_sum * 4
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["vitc_4gf", "vitp_1gf", "regnety_1gf"])
+def test_the_roofline_counts_three_forward_passes(name):
+    flops = sum(kernel.flops for kernel in roofline.step_kernels(name, batch=2)) / 2
+    forward = complexity(nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0)))).flops
+    # No gradient of the images is needed, and a multiplication and an addition are two.
+    assert 5.8 * forward < flops < 6.1 * forward
+
+
+def test_roofline(tmp_path, capsys):
+    measured, file = tmp_path / "train_step.json", tmp_path / "roofline.json"
+    row = {"model": "vitc_tiny", "implementation": "convstem_jax", "batch": 4}
+    measured.write_text(json.dumps([row | {"images_per_second": 10.0}]))
+    flags = [f"--measured={measured}", "--flops=1e9", "--bandwidth=1e9", f"--json={file}"]
+    assert roofline.main(flags) == 0
+    [row] = json.loads(file.read_text())
+    seconds = row["batch"] / row["bound_images_per_second"]
+    ceilings = row["flops"] / 1e9, row["bytes"] / 1e9
+    assert max(ceilings) <= seconds <= sum(ceilings)
+    assert row["reached"] == pytest.approx(10 / row["bound_images_per_second"])
+    assert "vitc_tiny" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        roofline.main([f"--measured={tmp_path}/none.json"])

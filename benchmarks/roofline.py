@@ -1,0 +1,271 @@
+"""How fast a training step can be: what it computes and moves, against a device's two ceilings.
+
+    python -m benchmarks.roofline --flops 790e12 --bandwidth 4.3e12        an H200
+    python -m benchmarks.roofline                                          the device here, measured
+    python -m benchmarks.roofline --measured train_step.json               and the share reached
+
+What is counted is this project's step in bfloat16, under ordinary XLA fusion. Each matrix product
+and convolution is a kernel that reads its operands and writes its result. What is computed element
+by element between them is fused, reductions included: a kernel reads each array that it needs once
+and writes what a product or another reduction needs, and sums of two arrays that are read twice.
+Where it alone reads a product's result, it is one kernel with the product. A kernel takes the
+longer of its operations at the one ceiling and its bytes at the other; kernels do not overlap.
+Better fusion than that, such as attention weights that never leave the chip, can beat the bound.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable, Iterator
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+
+from flax import nnx
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+import numpy as np
+from tabulate import tabulate
+
+from benchmarks import jax_contenders
+from convstem_jax.complexity import inner_programs
+from convstem_jax.models import MODELS
+from convstem_jax.step import init_state, split, train_step
+
+OURS = jax_contenders.IMPLEMENTATIONS[0]
+PAPER = [f"vit{stem}_{size}gf" for size in (1, 4, 18, 36) for stem in "cp"]
+VIEWS = ("transpose", "reshape", "squeeze", "expand_dims", "copy")  # cost nothing of their own
+# Programs inside an instruction that run once, on its operands.
+CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "closed_call")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Operations and bytes of one kernel."""
+
+    flops: float
+    bytes: float
+
+
+@dataclasses.dataclass(eq=False)
+class _Array:
+    """A value of a program; two are the same only where they are one object."""
+
+    bytes: int
+
+
+@dataclasses.dataclass
+class _Instruction:
+    name: str
+    inputs: list[_Array]
+    outputs: list[_Array]
+    flops: float  # of a product; 0 for others
+
+    @property
+    def is_product(self) -> bool:
+        return self.name in ("dot_general", "conv_general_dilated")
+
+    @property
+    def is_reduction(self) -> bool:
+        return self.name.startswith("reduce_") and self.name != "reduce_precision"
+
+    @property
+    def is_of_arrays(self) -> bool:
+        """Whether there are two operands, each as large as the result or nearly."""
+        sizes = [x.bytes for x in self.inputs]
+        return len(sizes) == 2 and 2 * min(sizes) >= self.outputs[0].bytes
+
+
+def kernels(jaxpr: core.Jaxpr) -> list[Kernel]:
+    """The kernels of a program, fused as the top of this file says."""
+    instructions, results = _flatten(jaxpr, [_Array(_bytes(v)) for v in jaxpr.invars])
+    maker = {id(out): made for made in instructions for out in made.outputs}
+    stored = {id(x): x for made in instructions if made.is_product for x in made.inputs}
+    stored |= {id(x): x for x in results if x is not None}
+    readers = Counter(id(x) for made in instructions for x in made.inputs)
+    # The residual stream and its gradient.
+    sums = (m for m in instructions if m.name in ("add", "add_any"))
+    stored |= {id(x): x for m in sums for x in m.outputs if readers[id(x)] > 1 and m.is_of_arrays}
+    stored |= {id(x): x for m in instructions if m.is_product or m.is_reduction for x in m.outputs}
+
+    @functools.cache
+    def sources(array_id: int) -> frozenset[int]:
+        """Stored arrays from which a stored or an intermediate one is computed."""
+        if array_id not in maker:
+            return frozenset()
+        inputs = {id(x): x for x in maker[array_id].inputs}
+        known.update(inputs)
+        leaves = {i for i in inputs if i in stored or i not in maker}
+        return frozenset(leaves.union(*(sources(i) for i in inputs if i not in leaves)))
+
+    known, fused, products = dict(stored), {}, {}
+    for made in instructions:
+        if made.is_product:
+            products[id(made.outputs[0])] = made
+            continue
+        for out in made.outputs:
+            if id(out) in stored:  # what reads the same arrays is one kernel
+                fused.setdefault(sources(id(out)), []).append(out)
+    reads = Counter(i for group in fused for i in group)
+    reads += Counter(id(x) for made in products.values() for x in made.inputs)
+    found = []
+    for group, outputs in fused.items():
+        arrays = [known[i] for i in group] + outputs
+        behind = next((i for i in group if i in products and reads[i] == 1), None)
+        flops = 0.0
+        if behind is not None:  # the product's result goes no further than this kernel
+            product = products.pop(behind)
+            arrays += product.inputs
+            arrays.remove(product.outputs[0])
+            flops = product.flops
+        found.append(Kernel(flops, sum(x.bytes for x in arrays)))
+    for product in products.values():
+        found.append(Kernel(product.flops, sum(x.bytes for x in product.inputs + product.outputs)))
+    return found
+
+
+def _flatten(jaxpr, arrays: list) -> tuple[list[_Instruction], list]:
+    """Instructions with the calls opened, and what the program returns (None for a literal)."""
+    values = dict(zip(jaxpr.invars, arrays, strict=True))
+
+    def read(variables: Iterable) -> Iterator[_Array | None]:
+        for v in variables:
+            if isinstance(v, core.Literal):
+                yield None
+            else:
+                yield values.setdefault(v, _Array(_bytes(v)))
+
+    found = []
+    for eqn in jaxpr.eqns:
+        name, inputs = eqn.primitive.name, list(read(eqn.invars))
+        if name in CALLS:
+            program = next(inner_programs(eqn))
+            inside, outputs = _flatten(program, inputs)
+            found += inside
+            outputs = [x or _Array(0) for x in outputs]
+        elif name in VIEWS and inputs[0] is not None:
+            outputs = inputs[:1]
+        else:
+            outputs = [_Array(_bytes(v)) for v in eqn.outvars]
+            found.append(
+                _Instruction(name, [x for x in inputs if x is not None], outputs, _flops(eqn))
+            )
+        values |= dict(zip(eqn.outvars, outputs, strict=True))
+    return found, list(read(jaxpr.outvars))
+
+
+def _bytes(variable) -> int:
+    aval = variable.aval
+    return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 0)
+
+
+def _flops(eqn) -> float:
+    size, shapes = math.prod(eqn.outvars[0].aval.shape), [v.aval.shape for v in eqn.invars]
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2 * size * math.prod(shapes[0][axis] for axis in contracted)
+    if eqn.primitive.name == "conv_general_dilated":
+        # Zeros that pad or dilate are not computed: as many products as in the forward pass.
+        kernel, numbers = shapes[1], eqn.params["dimension_numbers"]
+        per_output = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
+        return 2 * size * per_output / math.prod(eqn.params["lhs_dilation"])
+    return 0.0
+
+
+def step_kernels(model: str, batch: int) -> list[Kernel]:
+    """Of a whole training step of the paper's recipe, AdamW."""
+    recipe = jax_contenders.recipe_of("adamw")
+    new = jax_contenders.new_model(OURS, model)
+    graphdef, _, _ = split(nnx.eval_shape(new))
+    state = jax.eval_shape(lambda: init_state(recipe, new()))
+    size = MODELS[model].image_size
+    data = {
+        "image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((batch,), jnp.int32),
+    }
+    step = functools.partial(train_step, graphdef, recipe)
+    return kernels(jax.make_jaxpr(step)(state, data, jax.eval_shape(jax_contenders.hparams)).jaxpr)
+
+
+def bandwidth(size: int = 2**28, num: int = 10) -> float:
+    """Bytes a second that adding to an array of `size` bfloat16 numbers reads and writes here."""
+
+    @jax.jit
+    def add(x):
+        return jax.lax.fori_loop(0, num, lambda _, y: y + jnp.bfloat16(1), x)
+
+    x = jnp.zeros(size, jnp.bfloat16)
+    add(x).block_until_ready()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        add(x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 4 * size * num / float(np.median(times))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.roofline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, metavar="MODEL", help="default: the paper's ViTs")
+    add("--batch", type=int, default=256, help="default: %(default)s; must be even")
+    add("--flops", type=float, help="bfloat16 operations a second (default: measured here)")
+    add("--bandwidth", type=float, help="bytes a second (default: measured here)")
+    add("--measured", metavar="FILE", help="of benchmarks.train_step: the share that it reached")
+    add("--json", metavar="FILE", help="write the table as a list of objects too")
+    args = parser.parse_args(argv)
+    if args.batch < 2 or args.batch % 2:
+        parser.error(f"--batch {args.batch} must be even: images are mixed in pairs")
+    measured = {}
+    if args.measured:
+        try:
+            with open(args.measured) as file:
+                measured = {r["model"]: r for r in json.load(file) if r["implementation"] == OURS}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--measured {args.measured} is not from benchmarks.train_step: {error}")
+    flops = args.flops or jax_contenders.matmul_flops(8192)
+    speed = args.bandwidth or bandwidth()
+    rows = []
+    for model in args.models or list(measured) or PAPER:
+        batch = measured.get(model, {}).get("batch", args.batch)
+        found = step_kernels(model, batch)
+        seconds = sum(max(k.flops / flops, k.bytes / speed) for k in found)
+        bound = batch / seconds
+        reached = measured.get(model, {}).get("images_per_second")
+        rows.append({
+            "model": model, "batch": batch, "flops_limit": flops, "bytes_limit": speed,
+            "flops": sum(k.flops for k in found), "bytes": sum(k.bytes for k in found),
+            "bound_images_per_second": bound, "images_per_second": reached,
+            "reached": reached and reached / bound,
+        })  # fmt: skip
+    lines = [
+        (
+            row["model"], row["batch"], f"{row['flops'] / row['batch'] / 1e9:.1f}",
+            f"{row['bytes'] / row['batch'] / 1e6:.0f}", f"{row['bound_images_per_second']:,.0f}",
+            "–" if row["reached"] is None else f"{row['images_per_second']:,.0f}",
+            "–" if row["reached"] is None else f"{100 * row['reached']:.0f}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    headers = ("model", "batch", "Gflop an image", "MB an image", "bound (images/s)")
+    headers += ("measured (images/s)", "reached (%)")
+    align = ["left"] + ["right"] * 6
+    print(f"{flops / 1e12:,.0f} Tflop/s in bfloat16, {speed / 1e12:.2f} TB/s\n")
+    print(tabulate(lines, headers, "github", disable_numparse=True, colalign=align))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(rows, file, indent=2)
+            file.write("\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

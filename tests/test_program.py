@@ -1,0 +1,100 @@
+"""What the compiled training step does not do: what would cost speed on every device."""
+
+import logging
+import re
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import jax_contenders
+from convstem_jax import build
+from convstem_jax import train as train_module
+from convstem_jax.complexity import float32_products, inner_programs
+from convstem_jax.config import load_config, set_field
+from convstem_jax.models import MODELS
+from convstem_jax.sharding import Sharding
+from convstem_jax.step import init_state, split
+
+ARRAYS = jax.ShapeDtypeStruct
+
+
+def trace(name, optimizer, sharding, batch=16):
+    """The paper's step in bfloat16, and the state that it takes."""
+    recipe = jax_contenders.recipe_of(optimizer)
+    new = jax_contenders.new_model("convstem_jax", name)
+    graphdef, _, _ = split(nnx.eval_shape(new))
+    state = jax.eval_shape(lambda: init_state(recipe, new()))
+    shardings = sharding.of_state(state)
+    state = jax.tree.map(lambda x, s: ARRAYS(x.shape, x.dtype, sharding=s), state, shardings)
+    size = MODELS[name].image_size
+    data = {
+        "image": ARRAYS((batch, size, size, 3), jnp.uint8, sharding=sharding.batch),
+        "label": ARRAYS((batch,), jnp.int32, sharding=sharding.batch),
+    }
+    step = build.jit_train_step(sharding, graphdef, recipe, shardings)
+    return step.trace(state, data, jax.eval_shape(jax_contenders.hparams)), state
+
+
+@pytest.mark.parametrize("name", ["vitc_18gf", "vitp_1gf", "regnety_4gf"])
+def test_only_the_head_multiplies_in_float32(name):
+    """Its forward product and two gradients; see `ViT.head`."""
+    traced, state = trace(name, "adamw", Sharding(jax.devices()[:1]))
+    found = float32_products(traced.jaxpr.jaxpr)
+    kernel = list(state.params["head"]["kernel"].shape)
+    assert sum(found.values()) == 3
+    assert all(str(kernel) in types or "[16, 1000]" in types for types in found)
+
+
+def primitives(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for inner in inner_programs(eqn):
+            yield from primitives(inner)
+
+
+@pytest.mark.parametrize("name", ["vitc_tiny", "regnety_tiny"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_nothing_calls_the_host(name, optimizer):
+    traced, _ = trace(name, optimizer, Sharding(jax.devices()[:1]))
+    names = set(primitives(traced.jaxpr.jaxpr))
+    assert not [x for x in names if re.search("callback|infeed|outfeed|print|device_put", x)]
+
+
+@pytest.mark.parametrize("state_sharding", ["replicated", "fsdp"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_whole_state_is_updated_in_place(state_sharding, optimizer):
+    sharding = Sharding(jax.devices()[:2], state_sharding)
+    traced, state = trace("vitc_tiny", optimizer, sharding)
+    compiled = traced.lower().compile()
+    on_device = sum(
+        x.dtype.itemsize * int(jnp.prod(jnp.array(x.sharding.shard_shape(x.shape))))
+        for x in jax.tree.leaves(state)
+    )
+    assert compiled.memory_analysis().alias_size_in_bytes == on_device
+    header = compiled.as_text().partition("\n")[0]
+    aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", header)[1]
+    assert aliases.count("alias)") == len(jax.tree.leaves(state))
+
+
+def lowered_in(caplog, tmp_path, epochs):
+    """How often a whole run with evaluations and checkpoints lowers a program of ours."""
+    config = load_config("configs/quickstart.py")
+    fields = {"epochs": epochs, "eval_every_epochs": 0.02, "checkpoint_every_steps": 3}
+    fields |= {"warmup_epochs": 0.01, "log_every_steps": 2, "eval_split": "test[:250]"}
+    for name, value in fields.items():
+        set_field(config, name, str(value))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        train_module.train(config, str(tmp_path / f"run{epochs}"))
+    lowered = r"Finished jaxpr to MLIR module conversion jit\(on_mesh\)"
+    return sum(bool(re.search(lowered, record.getMessage())) for record in caplog.records)
+
+
+def test_a_longer_run_compiles_nothing_more(caplog, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        train_module, "Sharding", lambda devices, *args: Sharding(devices[:1], *args)
+    )
+    short, long = (lowered_in(caplog, tmp_path, epochs) for epochs in (0.04, 0.12))
+    assert 0 < long == short
