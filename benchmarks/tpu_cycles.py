@@ -58,6 +58,23 @@ def estimate(implementation: str, model: str, topology: str, batch: int) -> dict
     return row | {name: said[name] for name in ("cycles", "bytes", "seconds", "versions")}
 
 
+def table(rows: list[dict]) -> str:
+    """The rows for people."""
+    headers = ("model", "slice", "images on a device", "implementation", "cycles (M)")
+    headers += ("ours over its cycles", "GiB")
+    lines = [
+        (
+            row["model"], row["topology"], row["batch_on_device"], row["implementation"],
+            f"{row['cycles'] / 1e6:.1f}",
+            "–" if row["ours_over_it"] is None else f"{row['ours_over_it']:.2f}",
+            f"{row['bytes'] / 2**30:.2f}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    align = ["left", "left", "right", "left", "right", "right", "right"]
+    return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -76,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.batch < 2 or args.batch % 2:
         parser.error(f"--batch {args.batch} must be even: images are mixed in pairs")
-    rows, lines = [], []
+    rows = []
     try:
         for topology in args.topology:
             for model in args.models:
@@ -90,14 +107,12 @@ def main(argv: list[str] | None = None) -> int:
                         continue
                     ours = row["cycles"] if name == OURS else ours
                     rows.append(row | {"ours_over_it": ours and ours / row["cycles"]})
-                    lines.append((model, topology, name, row["cycles"], rows[-1]["ours_over_it"]))
                     if args.json:  # an estimate takes minutes
                         run_folder.write_text(args.json, json.dumps(rows, indent=2) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    headers = ("model", "slice", "implementation", "cycles", "ours over its cycles")
-    print(tabulate(lines, headers, "github", floatfmt=",.2f", intfmt=","))
+    print(table(rows))
     return 0
 
 
