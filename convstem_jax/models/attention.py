@@ -5,6 +5,8 @@ them takes as long as the products around it. So the weights are computed from t
 pass, kept in the type of the inputs, and their gradient is made in one pass too.
 """
 
+import functools
+
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
@@ -60,7 +62,16 @@ _attend.defvjp(_forward, _backward)
 
 
 def in_order(x: jax.Array) -> jax.Array:
-    """Keeps the compiler for TPUs from permuting the axes, which ends in copies of `[T, T]`."""
+    """Keeps the compiler for TPUs from permuting the axes, which ends in copies of `[T, T]`.
+
+    `x` has the batch first.
+    """
     if not device_kind().startswith("TPU"):
         return x
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+    order = functools.partial(
+        with_layout_constraint, layouts=Layout(major_to_minor=tuple(range(x.ndim)))
+    )
+    if "data" in jax.sharding.get_abstract_mesh().axis_names:
+        # On some slices the partitioner would gather the whole batch for it, on every device.
+        order = jax.shard_map(order, in_specs=jax.P("data"), out_specs=jax.P("data"))
+    return order(x)
