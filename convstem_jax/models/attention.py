@@ -1,7 +1,7 @@
 """Scaled dot-product attention with a backward pass that reads the weights in one pass.
 
-The `[N, h, T, T]` tensors are what costs here: at 197 tokens and heads of 64 each pass over one of
-them takes as long as the products around it. So the weights are computed from the scores in one
+The `[N, h, T, T]` tensors are what costs here: at 197 tokens and heads of 64 a pass over one of
+them takes about as long as a product with it. So the weights are computed from the scores in one
 pass, kept in the type of the inputs, and their gradient is made in one pass too.
 """
 

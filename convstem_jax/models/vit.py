@@ -125,7 +125,7 @@ class MLP(nnx.Module):
 def gelu(x: jax.Array) -> jax.Array:
     """Exact (erf) GELU, computed in float32, which keeps its slope in place of its input.
 
-    The slope needs the same erf: half the work in the backward pass.
+    The slope needs the same erf, and the backward pass is then one multiplication.
     """
     return _gelu_and_slope(x)[0]
 
