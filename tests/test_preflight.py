@@ -90,8 +90,8 @@ def test_speed_memory_and_the_fields_that_change_them(tmp_path):
     assert split["parts"]["params"] < 0.7 * whole["parts"]["params"]
     gathered = split["compiled"]["collectives"]["all-gather"]
     assert "all-gather" not in whole["compiled"]["collectives"]
-    # Most of the 19 split arrays once or twice, on the way forward and back, in bfloat16; query, key
-    # and value once.
+    # Most of the 19 split arrays once or twice, on the way forward and back, in bfloat16; those of
+    # query, key and value once.
     size = 16 * (split["parts"]["params"] - 2**10 * 64)
     assert gathered[0] >= 15 and gathered[1] > 0.3 * size
     for record in (whole, split, parts):
