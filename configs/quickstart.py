@@ -10,7 +10,7 @@ Measured on 2 shared CPU cores: 2 to 3.5 minutes, 5 for the CNN, compilation inc
 
     ViT_C  AdamW 11.20, 11.05, 11.20   SGD 11.40, 11.15, 11.55
     ViT_P  AdamW 14.85, 15.05, 15.60   SGD 15.50, 16.35, 16.15
-    CNN    AdamW 9.15, seed 0 alone   SGD 8.85, likewise
+    CNN    AdamW 9.95, seed 0 alone   SGD 9.20, likewise
 """
 
 import os
