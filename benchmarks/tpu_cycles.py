@@ -3,10 +3,11 @@
     python -m benchmarks.tpu_cycles --models vitc_4gf vitc_18gf --topology v4:2x2x1 v5e:2x2 v6e:2x2
 
 It needs libtpu and no TPU: see convstem_jax.preflight. Cycles are of the compiler's cost model, on
-one device, without collectives.
+one device, in millions and without collectives.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -27,10 +28,21 @@ from convstem_jax.sharding import Sharding
 from convstem_jax.step import init_state, split
 
 OURS, *PLAIN = jax_contenders.IMPLEMENTATIONS
+WHAT = ("model", "topology", "batch_on_device", "implementation")  # what a row is of
 
 
-def estimate(implementation: str, model: str, topology: str, batch: int) -> dict | None:
-    """Cycles and bytes of a device; None where the implementation has no such model."""
+def estimate(
+    implementation: str, model: str, topology: str, batch: int, known: dict | None = None
+) -> dict | None:
+    """Cycles and bytes of a device; None where the implementation has no such model.
+
+    Args:
+        implementation: one of `jax_contenders.IMPLEMENTATIONS`.
+        model: a key of `MODELS`.
+        topology: a slice, as in preflight.
+        batch: images on a device.
+        known: an earlier estimate, which is given again if program and versions are the same.
+    """
     if (new := jax_contenders.new_model(implementation, model)) is None:
         return None
     slice_ = tpu.open_slice(topology)
@@ -52,27 +64,32 @@ def estimate(implementation: str, model: str, topology: str, batch: int) -> dict
     }
     hparams = jax.eval_shape(jax_contenders.hparams)
     traced = step.trace(replicated(state), data, replicated(hparams))
-    said = tpu.compile_step(traced, slice_, quick=False, known=None)
-    row = {"model": model, "topology": topology, "batch_on_device": batch}
-    row |= {"implementation": implementation}
-    return row | {name: said[name] for name in ("cycles", "bytes", "seconds", "versions")}
+    what = dict(zip(WHAT, (model, topology, batch, implementation), strict=True))
+    return what | tpu.compile_step(traced, slice_, quick=False, known=known)
 
 
 def table(rows: list[dict]) -> str:
-    """The rows for people."""
-    headers = ("model", "slice", "images on a device", "implementation", "cycles (M)")
-    headers += ("ours over its cycles", "GiB")
-    lines = [
-        (
-            row["model"], row["topology"], row["batch_on_device"], row["implementation"],
-            f"{row['cycles'] / 1e6:.1f}",
-            "–" if row["ours_over_it"] is None else f"{row['ours_over_it']:.2f}",
-            f"{row['bytes'] / 2**30:.2f}",
-        )
-        for row in rows
-    ]  # fmt: skip
-    align = ["left", "left", "right", "left", "right", "right", "right"]
+    """The rows for people: cycles, and this project's over each other implementation's."""
+    found = {}
+    for row in rows:
+        if row["cycles"] is not None:
+            what = row["model"], row["topology"], row["batch_on_device"]
+            found.setdefault(what, {})[row["implementation"]] = row["cycles"]
+    headers = ("model", "slice", "images on a device", OURS)
+    headers += tuple(text for name in PLAIN for text in (name, "ours over it"))
+    lines = []
+    for what, cycles in found.items():
+        ours, line = cycles.get(OURS), [*what, _millions(cycles.get(OURS))]
+        for name in PLAIN:
+            plain = cycles.get(name)
+            line += [_millions(plain), f"{ours / plain:.2f}" if ours and plain else "–"]
+        lines.append(line)
+    align = ["left", "left", *["right"] * (len(headers) - 2)]
     return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
+
+
+def _millions(cycles: int | None) -> str:
+    return f"{cycles / 1e6:.1f}" if cycles else "–"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,26 +106,33 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME", help=f"of: {'; '.join([OURS, *PLAIN])} (default: all)")  # fmt: skip
     # TPUs compute in lanes of 128, and the stem's first layers lay the images along them.
     add("--batch", type=int, default=128, help="images on a device (default: %(default)s)")
-    add("--json", metavar="FILE", help="write the table as a list of objects too, line by line")
+    add("--json", metavar="FILE",
+        help="keep the estimates as a list of objects too, line by line; those that it holds "
+        "already are not made again where program and versions are still the same")  # fmt: skip
     args = parser.parse_args(argv)
     if args.batch < 2 or args.batch % 2:
         parser.error(f"--batch {args.batch} must be even: images are mixed in pairs")
-    rows = []
+    known, rows = {}, []
+    if args.json and os.path.exists(args.json):
+        with open(args.json) as file:
+            try:
+                known = {tuple(row[name] for name in WHAT): row for row in json.load(file)}
+            except (ValueError, KeyError, TypeError):
+                parser.error(f"--json {args.json} holds something else: name another file")
+    wanted = itertools.product(args.topology, args.models, args.implementations)
     try:
-        for topology in args.topology:
-            for model in args.models:
-                ours = None
-                for name in args.implementations:
-                    print(f"{model}, {topology}, {name}", file=sys.stderr, flush=True)
-                    if (row := estimate(name, model, topology, args.batch)) is None:
-                        continue
-                    if row["cycles"] is None:
-                        print("left out: it does not fit, lower --batch", file=sys.stderr)
-                        continue
-                    ours = row["cycles"] if name == OURS else ours
-                    rows.append(row | {"ours_over_it": ours and ours / row["cycles"]})
-                    if args.json:  # an estimate takes minutes
-                        run_folder.write_text(args.json, json.dumps(rows, indent=2) + "\n")
+        for topology, model, name in wanted:
+            print(f"{model}, {topology}, {name}", file=sys.stderr, flush=True)
+            what = model, topology, args.batch, name
+            row = estimate(name, model, topology, args.batch, known.get(what))
+            if row is None:
+                continue
+            if row["cycles"] is None:
+                print("left out: it does not fit, lower --batch", file=sys.stderr)
+            rows.append(row)
+            known[what] = row
+            if args.json:  # an estimate takes minutes
+                run_folder.write_text(args.json, json.dumps([*known.values()], indent=2) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

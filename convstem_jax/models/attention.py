@@ -49,7 +49,7 @@ def _backward(residuals, grad):
     q, k, v, weights, total, out = residuals
     grad = (grad.astype(jnp.float32) / total).astype(q.dtype)
     # What the softmax's gradient subtracts, sum_s p dp, is also sum_d out grad: no pass over T x T.
-    shift = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=2, keepdims=True)
+    shift = _inner_product(out, grad)
     grad_v = jnp.einsum("nhst,nhdt->nhds", weights, grad)
     grad_scores = jnp.einsum("nhdt,nhds->nhst", grad, v, preferred_element_type=jnp.float32)
     grad_scores = (weights.astype(jnp.float32) * (grad_scores - shift)).astype(q.dtype)
@@ -61,12 +61,22 @@ def _backward(residuals, grad):
 _attend.defvjp(_forward, _backward)
 
 
+def _inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Of two `[N, h, d, T]` over d: `[N, h, 1, T]`, summed in float32."""
+    if not _on_tpu():
+        return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=2, keepdims=True)
+    # A product with ones takes TPUs a third of the time of sums in the vector unit.
+    h, d = x.shape[1:3]
+    own = jnp.broadcast_to(jnp.eye(h, dtype=x.dtype)[:, :, None], (h, h, d))
+    return jnp.einsum("ghd,nhdt->ngt", own, x * y, preferred_element_type=jnp.float32)[:, :, None]
+
+
 def in_order(x: jax.Array) -> jax.Array:
     """Keeps the compiler for TPUs from permuting the axes, which ends in copies of `[T, T]`.
 
     `x` has the batch first.
     """
-    if not device_kind().startswith("TPU"):
+    if not _on_tpu():
         return x
     order = functools.partial(
         with_layout_constraint, layouts=Layout(major_to_minor=tuple(range(x.ndim)))
@@ -75,3 +85,7 @@ def in_order(x: jax.Array) -> jax.Array:
         # On some slices the partitioner would gather the whole batch for it, on every device.
         order = jax.shard_map(order, in_specs=jax.P("data"), out_specs=jax.P("data"))
     return order(x)
+
+
+def _on_tpu() -> bool:
+    return device_kind().startswith("TPU")

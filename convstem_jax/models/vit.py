@@ -118,7 +118,7 @@ class MLP(nnx.Module):
         self.fc2 = nnx.Linear(mlp_dim, width, dtype=dtype, rngs=rngs, **inits)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(gelu(in_order(self.fc1(x))))
 
 
 @jax.custom_vjp
