@@ -92,18 +92,14 @@ def train_step(
     )
     num, height, width, _ = batch["image"].shape
     batch = batch | {"light": mixing.lighting(light_key, num, recipe.lighting_std)}
-    alphas = {"mixup_alpha": recipe.mixup_alpha, "cutmix_alpha": recipe.cutmix_alpha}
-    mask = mixing.draw_mask(mix_key, height, width, **alphas)
+    mask = mixing.draw_mask(
+        mix_key, height, width, mixup_alpha=recipe.mixup_alpha, cutmix_alpha=recipe.cutmix_alpha
+    )
 
     def loss_fn(params, batch_stats, batch):
         model = nnx.merge(graphdef, params, batch_stats)
         model.train()
-        images = normalize(batch["image"], recipe, batch["light"])
-        targets = optax.smooth_labels(
-            jax.nn.one_hot(batch["label"], recipe.num_classes), recipe.label_smoothing
-        )
-        if any(alphas.values()):
-            images, targets = mixing.mix(images, targets, mask)
+        images, targets = model_inputs(recipe, batch, mask)
         logits = model(images)
         loss = optax.softmax_cross_entropy(logits, targets).mean()
         return loss, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
@@ -145,6 +141,23 @@ def train_step(
     )
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "lr": lr}
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+
+
+def model_inputs(recipe: Recipe, batch: PyTree, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Images as the model takes them, and the probabilities of the classes to learn.
+
+    Args:
+        recipe: what is fixed.
+        batch: `image` and `label` as in `train_step`, and `light` from `mixing.lighting`.
+        mask: from `mixing.draw_mask`.
+    """
+    images = normalize(batch["image"], recipe, batch["light"])
+    targets = optax.smooth_labels(
+        jax.nn.one_hot(batch["label"], recipe.num_classes), recipe.label_smoothing
+    )
+    if recipe.mixup_alpha or recipe.cutmix_alpha:
+        images, targets = mixing.mix(images, targets, mask)
+    return images, targets
 
 
 def batch_statistics(

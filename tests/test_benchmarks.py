@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import jax_contenders, population, reading, roofline, train_step
+from benchmarks import (
+    around_step,
+    jax_contenders,
+    population,
+    reading,
+    roofline,
+    tpu_cycles,
+    train_step,
+)
 from convstem_jax.complexity import complexity
 from convstem_jax.models import MODELS, create_model
 
@@ -116,6 +124,20 @@ def test_tpu_cycles_refuses_a_file_of_something_else(tmp_path, capsys):
         tpu_cycles.main([f"--json={file}"])
     assert "notes.json holds something else" in capsys.readouterr().err
     assert file.read_text() == '{"a": 1}'
+
+
+def test_around_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, "vitp_tiny", dataclasses.replace(MODELS["vitp_tiny"], depth=1))
+    file, cache = tmp_path / "around.json", jax.config.jax_compilation_cache_dir
+    flags = ["--models=vitp_tiny", "--batch=8", "--steps=2", "--repeats=3", f"--json={file}"]
+    assert around_step.main(flags) == 0
+    [row] = json.loads(file.read_text())
+    assert 0 < row["mixing_over_step"] < 1
+    assert row["evaluation_over_training_rate"] > 1.5  # a backward pass is two forward ones
+    assert row["warm_over_cold"] < 0.7  # what is left is tracing
+    assert 0 < row["save_blocks_seconds"] < 5
+    assert "vitp_tiny" in capsys.readouterr().out
+    assert jax.config.jax_compilation_cache_dir == cache
 
 
 def test_kernels_of_a_small_program_by_hand():

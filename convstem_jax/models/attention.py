@@ -11,7 +11,7 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
-from convstem_jax.models.target import device_kind
+from convstem_jax.models.target import on_tpu
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -63,7 +63,7 @@ _attend.defvjp(_forward, _backward)
 
 def _inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
     """Of two `[N, h, d, T]` over d: `[N, h, 1, T]`, summed in float32."""
-    if not _on_tpu():
+    if not on_tpu():
         return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=2, keepdims=True)
     # A product with ones takes TPUs a third of the time of sums in the vector unit.
     h, d = x.shape[1:3]
@@ -76,7 +76,7 @@ def in_order(x: jax.Array) -> jax.Array:
 
     `x` has the batch first.
     """
-    if not _on_tpu():
+    if not on_tpu():
         return x
     order = functools.partial(
         with_layout_constraint, layouts=Layout(major_to_minor=tuple(range(x.ndim)))
@@ -85,7 +85,3 @@ def in_order(x: jax.Array) -> jax.Array:
         # On some slices the partitioner would gather the whole batch for it, on every device.
         order = jax.shard_map(order, in_specs=jax.P("data"), out_specs=jax.P("data"))
     return order(x)
-
-
-def _on_tpu() -> bool:
-    return device_kind().startswith("TPU")

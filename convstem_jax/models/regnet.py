@@ -10,6 +10,7 @@ from jax.nn import initializers
 import jax.numpy as jnp
 
 from convstem_jax.models.stems import batch_norm
+from convstem_jax.models.target import on_tpu
 
 # The authors' "fan out" counts all output channels, of grouped convolutions too.
 _kernel_init = initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -62,15 +63,17 @@ def _conv(
 class GroupedConv(nnx.Module):
     """3x3 convolution in groups, on `[N, H, W, width]`.
 
-    The one place that knows how grouped convolutions are computed, since XLA has two weaknesses:
+    The one place that knows how grouped convolutions are computed, since XLA has weaknesses:
 
     - Its gradient of `feature_group_count` is slow (jax-ml/jax#13800). A few groups are convolved
       one by one instead, 30 to 70 times faster on a CPU; many would take too long to compile.
+    - TPUs multiply 128 channels by 128 at once, however narrow a group. So there narrow groups are
+      merged into wider ones, whose kernels are zero between the old ones.
     - It gathers a batch that is sharded over devices on each of them (openxla/xla#47945). So each
       device is given its part of the batch where the mesh in use has an axis `data`.
     """
 
-    MAX_SPLIT = 8  # groups
+    FEW = 8  # groups
 
     def __init__(
         self, width: int, group_width: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
@@ -91,11 +94,15 @@ class GroupedConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x, kernel = x.astype(self.conv.dtype), self.conv.kernel.astype(self.conv.dtype)
-        if self.num_groups <= self.MAX_SPLIT:
-            groups = (jnp.split(y, self.num_groups, axis=-1) for y in (x, kernel))
+        num_groups = self.num_groups
+        if on_tpu():
+            num = _groups_to_merge(num_groups, kernel.shape[2])
+            kernel, num_groups = _merge_groups(kernel, num), num_groups // num
+        elif num_groups <= self.FEW:
+            groups = (jnp.split(y, num_groups, axis=-1) for y in (x, kernel))
             parts = [self._convolve(*group, 1) for group in zip(*groups, strict=True)]
             return jnp.concatenate(parts, axis=-1)
-        convolve = functools.partial(self._convolve, num_groups=self.num_groups)
+        convolve = functools.partial(self._convolve, num_groups=num_groups)
         if "data" in jax.sharding.get_abstract_mesh().axis_names:
             convolve = jax.shard_map(
                 convolve, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data")
@@ -111,6 +118,28 @@ class GroupedConv(nnx.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=num_groups,
         )
+
+
+def _groups_to_merge(num_groups: int, group_width: int) -> int:
+    """How many groups TPUs convolve as one: see docs/performance.md."""
+    width = num_groups * group_width
+    if num_groups <= GroupedConv.FEW or width <= 128:
+        return num_groups
+    fits = width % 128 == 0 and 128 % group_width == 0
+    return 128 // group_width if fits else 1
+
+
+def _merge_groups(kernel: jax.Array, num: int) -> jax.Array:
+    """Kernel `[3, 3, w, width]` of a convolution in groups as `[3, 3, num w, width]`.
+
+    Each `num` groups become one; zeros keep them apart.
+    """
+    if num == 1:
+        return kernel
+    height, breadth, w, width = kernel.shape
+    kernel = kernel.reshape(height, breadth, 1, w, width // (num * w), num, w)
+    apart = jnp.eye(num, dtype=kernel.dtype)[:, None, None, :, None]  # [num, 1, 1, num, 1]
+    return (kernel * apart).reshape(height, breadth, num * w, width)
 
 
 class SqueezeExcite(nnx.Module):

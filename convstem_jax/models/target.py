@@ -10,3 +10,8 @@ def device_kind() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device is not None else ""
+
+
+def on_tpu() -> bool:
+    """Whether that kind is a TPU."""
+    return device_kind().startswith("TPU")

@@ -1,0 +1,189 @@
+"""Times what a run does beside and between its training steps, on the device here.
+
+    python -m benchmarks.around_step --models vitc_1gf vitc_4gf vitc_18gf vitc_36gf
+
+For each model, on random images that wait on the device: what normalising and mixing would take
+alone, as a share of a training step (inside the step they are a part of other kernels, and take
+less); images evaluated a second over images trained a second; how long the training step is traced
+and compiled with an empty compilation cache, and with a full one; how long an asynchronous
+checkpoint of the whole state keeps the loop waiting. The first two take turns with training
+--repeats times; medians are printed.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import sys
+import tempfile
+import time
+
+from flax import nnx
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+import jax.numpy as jnp
+import numpy as np
+from tabulate import tabulate
+
+from benchmarks import jax_contenders
+from convstem_jax import mixing
+from convstem_jax.checkpoint import Checkpoints
+from convstem_jax.models import MODELS
+from convstem_jax.step import eval_step, init_state, model_inputs, split, train_step
+
+
+def measure(model: str, args) -> dict:
+    """The row of a model."""
+    recipe, hparams = jax_contenders.recipe_of("adamw"), jax_contenders.hparams()
+    new = jax_contenders.new_model(jax_contenders.IMPLEMENTATIONS[0], model)
+    graphdef, _, _ = split(nnx.eval_shape(new))
+    state = jax.jit(lambda: init_state(recipe, new()))()
+    size, rng = MODELS[model].image_size, np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.integers(0, 256, (args.batch, size, size, 3), np.uint8)),
+        "label": jnp.asarray(rng.integers(0, recipe.num_classes, args.batch).astype(np.int32)),
+    }
+    all_count = {"mask": jnp.ones(args.batch, bool)}
+    with_cache = functools.partial(
+        _compile_seconds, functools.partial(train_step, graphdef, recipe), (state, batch, hparams)
+    )
+    with _empty_cache():
+        cold, warm = with_cache(), with_cache()
+
+    train = jax.jit(functools.partial(train_step, graphdef, recipe), donate_argnums=0)
+    evaluate = jax.jit(functools.partial(eval_step, graphdef, recipe))
+    prepare = jax.jit(functools.partial(_prepare, recipe))
+
+    def train_steps():
+        nonlocal state
+        for _ in range(args.steps):
+            state, metrics = train(state, batch, hparams)
+        return metrics
+
+    def eval_steps():
+        weights = state.ema["params"], state.ema["batch_stats"]
+        return [evaluate(*weights, batch | all_count) for _ in range(args.steps)][-1]
+
+    def prepare_steps():
+        return [prepare(batch, jax.random.key(i)) for i in range(args.steps)][-1]
+
+    turns = (train_steps, eval_steps, prepare_steps)
+    for turn in turns:
+        jax.block_until_ready(turn())  # compiles
+    seconds = np.array(
+        [[_seconds(turn) / args.steps for turn in turns] for _ in range(args.repeats)]
+    )
+    saves = [_save_seconds(state) for _ in range(args.repeats + 1)][1:]  # the first one compiles
+    return {
+        "model": model,
+        "device": jax.devices()[0].device_kind,
+        "batch": args.batch,
+        "step_seconds": float(np.median(seconds[:, 0])),
+        "mixing_over_step": float(np.median(seconds[:, 2] / seconds[:, 0])),
+        "evaluation_over_training_rate": float(np.median(seconds[:, 0] / seconds[:, 1])),
+        "cold_compile_seconds": cold,
+        "warm_compile_seconds": warm,
+        "warm_over_cold": warm / cold,
+        "save_blocks_seconds": float(np.median(saves)),
+        "jax": jax.__version__,
+    }
+
+
+def _prepare(recipe, batch, key):
+    """What a training step does to its batch before the model, in the type that the model takes."""
+    num, height, width, _ = batch["image"].shape
+    light = mixing.lighting(key, num, recipe.lighting_std)
+    alphas = {"mixup_alpha": recipe.mixup_alpha, "cutmix_alpha": recipe.cutmix_alpha}
+    mask = mixing.draw_mask(key, height, width, **alphas)
+    images, targets = model_inputs(recipe, batch | {"light": light}, mask)
+    return images.astype(jnp.bfloat16), targets
+
+
+def _seconds(function) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def _compile_seconds(function, arguments) -> float:
+    jax.clear_caches()
+    compilation_cache.reset_cache()  # what is in memory: the files stay
+    start = time.perf_counter()
+    jax.jit(function, donate_argnums=0).lower(*arguments).compile()
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _empty_cache():
+    before = jax.config.jax_compilation_cache_dir
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        yield
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
+def _save_seconds(state) -> float:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(Checkpoints(folder)) as checkpoints,
+    ):
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        checkpoints.save(int(state.step), state, {})
+        return time.perf_counter() - start
+
+
+def table(rows: list[dict]) -> str:
+    """The rows for people."""
+    headers = ("model", "batch", "step (ms)", "mixing alone (% of a step)")
+    headers += ("evaluation over training rate", "compile, cold (s)", "warm (s)", "warm over cold")
+    headers += ("save blocks (ms)", "in steps")
+    lines = [
+        (
+            row["model"], row["batch"], f"{1e3 * row['step_seconds']:,.1f}",
+            f"{100 * row['mixing_over_step']:.1f}", f"{row['evaluation_over_training_rate']:.2f}",
+            f"{row['cold_compile_seconds']:.1f}", f"{row['warm_compile_seconds']:.1f}",
+            f"{row['warm_over_cold']:.2f}", f"{1e3 * row['save_blocks_seconds']:,.0f}",
+            f"{row['save_blocks_seconds'] / row['step_seconds']:.2f}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    align = ["left", *["right"] * 9]
+    return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.around_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", default=["vitc_4gf"], choices=MODELS, metavar="MODEL",
+        help="as in convstem_jax.create_model (default: vitc_4gf)")  # fmt: skip
+    add("--batch", type=int, default=256, help="default: %(default)s; must be even")
+    add("--steps", type=int, default=20, help="of each turn (default: %(default)s)")
+    add("--repeats", type=int, default=5, help="default: %(default)s")
+    add("--json", metavar="FILE", help="write the table as a list of objects too")
+    args = parser.parse_args(argv)
+    if args.batch < 2 or args.batch % 2:
+        parser.error(f"--batch {args.batch} must be even: images are mixed in pairs")
+    for name in ("steps", "repeats"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be 1 or more")
+    rows = []
+    for model in args.models:
+        print(f"{model} on {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
+        rows.append(measure(model, args))
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump([row | {"command": sys.argv[1:]} for row in rows], file, indent=2)
+                file.write("\n")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
