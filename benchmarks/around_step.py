@@ -5,20 +5,18 @@
 For each model, on random images that wait on the device: what normalising and mixing would take
 alone, as a share of a training step (inside the step they are a part of other kernels, and take
 less); images evaluated a second over images trained a second; how long the training step is traced
-and compiled with an empty compilation cache, and with a full one; how long an asynchronous
-checkpoint of the whole state keeps the loop waiting. The first two take turns with training
---repeats times; medians are printed.
+and compiled with an empty compilation cache, and with a full one; how much longer --steps
+training steps take after an asynchronous checkpoint of the whole state was asked for. The first two
+take turns with training --repeats times; medians are printed.
 """
 
 import argparse
 import contextlib
-import functools
 import json
 import sys
 import tempfile
 import time
 
-from flax import nnx
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
@@ -26,33 +24,41 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks import jax_contenders
-from convstem_jax import mixing
+from convstem_jax import build, mixing, run_folder
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.models import MODELS
-from convstem_jax.step import eval_step, init_state, model_inputs, split, train_step
+from convstem_jax.sharding import Sharding
+from convstem_jax.step import eval_step, model_inputs
 
 
 def measure(model: str, args) -> dict:
     """The row of a model."""
     recipe, hparams = jax_contenders.recipe_of("adamw"), jax_contenders.hparams()
     new = jax_contenders.new_model(jax_contenders.IMPLEMENTATIONS[0], model)
-    graphdef, _, _ = split(nnx.eval_shape(new))
-    state = jax.jit(lambda: init_state(recipe, new()))()
+    sharding = Sharding(jax.devices()[:1])
+    graphdef, state = jax_contenders.new_state(new, recipe, sharding)
     size, rng = MODELS[model].image_size, np.random.default_rng(0)
     batch = {
-        "image": jnp.asarray(rng.integers(0, 256, (args.batch, size, size, 3), np.uint8)),
-        "label": jnp.asarray(rng.integers(0, recipe.num_classes, args.batch).astype(np.int32)),
+        "image": rng.integers(0, 256, (args.batch, size, size, 3), np.uint8),
+        "label": rng.integers(0, recipe.num_classes, args.batch).astype(np.int32),
+        "mask": np.ones(args.batch, bool),  # of evaluation
     }
-    all_count = {"mask": jnp.ones(args.batch, bool)}
-    with_cache = functools.partial(
-        _compile_seconds, functools.partial(train_step, graphdef, recipe), (state, batch, hparams)
-    )
-    with _empty_cache():
-        cold, warm = with_cache(), with_cache()
+    batch = jax.device_put(batch, sharding.batch)
+    hparams, key = jax.device_put((hparams, jax.random.key(0)), sharding.replicated)
 
-    train = jax.jit(functools.partial(train_step, graphdef, recipe), donate_argnums=0)
-    evaluate = jax.jit(functools.partial(eval_step, graphdef, recipe))
-    prepare = jax.jit(functools.partial(_prepare, recipe))
+    def new_train():
+        return build.jit_train_step(sharding, graphdef, recipe, sharding.of_state(state))
+
+    def compile_seconds():
+        jax.clear_caches()
+        compilation_cache.reset_cache()  # what is in memory: the files stay
+        return _seconds(lambda: new_train().lower(state, batch, hparams).compile() and ())
+
+    with _empty_cache():
+        cold, warm = compile_seconds(), compile_seconds()
+    train = new_train()
+    evaluate = sharding.jit(eval_step, graphdef, recipe)
+    prepare = sharding.jit(_prepare, recipe)
 
     def train_steps():
         nonlocal state
@@ -62,10 +68,10 @@ def measure(model: str, args) -> dict:
 
     def eval_steps():
         weights = state.ema["params"], state.ema["batch_stats"]
-        return [evaluate(*weights, batch | all_count) for _ in range(args.steps)][-1]
+        return [evaluate(*weights, batch) for _ in range(args.steps)][-1]
 
     def prepare_steps():
-        return [prepare(batch, jax.random.key(i)) for i in range(args.steps)][-1]
+        return [prepare(batch, key) for _ in range(args.steps)][-1]
 
     turns = (train_steps, eval_steps, prepare_steps)
     for turn in turns:
@@ -73,7 +79,14 @@ def measure(model: str, args) -> dict:
     seconds = np.array(
         [[_seconds(turn) / args.steps for turn in turns] for _ in range(args.repeats)]
     )
-    saves = [_save_seconds(state) for _ in range(args.repeats + 1)][1:]  # the first one compiles
+    saves = []
+    for _ in range(args.repeats + 1):
+        with _new_checkpoints() as checkpoints:
+            start = time.perf_counter()
+            checkpoints.save(int(state.step), state, {})
+            jax.block_until_ready(train_steps())  # which may not overwrite what is not yet read
+            saves.append(time.perf_counter() - start)
+    saves = np.array(saves[1:]) - args.steps * seconds[:, 0]  # the first one compiles
     return {
         "model": model,
         "device": jax.devices()[0].device_kind,
@@ -85,7 +98,6 @@ def measure(model: str, args) -> dict:
         "warm_compile_seconds": warm,
         "warm_over_cold": warm / cold,
         "save_blocks_seconds": float(np.median(saves)),
-        "jax": jax.__version__,
     }
 
 
@@ -105,33 +117,25 @@ def _seconds(function) -> float:
     return time.perf_counter() - start
 
 
-def _compile_seconds(function, arguments) -> float:
-    jax.clear_caches()
-    compilation_cache.reset_cache()  # what is in memory: the files stay
-    start = time.perf_counter()
-    jax.jit(function, donate_argnums=0).lower(*arguments).compile()
-    return time.perf_counter() - start
-
-
 @contextlib.contextmanager
 def _empty_cache():
     before = jax.config.jax_compilation_cache_dir
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
-        yield
-        jax.config.update("jax_compilation_cache_dir", before)
-        compilation_cache.reset_cache()
+        try:
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", before)
+            compilation_cache.reset_cache()
 
 
-def _save_seconds(state) -> float:
+@contextlib.contextmanager
+def _new_checkpoints():
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.closing(Checkpoints(folder)) as checkpoints,
     ):
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        checkpoints.save(int(state.step), state, {})
-        return time.perf_counter() - start
+        yield checkpoints
 
 
 def table(rows: list[dict]) -> str:
@@ -173,13 +177,15 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("steps", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more")
+    about = {"command": argv or sys.argv[1:], "versions": run_folder.versions()}
+    about |= {"commit": run_folder.commit(), "steps": args.steps, "repeats": args.repeats}
     rows = []
     for model in args.models:
         print(f"{model} on {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
         rows.append(measure(model, args))
         if args.json:
             with open(args.json, "w") as file:
-                json.dump([row | {"command": sys.argv[1:]} for row in rows], file, indent=2)
+                json.dump([row | about for row in rows], file, indent=2)
                 file.write("\n")
     print(table(rows))
     return 0

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import functools
 import time
 
 from flax import nnx
@@ -10,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convstem_jax import build
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.models.vit import ViTSpec
-from convstem_jax.step import HParams, Recipe, init_state, split, train_step
+from convstem_jax.sharding import Sharding
+from convstem_jax.step import HParams, Recipe, TrainState, init_state, split
 
 NUM_CLASSES = 1000
 IMPLEMENTATIONS = ("convstem_jax", "plain Flax, bfloat16", "plain Flax, float32")  # ours first
@@ -98,6 +99,17 @@ def hparams() -> HParams:
     )  # fmt: skip
 
 
+def new_state(
+    new: Callable[[], nnx.Module], recipe: Recipe, sharding: Sharding
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The structure of a model, and its untrained state on the devices."""
+    graphdef, _, _ = split(nnx.eval_shape(new))
+    state = jax.eval_shape(lambda: init_state(recipe, new()))
+    return graphdef, jax.jit(
+        lambda: init_state(recipe, new()), out_shardings=sharding.of_state(state)
+    )()
+
+
 @dataclasses.dataclass
 class JaxStep:
     """A compiled training step with its state and batch on the first device."""
@@ -115,10 +127,12 @@ class JaxStep:
         if (new := new_model(implementation, model)) is None:
             return None
         recipe = recipe_of(optimizer)
-        graphdef, _, _ = split(nnx.eval_shape(new))
-        state = jax.jit(lambda: init_state(recipe, new()))()
-        rest = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}, hparams()
-        step = jax.jit(functools.partial(train_step, graphdef, recipe), donate_argnums=0)
+        sharding = Sharding(jax.devices()[:1])
+        graphdef, state = new_state(new, recipe, sharding)
+        batch = {"image": images, "label": labels}
+        rest = jax.device_put(batch, sharding.batch), jax.device_put(hparams(), sharding.replicated)
+        # As in training: what the models do for a device hangs on the mesh.
+        step = build.jit_train_step(sharding, graphdef, recipe, sharding.of_state(state))
         start = time.perf_counter()
         compiled = step.lower(state, *rest).compile()
         seconds = time.perf_counter() - start

@@ -26,7 +26,8 @@ from tabulate import tabulate
 
 from convstem_jax import build
 from convstem_jax.config import load_config
-from convstem_jax.step import init_state, split, train_step
+from convstem_jax.sharding import Sharding
+from convstem_jax.step import init_state, split
 from convstem_jax.study.experiments import Population, run_config
 from convstem_jax.study.population import open_readers
 from convstem_jax.study.programs import Programs, Trial, stack_hparams, trials_per_device
@@ -92,8 +93,13 @@ def main(argv: list[str] | None = None) -> int:
 
     graphdef, _, _ = split(nnx.eval_shape(lambda: build.new_model(config, 10, 0)))
     recipe = build.recipe(config, 10)
-    step = jax.jit(functools.partial(train_step, graphdef, recipe), donate_argnums=0)
-    new_state = jax.jit(lambda: init_state(recipe, build.new_model(config, 10, 0)))
+    sharding = Sharding(jax.devices()[:1])
+    abstract = jax.eval_shape(lambda: init_state(recipe, build.new_model(config, 10, 0)))
+    shardings = sharding.of_state(abstract)
+    step = build.jit_train_step(sharding, graphdef, recipe, shardings)
+    new_state = jax.jit(
+        lambda: init_state(recipe, build.new_model(config, 10, 0)), out_shardings=shardings
+    )
 
     with open_readers(config, memory=1e9) as readers:
         whole = functools.partial(time_population, config, readers, programs, trials)

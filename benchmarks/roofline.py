@@ -193,16 +193,15 @@ def step_kernels(model: str, batch: int) -> list[Kernel]:
 def bandwidth(size: int = 2**28, num: int = 10) -> float:
     """Bytes a second that adding to an array of `size` bfloat16 numbers reads and writes here."""
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=0)  # else the loop begins with a copy
     def add(x):
         return jax.lax.fori_loop(0, num, lambda _, y: y + jnp.bfloat16(1), x)
 
-    x = jnp.zeros(size, jnp.bfloat16)
-    add(x).block_until_ready()
+    x = add(jnp.zeros(size, jnp.bfloat16)).block_until_ready()
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        add(x).block_until_ready()
+        x = add(x).block_until_ready()
         times.append(time.perf_counter() - start)
     return 4 * size * num / float(np.median(times))
 
@@ -231,6 +230,13 @@ def main(argv: list[str] | None = None) -> int:
                 measured = {r["model"]: r for r in json.load(file) if r["implementation"] == OURS}
         except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"--measured {args.measured} is not from benchmarks.train_step: {error}")
+    here = jax.devices()[0].device_kind
+    others = {row["device"] for row in measured.values()} - {here}
+    if others and not (args.flops and args.bandwidth):
+        parser.error(
+            f"--measured {args.measured} is of {', '.join(others)}, this is {here}: give --flops "
+            "and --bandwidth of the device that was measured"
+        )
     flops = args.flops or jax_contenders.matmul_flops(8192)
     speed = args.bandwidth or bandwidth()
     rows = []

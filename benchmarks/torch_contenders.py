@@ -6,7 +6,9 @@ uint8 images, lights, mixes and smooths on the device, updates the parameters, a
 """
 
 from collections.abc import Callable
+import contextlib
 import importlib
+import importlib.metadata
 import time
 
 import numpy as np
@@ -28,6 +30,23 @@ def unavailable(implementation: str) -> str | None:
     except (ImportError, RuntimeError) as error:  # torchvision's, beside another build of torch
         return first_line(error)
     return None
+
+
+def forget() -> None:
+    """Frees what was compiled: beyond eight networks PyTorch would compile no more, and go on."""
+    with contextlib.suppress(ImportError):
+        import torch
+
+        torch._dynamo.reset()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages here that decide the numbers."""
+    found = {}
+    for name in ("torch", "torchvision", "timm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def torchvision_network(spec, num_classes: int = NUM_CLASSES):
@@ -133,7 +152,10 @@ class TorchStep:
             return mask, 0.1 * torch.randn(len(images), 3, device=device)
 
         self._draw = draw
-        self._loss_of = torch.compile(loss_of, mode=mode) if mode != "eager" else loss_of
+        self._loss_of = loss_of
+        if mode != "eager":
+            # Else the shapes of a second size of images would be symbolic.
+            self._loss_of = torch.compile(loss_of, mode=mode, dynamic=False)
         self._steps = 0
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -141,7 +163,8 @@ class TorchStep:
         start = time.perf_counter()
         self.run(3)  # graphs are recorded at the second and third call
         self.compile_seconds = time.perf_counter() - start
-        state = sum(x.nbytes for x in self._weights) * 4 + images.nbytes
+        # Weights and EMA; the optimiser made its own after `before`.
+        state = sum(x.nbytes for x in self._weights) * 2 + images.nbytes
         self.peak_bytes = torch.cuda.max_memory_allocated() - before + state if self._cuda else None
 
     def run(self, num_steps: int) -> float:

@@ -69,14 +69,14 @@ def estimate(
 
 
 def table(rows: list[dict]) -> str:
-    """The rows for people: cycles, and this project's over each other implementation's."""
+    """The rows for people: cycles, and ours over each other implementation's."""
     found = {}
     for row in rows:
         if row["cycles"] is not None:
             what = row["model"], row["topology"], row["batch_on_device"]
             found.setdefault(what, {})[row["implementation"]] = row["cycles"]
     headers = ("model", "slice", "images on a device", OURS)
-    headers += tuple(text for name in PLAIN for text in (name, "ours over it"))
+    headers += tuple(text for name in PLAIN for text in (name, "our cycles over its"))
     lines = []
     for what, cycles in found.items():
         ours, line = cycles.get(OURS), [*what, _millions(cycles.get(OURS))]

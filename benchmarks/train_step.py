@@ -25,6 +25,7 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks import jax_contenders, torch_contenders
+from convstem_jax import run_folder
 from convstem_jax.complexity import complexity
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.optim import OPTIMIZERS
@@ -62,6 +63,7 @@ def measure(model: str, args, peak: float) -> list[dict]:
     size, rng = MODELS[model].image_size, np.random.default_rng(0)
     images = rng.integers(0, 256, (args.batch, size, size, 3), np.uint8)
     labels = rng.integers(0, torch_contenders.NUM_CLASSES, args.batch).astype(np.int32)
+    torch_contenders.forget()
     steps = contenders(model, args, images, labels)
     seconds = np.zeros((args.repeats, len(steps)))
     for step in steps:
@@ -83,7 +85,7 @@ def measure(model: str, args, peak: float) -> list[dict]:
             "batch": args.batch,
             "optimizer": args.optimizer,
             "images_per_second": args.batch / np.median(seconds[:, i]),
-            "ours_over_it": None if ours is None else float(np.median(seconds[:, i] / ours)),
+            "speed_over_its": None if ours is None else float(np.median(seconds[:, i] / ours)),
             "mfu": 6 * flops * args.batch / np.median(seconds[:, i]) / peak,
             "peak_bytes": step.peak_bytes,
             "compile_seconds": round(step.compile_seconds, 1),
@@ -94,12 +96,12 @@ def measure(model: str, args, peak: float) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """The rows for people."""
-    headers = ("model", "implementation", "batch", "images/s", "ours over it", "MFU (%)")
+    headers = ("model", "implementation", "batch", "images/s", "our speed over its", "MFU (%)")
     headers += ("peak GiB", "compile (s)")
     lines = [
         (
             row["model"], row["implementation"], row["batch"], f"{row['images_per_second']:,.1f}",
-            "–" if row["ours_over_it"] is None else f"{row['ours_over_it']:.2f}",
+            "–" if row["speed_over_its"] is None else f"{row['speed_over_its']:.2f}",
             f"{100 * row['mfu']:.1f}",
             "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}",
             f"{row['compile_seconds']:.0f}",
@@ -148,7 +150,11 @@ def main(argv: list[str] | None = None) -> int:
         rows += measure(model, args, peak)
     print(table(rows))
     if args.json:
-        about = {"jax": jax.__version__, "matmul_flops": peak, "command": sys.argv[1:]}
+        about = {
+            "matmul_flops": peak, "command": argv or sys.argv[1:], "commit": run_folder.commit(),
+            "steps": args.steps, "repeats": args.repeats, "torch_mode": args.torch_mode,
+            "versions": run_folder.versions() | torch_contenders.versions(),
+        }  # fmt: skip
         with open(args.json, "w") as file:
             json.dump([row | about for row in rows], file, indent=2)
             file.write("\n")

@@ -45,6 +45,9 @@ CHIPS = {
 }
 
 
+FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # of the environment, which the compiler reads
+
+
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """Devices of a slice, which can be compiled for and not computed on."""
@@ -102,7 +105,7 @@ def compile_step(traced: jax.stages.Traced, slice_: Slice, quick: bool, known: d
         traced: the program, its arguments sharded over the slice.
         slice_: what to compile for.
         quick: with the least effort.
-        known: an earlier answer, which is given again if program and versions are the same.
+        known: an earlier answer, which is given again if program, versions and flags are the same.
 
     Returns:
         A JSON-serialisable dict; without "bytes" where the memory is too small.
@@ -115,8 +118,9 @@ def compile_step(traced: jax.stages.Traced, slice_: Slice, quick: bool, known: d
         "sha256": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         "quick": quick,
         "versions": run_folder.versions(),
+        "flags": {name: os.environ[name] for name in FLAGS if os.environ.get(name)},
     }
-    if known and program.items() <= known.items():
+    if known and program.items() <= ({"flags": {}} | known).items():
         return known
     said = program | dict.fromkeys(
         ("bytes", "code_bytes", "temporaries_needed", "flops", "cycles", "collectives")

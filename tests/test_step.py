@@ -296,7 +296,7 @@ def test_8_devices_do_what_1_device_does(accumulate):
 
 def test_8_devices_share_grouped_convolutions(monkeypatch):
     """XLA alone would have each of them compute the whole batch."""
-    monkeypatch.setattr(GroupedConv, "FEW", 0)
+    monkeypatch.setattr(GroupedConv, "MAX_SPLIT", 0)
     model = random_model("regnety_tiny", num_classes=10, depths=(1,), widths=(8,), group_width=2)
     graphdef, _, _ = split(model)
     grads = []

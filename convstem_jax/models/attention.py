@@ -62,7 +62,10 @@ _attend.defvjp(_forward, _backward)
 
 
 def _inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Of two `[N, h, d, T]` over d: `[N, h, 1, T]`, summed in float32."""
+    """Of two `[N, h, d, T]` over d: `[N, h, 1, T]`, summed in float32.
+
+    On TPUs the numbers that are summed are rounded to the inputs' type first.
+    """
     if not on_tpu():
         return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=2, keepdims=True)
     # A product with ones takes TPUs a third of the time of sums in the vector unit.

@@ -73,7 +73,7 @@ class GroupedConv(nnx.Module):
       device is given its part of the batch where the mesh in use has an axis `data`.
     """
 
-    FEW = 8  # groups
+    MAX_SPLIT = 8  # groups that are convolved one by one
 
     def __init__(
         self, width: int, group_width: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
@@ -98,7 +98,7 @@ class GroupedConv(nnx.Module):
         if on_tpu():
             num = _groups_to_merge(num_groups, kernel.shape[2])
             kernel, num_groups = _merge_groups(kernel, num), num_groups // num
-        elif num_groups <= self.FEW:
+        elif num_groups <= self.MAX_SPLIT:
             groups = (jnp.split(y, num_groups, axis=-1) for y in (x, kernel))
             parts = [self._convolve(*group, 1) for group in zip(*groups, strict=True)]
             return jnp.concatenate(parts, axis=-1)
@@ -123,7 +123,7 @@ class GroupedConv(nnx.Module):
 def _groups_to_merge(num_groups: int, group_width: int) -> int:
     """How many groups TPUs convolve as one: see docs/performance.md."""
     width = num_groups * group_width
-    if num_groups <= GroupedConv.FEW or width <= 128:
+    if num_groups <= 8 or width <= 128:
         return num_groups
     fits = width % 128 == 0 and 128 % group_width == 0
     return 128 // group_width if fits else 1
