@@ -110,6 +110,7 @@ def test_tpu_cycles(tmp_path):
     line = f"{ours / 1e6:.1f} | {half / 1e6:.1f} | {ours / half:.2f}"
     assert line in " ".join(done.stdout.split()) and full > 0
     # An estimate is not made again; what is there is not taken for one of another program.
+    rows[0] |= {"cycles": 7, "flags": {"LIBTPU_INIT_ARGS": "--of_another_run"}}
     rows[1] |= {"cycles": 7}
     rows[2] |= {"cycles": 7, "sha256": "of an older step"}
     file.write_text(json.dumps(rows))

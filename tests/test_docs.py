@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from benchmarks import tpu_cycles
 from convstem_jax import preflight
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,3 +32,14 @@ def test_the_table_of_preflight_is_made_of_its_records():
     slices = {"v3:2x2", "v4:2x2x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8"}
     assert len(records) == 40 and {record["topology"] for record in records} == slices
     assert preflight.table(records, "github") in (ROOT / "docs/preflight.md").read_text()
+
+
+def test_the_table_of_cycles_is_made_of_its_estimates():
+    rows = json.loads((ROOT / "results/benchmarks/tpu_cycles.json").read_text())
+    assert len(rows) == 4 * 3 * 3  # sizes, generations, implementations
+    cycles = {(r["model"], r["topology"], r["implementation"]): r["cycles"] for r in rows}
+    for model, topology, implementation in cycles:
+        if model in ("vitc_4gf", "vitc_18gf") and implementation == "plain Flax, bfloat16":
+            ours = cycles[model, topology, "convstem_jax"]
+            assert ours <= 0.8 * cycles[model, topology, implementation]
+    assert tpu_cycles.table(rows) in (ROOT / "docs/performance.md").read_text()
