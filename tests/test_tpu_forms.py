@@ -1,4 +1,10 @@
-"""What the models compute in another form on TPUs is the same, here in float32 on the CPU."""
+"""What the models compute in another form on TPUs: the same, and compiled in a population too."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
 
 from flax import nnx
 import jax
@@ -50,3 +56,35 @@ def test_attention_in_bfloat16_is_near_that_in_float32(monkeypatch, on_tpu, offs
     monkeypatch.setattr(attention, "on_tpu", lambda: on_tpu)
     for half, full in zip(attend_gradients(jnp.bfloat16, offset), exact, strict=True):
         assert jnp.linalg.norm(half - full) < 0.012 * jnp.linalg.norm(full)
+
+
+POPULATION = """
+import dataclasses
+from convstem_jax import tpu
+from convstem_jax.config import load_config
+from convstem_jax.models import MODELS
+from convstem_jax.study.experiments import Population, run_config
+from convstem_jax.study.programs import Programs, Trial
+
+SMALL = {"vitc_tiny": {"depth": 1}, "regnety_tiny": {"depths": (1, 1), "widths": (32, 64)}}
+devices = tpu.open_slice("v5e:2x2").devices
+for name in SMALL:
+    MODELS[name] = dataclasses.replace(MODELS[name], **SMALL[name])
+    config = load_config("configs/study.py:dtype=bfloat16")
+    config = run_config(config, Population("seeds", name, "sgd", 3.0, (Trial(0.1, 1e-4, 0),)))
+    programs = Programs(config, 10, 2, devices=devices, memory=12e9)
+    program = tpu.read_program(programs.step.as_text())
+    print(name, programs.num_trials, program.cycles > 0, len(program.collectives))
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu for this machine")
+def test_a_population_compiles_for_tpus():
+    """With the layouts pinned under the map over trials, which send each other nothing."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    root = pathlib.Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", POPULATION], cwd=root, env=env, capture_output=True, text=True
+    )
+    expected = ["vitc_tiny 8 True 0", "regnety_tiny 8 True 0"]
+    assert done.stdout.splitlines() == expected, done.stderr[-2000:]
