@@ -109,14 +109,16 @@ def test_tpu_cycles(tmp_path):
     ours, half, full = (row["cycles"] for row in rows)
     line = f"{ours / 1e6:.1f} | {half / 1e6:.1f} | {ours / half:.2f}"
     assert line in " ".join(done.stdout.split()) and full > 0
-    # An estimate is not made again; what is there is not taken for one of another program.
-    rows[0] |= {"cycles": 7, "flags": {"LIBTPU_INIT_ARGS": "--of_another_run"}}
-    rows[1] |= {"cycles": 7}
-    rows[2] |= {"cycles": 7, "sha256": "of an older step"}
+    # An estimate is not made again; none is taken for one of another program or other flags.
+    flags = {"LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=16384"}
+    rows[0] |= {"cycles": 7}
+    rows[1] |= {"cycles": 7, "flags": flags}
+    rows[2] |= {"cycles": 7, "flags": flags, "sha256": "of an older step"}
     file.write_text(json.dumps(rows))
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=env | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [row["cycles"] for row in json.loads(file.read_text())] == [ours, 7, full]
+    kept = [row["cycles"] == 7 for row in json.loads(file.read_text())]
+    assert kept == [False, True, False]
 
 
 def test_tpu_cycles_refuses_a_file_of_something_else(tmp_path, capsys):
