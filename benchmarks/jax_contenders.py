@@ -114,7 +114,6 @@ def new_state(
 class JaxStep:
     """A compiled training step with its state and batch on the first device."""
 
-    name: str
     compile_seconds: float
     peak_bytes: int
     _step: Callable
@@ -123,9 +122,8 @@ class JaxStep:
 
     @classmethod
     def make(cls, implementation: str, model: str, optimizer: str, images: np.ndarray, labels):
-        """Compiles it; None where the implementation has no such model."""
-        if (new := new_model(implementation, model)) is None:
-            return None
+        """Compiles it."""
+        new = new_model(implementation, model)
         recipe = recipe_of(optimizer)
         sharding = Sharding(jax.devices()[:1])
         graphdef, state = new_state(new, recipe, sharding)
@@ -139,7 +137,7 @@ class JaxStep:
         memory = compiled.memory_analysis()
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
         peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-        return cls(implementation, seconds, peak, compiled, state, rest)
+        return cls(seconds, peak, compiled, state, rest)
 
     def run(self, num_steps: int) -> float:
         """Makes so many steps and waits for them; returns the last loss."""

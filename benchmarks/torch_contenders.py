@@ -32,14 +32,6 @@ def unavailable(implementation: str) -> str | None:
     return None
 
 
-def forget() -> None:
-    """Frees what was compiled: beyond eight networks PyTorch would compile no more, and go on."""
-    with contextlib.suppress(ImportError):
-        import torch
-
-        torch._dynamo.reset()
-
-
 def versions() -> dict[str, str]:
     """Of the packages here that decide the numbers."""
     found = {}
@@ -102,11 +94,16 @@ def new_network(implementation: str, model: str) -> Callable | None:
 class TorchStep:
     """A compiled training step with its state and batch on the GPU, or on the CPU without one."""
 
-    def __init__(self, name: str, network, optimizer: str, images: np.ndarray, labels, mode: str):
+    @classmethod
+    def make(cls, implementation: str, model: str, *args):
+        """Compiles it."""
+        return cls(new_network(implementation, model)(), *args)
+
+    def __init__(self, network, optimizer: str, images: np.ndarray, labels, mode: str):
         import torch
         from torch.nn import functional
 
-        self.name, self._torch = name, torch
+        self._torch = torch
         self._cuda = torch.cuda.is_available()
         device = torch.device("cuda" if self._cuda else "cpu")
         torch.backends.cudnn.benchmark = True
@@ -154,7 +151,6 @@ class TorchStep:
         self._draw = draw
         self._loss_of = loss_of
         if mode != "eager":
-            # Else the shapes of a second size of images would be symbolic.
             self._loss_of = torch.compile(loss_of, mode=mode, dynamic=False)
         self._steps = 0
         if self._cuda:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from convstem_jax.step import PyTree
+from convstem_jax.xla_options import compiler_options
 
 STATES = ("replicated", "fsdp")
 # Smaller arrays are not split: they cost little memory, and each collective its latency.
@@ -70,7 +71,7 @@ class Sharding:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 return function(*static, *args)
 
-        return jax.jit(on_mesh, **options)
+        return jax.jit(on_mesh, compiler_options=compiler_options(self.devices), **options)
 
 
 def bytes_on_device(arrays: PyTree) -> int:

@@ -9,8 +9,9 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from convstem_jax.models.stems import batch_norm
-from convstem_jax.models.target import on_tpu
+from convstem_jax.models.norms import apply_norm, batch_norm
+from convstem_jax.models.stems import convolve_images
+from convstem_jax.models.target import on_gpu, on_tpu
 
 # The authors' "fan out" counts all output channels, of grouped convolutions too.
 _kernel_init = initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -98,7 +99,7 @@ class GroupedConv(nnx.Module):
         if on_tpu():
             num = _groups_to_merge(num_groups, kernel.shape[2])
             kernel, num_groups = _merge_groups(kernel, num), num_groups // num
-        elif num_groups <= self.MAX_SPLIT:
+        elif num_groups <= self.MAX_SPLIT and not on_gpu():
             groups = (jnp.split(y, num_groups, axis=-1) for y in (x, kernel))
             parts = [self._convolve(*group, 1) for group in zip(*groups, strict=True)]
             return jnp.concatenate(parts, axis=-1)
@@ -196,11 +197,11 @@ class Block(nnx.Module):
             self.shortcut = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        y = nnx.relu(self.norm2(self.conv2(y)))
-        y = self.norm3(self.conv3(self.se(y)))
+        y = apply_norm(self.norm1, self.conv1(x), relu=True)
+        y = apply_norm(self.norm2, self.conv2(y), relu=True)
+        y = apply_norm(self.norm3, self.conv3(self.se(y)), relu=False)
         if self.shortcut is not None:
-            x = self.shortcut_norm(self.shortcut(x))
+            x = apply_norm(self.shortcut_norm, self.shortcut(x), relu=False)
         return nnx.relu(x + y)
 
 
@@ -252,7 +253,7 @@ class RegNet(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = nnx.relu(self.stem_norm(self.stem(images)))
+        x = apply_norm(self.stem_norm, convolve_images(self.stem, images), relu=True)
         for stage in self.stages:
             for block in stage:
                 x = block(x)

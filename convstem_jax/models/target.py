@@ -15,3 +15,13 @@ def device_kind() -> str:
 def on_tpu() -> bool:
     """Whether that kind is a TPU."""
     return device_kind().startswith("TPU")
+
+
+def on_gpu() -> bool:
+    """Whether that kind is NVIDIA's."""
+    return device_kind().startswith("NVIDIA")
+
+
+def has_fused_attention() -> bool:
+    """Whether that kind is a GPU for which cuDNN has fused attention: Ampere or later."""
+    return on_gpu() and float(jax.local_devices(backend="gpu")[0].compute_capability) >= 8

@@ -9,7 +9,9 @@ from jax.nn import initializers
 import jax.numpy as jnp
 
 from convstem_jax.models import stems
-from convstem_jax.models.attention import attend, in_order
+from convstem_jax.models.attention import attend, attend_fused, in_order, is_fused
+from convstem_jax.models.norms import NORMS, before_linear, layer_norm
+from convstem_jax.models.target import on_gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class ViTSpec:
     stem_channels: tuple[int, ...] = ()
     stem_strides: tuple[int, ...] = ()
     stem_kernels: tuple[int, ...] = ()  # 3 for each, where not given
-    stem_norm: str | None = None  # a key of `stems.NORMS`; the paper's own, where not given
+    stem_norm: str | None = None  # a key of `NORMS`; the paper's own, where not given
     stem_init: str = "paper"  # of the convolutional stem, one of `stems.INITS`
     patch_size: int = 16
     image_size: int = 224
@@ -91,11 +93,21 @@ class Attention(nnx.Module):
         )
         self.out = nnx.Linear(width, width, kernel_init=stems.torch_uniform, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, norm: nnx.LayerNorm, num_tokens: int) -> jax.Array:
         n, t, d = x.shape
         h = self.num_heads
-        kernels = self.qkv.kernel[...].astype(x.dtype).reshape(d, 3, h, d // h)
-        biases = self.qkv.bias[...].astype(x.dtype).reshape(3, h, d // h)
+        x, kernels, biases = before_linear(norm, self.qkv, x)
+        if is_fused(x.dtype):
+            kernels = kernels.astype(x.dtype).reshape(d, 3, d)
+            biases = biases.astype(x.dtype).reshape(3, d)
+            # A bias that is a vector is added by the product.
+            q, k, v = (
+                (x @ kernel + bias).reshape(n, t, h, d // h)
+                for kernel, bias in zip(jnp.unstack(kernels, axis=1), biases, strict=True)
+            )
+            return self.out(attend_fused(q, k, v, num_tokens).reshape(n, t, d))
+        kernels = kernels.astype(x.dtype).reshape(d, 3, h, d // h)
+        biases = biases.astype(x.dtype).reshape(3, h, d // h)
         # One parameter and three products: the gradient of a single product would have to be
         # concatenated, which takes TPUs as long as the product.
         q, k, v = (
@@ -117,8 +129,10 @@ class MLP(nnx.Module):
         self.fc1 = nnx.Linear(width, mlp_dim, dtype=dtype, rngs=rngs, **inits)
         self.fc2 = nnx.Linear(mlp_dim, width, dtype=dtype, rngs=rngs, **inits)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(gelu(in_order(self.fc1(x))))
+    def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:
+        x, kernel, bias = before_linear(norm, self.fc1, x)
+        kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
+        return self.fc2(gelu(in_order(x @ kernel + bias.reshape(1, 1, -1))))
 
 
 @jax.custom_vjp
@@ -132,9 +146,20 @@ def gelu(x: jax.Array) -> jax.Array:
 
 def _gelu_and_slope(x):
     y = x.astype(jnp.float32)
-    cdf = 0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5)))
+    cdf = _normal_cdf(y) if on_gpu() else 0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5)))
     slope = cdf + y * jnp.exp(-0.5 * y**2) / math.sqrt(2 * math.pi)
     return (y * cdf).astype(x.dtype), slope.astype(x.dtype)
+
+
+def _normal_cdf(y):
+    """To 1e-7, by Abramowitz and Stegun's formula 7.1.26, whose exponential the slope needs too.
+
+    XLA's erf takes GPUs longer than the memory takes to read and write the numbers.
+    """
+    t = 1 / (1 + 0.3275911 * math.sqrt(0.5) * jnp.abs(y))
+    coefficients = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0)
+    tail = 0.5 * jnp.polyval(jnp.array(coefficients, y.dtype), t, unroll=6) * jnp.exp(-0.5 * y**2)
+    return jnp.where(y < 0, tail, 1 - tail)
 
 
 gelu.defvjp(_gelu_and_slope, lambda slope, grad: (grad * slope,))
@@ -146,14 +171,14 @@ class Block(nnx.Module):
     def __init__(
         self, width: int, mlp_dim: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        self.norm1 = stems.layer_norm(width, dtype=dtype, rngs=rngs)
+        self.norm1 = layer_norm(width, dtype=dtype, rngs=rngs)
         self.attention = Attention(width, num_heads, dtype=dtype, rngs=rngs)
-        self.norm2 = stems.layer_norm(width, dtype=dtype, rngs=rngs)
+        self.norm2 = layer_norm(width, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, mlp_dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = in_order(x + self.attention(self.norm1(x)))
-        return in_order(x + self.mlp(self.norm2(x)))
+    def __call__(self, x: jax.Array, num_tokens: int) -> jax.Array:
+        x = in_order(x + self.attention(x, self.norm1, num_tokens))
+        return in_order(x + self.mlp(x, self.norm2))
 
 
 class ViT(nnx.Module):
@@ -194,7 +219,7 @@ class ViT(nnx.Module):
         self.blocks = nnx.List(
             Block(width, spec.mlp_dim, spec.num_heads, **kwargs) for _ in range(spec.depth)
         )
-        self.norm = stems.layer_norm(width, **kwargs)
+        self.norm = layer_norm(width, **kwargs)
         # In float32: logits near 10 lie 0.06 apart in bfloat16, where ties decide an argmax.
         self.head = nnx.Linear(
             width, num_classes, kernel_init=initializers.zeros, dtype=jnp.float32, rngs=rngs
@@ -212,9 +237,12 @@ class ViT(nnx.Module):
         class_token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (n, 1, d))
         x = jnp.concatenate([class_token, x], axis=1)  # [N, T, d]
         x = x + self.position_embedding[...].astype(x.dtype)
+        num_tokens = x.shape[1]
+        if is_fused(x.dtype):
+            x = jnp.pad(x, ((0, 0), (0, num_tokens % 2), (0, 0)))  # see `attend_fused`
         x = in_order(x)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, num_tokens)
         # The norm acts on each token alone, and the head reads only the class token.
         return self.head(self.norm(x[:, 0]))
 
@@ -229,7 +257,7 @@ def _check(spec: ViTSpec) -> None:
             f"strides {spec.stem_strides} and kernels {spec.stem_kernels} are given to a stem "
             "without channels"
         )
-    for field, known in (("stem_norm", (None, *stems.NORMS)), ("stem_init", stems.INITS)):
+    for field, known in (("stem_norm", (None, *NORMS)), ("stem_init", stems.INITS)):
         if (value := getattr(spec, field)) not in known:
             raise ValueError(f"{field} is {value!r}: it must be one of {known}")
     if spec.stem_init != "paper" and not spec.stem_channels:

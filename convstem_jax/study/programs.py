@@ -29,6 +29,7 @@ from convstem_jax.step import (
     split,
     train_step,
 )
+from convstem_jax.xla_options import compiler_options
 
 
 class Trial(NamedTuple):
@@ -132,6 +133,7 @@ class Programs:
                 function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False
             )
             shardings = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), inputs)
+            options["compiler_options"] = compiler_options(devices)
             return jax.jit(mapped, in_shardings=shardings, **options)
 
         def vmap(function, *in_axes):

@@ -1,0 +1,114 @@
+"""BatchNorm and LayerNorm, and how they are computed beside what follows them."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from convstem_jax.models.target import on_gpu
+
+
+def batch_norm(width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """BatchNorm as the authors have it. Flax's momentum 0.9 is torch's 0.1.
+
+    Differs from the paper: the statistics are over the global batch, and the running variance is
+    the biased one.
+    """
+    return nnx.BatchNorm(
+        width, momentum=0.9, epsilon=1e-5, dtype=dtype, promote_dtype=_at_least_float32, rngs=rngs
+    )
+
+
+def layer_norm(width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the channels, as in the blocks of the transformer."""
+    return nnx.LayerNorm(
+        width, epsilon=1e-6, dtype=dtype, promote_dtype=_at_least_float32, rngs=rngs
+    )
+
+
+def _at_least_float32(arrays, dtype):
+    """Norms compute in float32 or more and round their result to `dtype` once.
+
+    In bfloat16 the gradients of gain and bias would be sums of bfloat16 numbers, which TPUs do not
+    fuse with the products beside them.
+    """
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), arrays)
+
+
+def before_linear(
+    norm: nnx.LayerNorm, linear: nnx.Linear, x: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Takes `linear(norm(x))` apart, up to the product `y @ kernel + bias`.
+
+    On GPUs the norm's gain and bias are made a part of the layer's. Their gradients are then sums
+    over the layer's, which are small, and in place of four passes over the tokens and their
+    gradients two are left: XLA makes one kernel of the normalisation and one of its gradient.
+
+    Args:
+        norm: over the channels.
+        linear: with a bias.
+        x: `[..., C]`.
+
+    Returns:
+        y in the type of `x`, kernel and bias in their own.
+    """
+    kernel, bias = linear.kernel[...], linear.bias[...]
+    if not on_gpu():
+        return norm(x), kernel, bias
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y -= y.mean(axis=-1, keepdims=True)
+    y *= jax.lax.rsqrt((y**2).mean(axis=-1, keepdims=True) + norm.epsilon)
+    return y.astype(x.dtype), norm.scale[...][:, None] * kernel, bias + norm.bias[...] @ kernel
+
+
+NORMS = {"batch": batch_norm, "layer": layer_norm}
+
+
+def apply_norm(norm: nnx.BatchNorm | nnx.LayerNorm, x: jax.Array, *, relu: bool) -> jax.Array:
+    """`norm(x)`, with ReLU if asked for; in training it updates BatchNorm's statistics.
+
+    On GPUs BatchNorm has a gradient of its own, which reads `x` and the gradient twice. XLA's takes
+    a third pass, since it does not know that a sum of multiples is the multiple of the sum.
+    """
+    if not on_gpu() or isinstance(norm, nnx.LayerNorm) or norm.use_running_average:
+        y = norm(x)
+        return nnx.relu(y) if relu else y
+    y, mean, var = _batch_norm(x, norm.scale[...], norm.bias[...], norm.epsilon, relu)
+    for running, new in ((norm.mean, mean), (norm.var, var)):
+        running[...] = norm.momentum * running[...] + (1 - norm.momentum) * new
+    return y.astype(norm.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _batch_norm(x, scale, bias, epsilon, relu):
+    return _batch_norm_forward(x, scale, bias, epsilon, relu)[0]
+
+
+def _batch_norm_forward(x, scale, bias, epsilon, relu):
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    axes = tuple(range(x.ndim - 1))
+    mean = y.mean(axes)
+    var = jnp.maximum((y**2).mean(axes) - mean**2, 0)
+    rate = jax.lax.rsqrt(var + epsilon)
+    gain = rate * scale
+    shift = bias - mean * gain
+    y = y * gain + shift
+    y = (nnx.relu(y) if relu else y).astype(x.dtype)
+    return (y, mean, var), (x, mean, rate, gain, shift)
+
+
+def _batch_norm_backward(epsilon, relu, residuals, grads):
+    x, mean, rate, gain, shift = residuals
+    x_type, num, axes = x.dtype, x.size // x.shape[-1], tuple(range(x.ndim - 1))
+    x, grad = x.astype(mean.dtype), grads[0].astype(mean.dtype)
+    if relu:
+        grad = jnp.where(x * gain + shift > 0, grad, 0)
+    grad_bias = grad.sum(axes)
+    grad_scale = ((grad * x).sum(axes) - mean * grad_bias) * rate
+    slope = gain * rate * grad_scale / num
+    grad_x = gain * grad - slope * x - (gain * grad_bias / num - slope * mean)
+    return grad_x.astype(x_type), grad_scale, grad_bias
+
+
+_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)

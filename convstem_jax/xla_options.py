@@ -1,0 +1,20 @@
+"""Options of XLA's compiler that measured better: docs/performance.md has the trials."""
+
+from collections.abc import Sequence
+
+import jax
+
+_GPU = {
+    # Products by cuBLAS alone, which adds a bias on the way; Triton's are as fast, and do not.
+    "xla_gpu_enable_triton_gemm": False,
+    # Query, key and value would become one product, and three copies out of it.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    # XLA's own choice, and loops and conditions: the host would wait for their outcome, nine times
+    # a step where mixing draws from a beta distribution.
+    "xla_gpu_enable_command_buffer": ("FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE,CONDITIONAL"),
+}
+
+
+def compiler_options(devices: Sequence[jax.Device]) -> dict[str, str | int | bool]:
+    """What to give `jax.jit` as `compiler_options` of steps on these devices."""
+    return _GPU if devices[0].platform in ("gpu", "cuda") else {}
