@@ -7,8 +7,12 @@ uint8 images, lights, mixes and smooths on the device, updates the parameters, a
 
 from collections.abc import Callable
 import contextlib
+import functools
 import importlib
 import importlib.metadata
+import importlib.util
+import pathlib
+import re
 import time
 
 import numpy as np
@@ -23,11 +27,33 @@ EMA_EVERY, EMA_RATE = 32, 1e-3
 TIMM = {"vitp_18gf": "vit_base_patch16_224"}
 
 
+@functools.cache
+def declare_torchvision():
+    """Lets torchvision for CUDA be imported beside a CPU build of PyTorch.
+
+    Its networks are Python alone, and need none of the compiled operations that are declared here.
+    """
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    if spec := importlib.util.find_spec("torchvision"):
+        folder = pathlib.Path(spec.origin).parent
+        for path in folder.glob("_C*.so"):
+            with contextlib.suppress(OSError):  # It asks for CUDA's.
+                torch.ops.load_library(path)
+        declared = re.compile(r'(?:register_meta\("|register_fake\("torchvision::)(\w+)"')
+        for name in set(declared.findall((folder / "_meta_registrations.py").read_text())):
+            if not hasattr(torch.ops.torchvision, name):
+                library.define(f"{name}() -> Tensor")
+    return library  # kept: its declarations end with it
+
+
 def unavailable(implementation: str) -> str | None:
     """Why this implementation cannot be used here, if it cannot."""
     try:
+        declare_torchvision()
         importlib.import_module(implementation)
-    except (ImportError, RuntimeError) as error:  # torchvision's, beside another build of torch
+    except ImportError as error:
         return first_line(error)
     return None
 
@@ -43,6 +69,7 @@ def versions() -> dict[str, str]:
 
 def torchvision_network(spec, num_classes: int = NUM_CLASSES):
     """torchvision's network of the architecture of `spec`, a value of `MODELS`."""
+    declare_torchvision()
     from torchvision.models.regnet import BlockParams, RegNet
     from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 

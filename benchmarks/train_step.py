@@ -11,6 +11,7 @@ products of large bfloat16 matrices, measured in the same run.
 """
 
 import argparse
+import fnmatch
 import json
 import multiprocessing
 from multiprocessing import connection
@@ -135,6 +136,7 @@ def compiled(args) -> tuple[list[Contender], bool]:
         (model, batch, implementation)
         for model, batch in zip(args.models, args.batch, strict=True)
         for implementation in args.implementations
+        if not any(fnmatch.fnmatch(f"{model}:{implementation}", what) for what in args.skip)
     ]
     started = []
     for model, batch, implementation in wanted:
@@ -225,6 +227,8 @@ def main(argv: list[str] | None = None) -> int:
         help="as in convstem_jax.create_model (default: vitc_4gf)")  # fmt: skip
     add("--implementations", nargs="+", default=[*JAX, *TORCH], choices=[*JAX, *TORCH],
         metavar="NAME", help=f"of: {'; '.join([*JAX, *TORCH])} (default: all)")  # fmt: skip
+    add("--skip", nargs="+", default=[], metavar="MODEL:NAME",
+        help="of these, patterns such as 'vitp_*:*float32'")  # fmt: skip
     add("--batch", type=int, nargs="+", default=[256],
         help="of all models, or of each; must be even (default: 256)")  # fmt: skip
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
