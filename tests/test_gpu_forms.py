@@ -1,0 +1,110 @@
+"""What the models and the step do in another form on GPUs: the same."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import pytest
+
+from convstem_jax import xla_options
+from convstem_jax.models import attention, create_model, norms, regnet, stems, vit
+from convstem_jax.sharding import Sharding
+
+NUM_CLASSES = 5
+
+
+def logits_gradients_and_statistics(name):
+    """Of a model with random parameters, in float32."""
+    model = create_model(name, num_classes=NUM_CLASSES, rngs=nnx.Rngs(0))
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    params, batch_stats = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params)
+    images = jax.random.normal(next(keys), (4, 32, 32, 3))
+    weights = jax.random.normal(next(keys), (4, NUM_CLASSES))
+
+    def loss(params):
+        model = nnx.merge(graphdef, params, batch_stats)
+        model.train()
+        logits = model(images)
+        return (weights * logits).sum(), (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+    grads, others = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return {"gradients": grads, "others": others}
+
+
+def assert_the_same(found, expected):
+    for (path, x), y in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        # Zero, but for rounding, of a bias before BatchNorm and of the keys' bias.
+        floor = 1e-4 if "bias" in jax.tree_util.keystr(path) else 0
+        assert jnp.abs(x - y).max() <= 2e-5 * jnp.abs(y).max() + floor, path
+
+
+@pytest.mark.parametrize("name", ["vitc_tiny", "vitp_tiny", "vitp_tiny_bn", "vitc_tiny_ln"])
+def test_norms_and_first_convolution(monkeypatch, name):
+    elsewhere = logits_gradients_and_statistics(name)
+    calls = []
+    for module in (norms, stems):
+        monkeypatch.setattr(module, "on_gpu", lambda: calls.append(1) or True)
+    assert_the_same(logits_gradients_and_statistics(name), elsewhere)
+    assert calls
+
+
+def test_regnet(monkeypatch):
+    elsewhere = logits_gradients_and_statistics("regnety_tiny")
+    for module in (norms, stems, regnet):
+        monkeypatch.setattr(module, "on_gpu", lambda: True)
+    assert_the_same(logits_gradients_and_statistics("regnety_tiny"), elsewhere)
+
+
+@pytest.mark.parametrize("name", ["vitc_tiny", "vitp_tiny"])
+def test_fused_attention_of_an_odd_number_of_tokens(monkeypatch, name):
+    """17 tokens are filled up to 18. XLA stands in for cuDNN, which also refuses what is odd."""
+    elsewhere = logits_gradients_and_statistics(name)
+    numbers = []
+
+    def cudnn(q, *args, implementation, **kwargs):
+        assert implementation == "cudnn" and q.shape[1] % 2 == 0
+        numbers.append(q.shape[1])
+        return by_xla(q, *args, implementation="xla", **kwargs)
+
+    by_xla = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    monkeypatch.setattr(vit, "is_fused", lambda dtype: True)
+    assert_the_same(logits_gradients_and_statistics(name), elsewhere)
+    assert set(numbers) == {18}
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
+def test_cudnns_attention_is_near_that_in_float32():
+    keys = jax.random.split(jax.random.key(0), 4)
+    *qkv, grad = (jax.random.normal(key, (4, 198, 3, 64), jnp.bfloat16) for key in keys)
+    grad = grad.at[:, 197:].set(0)
+    fused = functools.partial(attention.attend_fused, num_tokens=197)
+    found, vjp = jax.vjp(jax.jit(fused), *qkv)
+
+    def reference(*qkv):
+        out = attention.attend(*(x[:, :197].transpose(0, 2, 3, 1) for x in qkv))
+        return jnp.pad(out.transpose(0, 3, 1, 2), ((0, 0), (0, 1), (0, 0), (0, 0)))
+
+    with jax.default_matmul_precision("highest"):
+        expected, exact_vjp = jax.vjp(reference, *(x.astype(jnp.float32) for x in qkv))
+        exact = expected, *exact_vjp(grad.astype(jnp.float32))
+    for half, full in zip((found, *vjp(grad)), exact, strict=True):
+        assert jnp.linalg.norm(half - full) < 0.01 * jnp.linalg.norm(full)
+
+
+def test_the_step_is_compiled_with_options_that_xla_knows():
+    """JAX refuses what this version of XLA, which is the same for all devices, does not know."""
+    options = xla_options.compiler_options([GpuDevice])
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(lambda x: x + 1, compiler_options=options | {"xla_gpu_unheard_of": 1})(1)
+    assert Sharding(jax.devices()[:1]).jit(lambda x: x + 1)(1) == 2
+
+
+class GpuDevice:
+    platform = "gpu"
