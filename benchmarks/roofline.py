@@ -107,8 +107,9 @@ def kernels(jaxpr: core.Jaxpr) -> list[Kernel]:
             products[id(made.outputs[0])] = made
             continue
         for out in made.outputs:
+            read = sources(id(out))  # of each in turn, or the recursion would be deep
             if id(out) in stored:  # what reads the same arrays is one kernel
-                fused.setdefault(sources(id(out)), []).append(out)
+                fused.setdefault(read, []).append(out)
     reads = Counter(i for group in fused for i in group)
     reads += Counter(id(x) for made in products.values() for x in made.inputs)
     found = []

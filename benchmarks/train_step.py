@@ -246,6 +246,8 @@ def main(argv: list[str] | None = None) -> int:
         args.batch *= len(args.models)
     if len(args.batch) != len(args.models):
         parser.error(f"--batch has {len(args.batch)} sizes for {len(args.models)} models")
+    if len(set(args.models)) < len(args.models):
+        parser.error("--models names one twice")
     for batch in args.batch:
         if batch < 2 or batch % 2:
             parser.error(f"--batch {batch} must be even: images are mixed in pairs")

@@ -79,6 +79,27 @@ def test_train_step(tmp_path, monkeypatch, capsys):
     assert output.count("vitc_tiny") == 3 and "left out: timm" in error
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU is here")
+def test_on_gpu_asks_for_a_gpu(tmp_path):
+    env = os.environ | {"PYTHON": sys.executable}
+    command = [ROOT / "benchmarks/on_gpu.sh", tmp_path / "results"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "JAX finds no GPU here" in done.stderr
+
+
+def test_train_step_skips_and_names_what_fails(tmp_path, capsys):
+    file = tmp_path / "train_step.json"
+    flags = ["--models", "vitp_tiny", "vitc_tiny", "--batch", "4", "2", "--steps=1"]
+    flags += ["--repeats=2", "--matmul_size=64", "--torch_mode=unheard-of", "--at_once=2"]
+    flags += ["--skip", "vitp_*:[!c]*", "vitc_*:[!t]*", f"--json={file}"]
+    assert train_step.main(flags) == 1
+    [row] = json.loads(file.read_text())
+    assert (row["model"], row["implementation"], row["batch"]) == ("vitp_tiny", "convstem_jax", 4)
+    error = capsys.readouterr().err
+    assert "left out: torchvision, vitc_tiny: " in error and "unheard-of" in error
+    assert "left out: timm, vitc_tiny: " in error
+
+
 @pytest.mark.parametrize("name", ["vitc_18gf", "vitp_1gf"])
 def test_the_plain_model_is_the_same_network(name):
     def sizes(implementation):
@@ -94,6 +115,9 @@ def test_train_step_refuses_an_odd_batch(capsys):
     with pytest.raises(SystemExit) as error:
         train_step.main(["--batch=3"])
     assert error.value.code == 2 and "--batch 3 must be even" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_step.main(["--models", "vitc_1gf", "vitc_4gf", "vitc_1gf"])
+    assert "--models names one twice" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu for this machine")
@@ -163,7 +187,7 @@ def test_kernels_of_a_small_program_by_hand():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["vitc_4gf", "vitp_1gf", "regnety_1gf"])
+@pytest.mark.parametrize("name", ["vitc_4gf", "vitp_1gf", "regnety_4gf"])
 def test_the_roofline_counts_three_forward_passes(name):
     flops = sum(kernel.flops for kernel in roofline.step_kernels(name, batch=2)) / 2
     forward = complexity(nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0)))).flops

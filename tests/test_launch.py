@@ -107,7 +107,7 @@ def cloud(tmp_path):
 
 
 def test_shellcheck():
-    scripts = [*SCRIPTS, ROOT / "tests/fake_cloud/fake.sh"]
+    scripts = [*SCRIPTS, ROOT / "tests/fake_cloud/fake.sh", ROOT / "benchmarks/on_gpu.sh"]
     command = [tool("shellcheck"), "--external-sources", *map(str, scripts)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
