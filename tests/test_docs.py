@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import tpu_cycles
+from benchmarks import tpu_cycles, train_step
 from convstem_jax import preflight
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -43,3 +43,9 @@ def test_the_table_of_cycles_is_made_of_its_estimates():
             ours = cycles[model, topology, "convstem_jax"]
             assert ours <= 0.8 * cycles[model, topology, implementation]
     assert tpu_cycles.table(rows) in (ROOT / "docs/performance.md").read_text()
+
+
+def test_the_table_of_the_h200_is_made_of_its_results():
+    rows = json.loads((ROOT / "results/benchmarks/train_step_h200.json").read_text())
+    assert {row["device"] for row in rows} == {"NVIDIA H200"}
+    assert train_step.table(rows) in (ROOT / "docs/performance.md").read_text()
