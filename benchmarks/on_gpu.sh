@@ -4,8 +4,8 @@
 #     benchmarks/on_gpu.sh [folder]                        default: results/benchmarks
 #     PYTHON=.venv/bin/python TORCH_MODE=max-autotune benchmarks/on_gpu.sh      default: python3, reduce-overhead
 #
-# It needs JAX for CUDA, and for the peers PyTorch, torchvision and timm (others are left out). What
-# fails is named at the end, and is the exit status.
+# It needs JAX for CUDA, PyTorch and pytest; of torchvision and timm what is missing is left out. What
+# fails is named at the end, and the exit status is 1 then.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 folder=${1:-results/benchmarks} python=${PYTHON:-python3}
@@ -22,14 +22,19 @@ if ! "$python" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")'; t
   exit 2
 fi
 run forms "$python" -m pytest -q -p no:cacheprovider tests/test_gpu_forms.py
-for models in vitc_4gf:vitp_4gf vitc_1gf:vitp_1gf vitc_18gf:vitp_18gf vitc_36gf:vitp_36gf regnety_4gf; do
-  case $models in *[14]gf:*) batch=256 ;; *) batch=128 ;; esac
-  IFS=: read -ra models <<<"$models"
+while read -r batch models; do
+  read -ra models <<<"$models"
   # Of ViT_P only this project's, for the ratio to ViT_C, and timm's.
-  run "${models[0]}" "$python" -m benchmarks.train_step --models "${models[@]}" --batch $batch \
+  run "${models[0]}" "$python" -m benchmarks.train_step --models "${models[@]}" --batch "$batch" \
     --torch_mode "${TORCH_MODE:-reduce-overhead}" --skip 'vitp_*:plain*' 'vitp_*:torchvision' \
-    --json "$folder/train_step_${models[0]}.json"
-done
+    --json "$folder/train_step_${models[0]}.json" </dev/null
+done <<END
+256 vitc_4gf vitp_4gf
+256 vitc_1gf vitp_1gf
+128 vitc_18gf vitp_18gf
+128 vitc_36gf vitp_36gf
+128 regnety_4gf
+END
 run around "$python" -m benchmarks.around_step --models vitc_4gf vitc_1gf --json "$folder/around_step_gpu.json"
 run population "$python" -m benchmarks.population --json "$folder/population_gpu.json"
 if ((${#failed[@]})); then

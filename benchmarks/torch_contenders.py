@@ -53,7 +53,7 @@ def unavailable(implementation: str) -> str | None:
     try:
         declare_torchvision()
         importlib.import_module(implementation)
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # of another CUDA, or of none
         return first_line(error)
     return None
 

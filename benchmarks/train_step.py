@@ -11,17 +11,11 @@ products of large bfloat16 matrices, measured in the same run.
 """
 
 import argparse
+from collections.abc import Callable
 import fnmatch
 import json
-import multiprocessing
-from multiprocessing import connection
-import os
 import platform
 import sys
-import time
-
-# All processes share the GPU.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from flax import nnx
 import jax
@@ -29,172 +23,51 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks import jax_contenders, torch_contenders
+from benchmarks.contenders import JAX, OURS, TORCH, Contender, all_compiled, missing
 from convstem_jax import run_folder
 from convstem_jax.complexity import complexity
-from convstem_jax.errors import first_line
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.optim import OPTIMIZERS
 
-JAX = jax_contenders.IMPLEMENTATIONS
-OURS = JAX[0]
-TORCH = ("torchvision", "timm")
 
-
-class Contender:
-    """An implementation of a model, in a process of its own.
+def measure(contenders: list[Contender], args, peak: float, leave_out: Callable) -> list[dict]:
+    """A row for each implementation of one model; its process ends.
 
     Args:
-        model: a key of `MODELS`.
-        implementation: of `JAX` or `TORCH`.
-        batch: images of a step.
+        contenders: the implementations, compiled.
         args: of the command line.
-        compiling: a semaphore: how many may compile at once.
+        peak: operations a second that the device reaches.
+        leave_out: is told of each that fails, and why.
     """
-
-    def __init__(self, model: str, implementation: str, batch: int, args, compiling):
-        self.model, self.implementation, self.batch = model, implementation, batch
-        processes = multiprocessing.get_context("spawn")
-        self.pipe, other = processes.Pipe()
-        given = (other, compiling, model, implementation, batch, args)
-        self._process = processes.Process(target=_serve, args=given, daemon=True)
-        self._process.start()
-        other.close()
-        self.peak_bytes, self.compile_seconds = None, None
-
-    def wait(self, seconds: float | None) -> str | None:
-        """Waits until it is compiled; returns why it is not, if it is not."""
-        if not self.pipe.poll(seconds):
-            return self._leave("it was not compiled in time")
-        try:
-            said = self.pipe.recv()
-        except EOFError:
-            return self._leave("its process died")
-        if isinstance(said, str):
-            return self._leave(said)
-        self.compile_seconds, self.peak_bytes = said
-        return None
-
-    def _leave(self, reason: str) -> str:
-        self._process.kill()
-        return reason
-
-    def seconds(self, num_steps: int) -> float:
-        """Of that many steps, each.
-
-        Raises:
-            RuntimeError: the loss is not finite, or a step failed.
-        """
-        self.pipe.send(num_steps)
-        try:
-            loss, seconds = self.pipe.recv()
-        except (EOFError, ValueError) as error:
-            raise RuntimeError(f"{self.model}, {self.implementation}: a step failed") from error
-        if not np.isfinite(loss):
-            raise RuntimeError(f"{self.model}, {self.implementation}: the loss is {loss}")
-        return seconds / num_steps
-
-    def close(self) -> None:
-        """Ends the process, which gives its memory back."""
-        self.pipe.send(0)
-        self._process.join()
-
-
-def _serve(pipe: connection.Connection, compiling, model, implementation, batch, args) -> None:
-    """What a contender's process does: compiles, and makes steps whenever it is told how many."""
-    size, rng = MODELS[model].image_size, np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
-    labels = rng.integers(0, torch_contenders.NUM_CLASSES, batch).astype(np.int32)
-    try:
-        with compiling:
-            if implementation in JAX:
-                step = jax_contenders.JaxStep.make(
-                    implementation, model, args.optimizer, images, labels
-                )
-            else:
-                step = torch_contenders.TorchStep.make(
-                    implementation, model, args.optimizer, images, labels, args.torch_mode
-                )
-    except Exception as error:  # The others go on without it.
-        pipe.send(first_line(error))
-        return
-    pipe.send((step.compile_seconds, step.peak_bytes))
-    while num_steps := pipe.recv():
-        start = time.perf_counter()
-        loss = step.run(num_steps)
-        pipe.send((loss, time.perf_counter() - start))
-
-
-def compiled(args) -> tuple[list[Contender], bool]:
-    """Every implementation of every model that has it and is installed, ready to be timed.
-
-    Returns:
-        They, and whether one is not among them that should be.
-    """
-    start, found = time.perf_counter(), []
-    compiling = multiprocessing.get_context("spawn").Semaphore(args.at_once)
-    wanted = [
-        (model, batch, implementation)
-        for model, batch in zip(args.models, args.batch, strict=True)
-        for implementation in args.implementations
-        if not any(fnmatch.fnmatch(f"{model}:{implementation}", what) for what in args.skip)
-    ]
-    started = []
-    for model, batch, implementation in wanted:
-        if reason := missing(model, implementation):
-            print(f"left out: {implementation}, {model}: {reason}", file=sys.stderr)
-        else:
-            started.append(Contender(model, implementation, batch, args, compiling))
-    for i, contender in enumerate(started):
-        left = args.compile_limit and max(0, args.compile_limit - time.perf_counter() + start)
-        name = f"{contender.implementation}, {contender.model}"
-        if reason := contender.wait(left):
-            print(f"left out: {name}: {reason}", file=sys.stderr)
-            continue
-        found.append(contender)
-        seconds = f"compiled in {contender.compile_seconds:.0f} s"
-        print(f"{name}: {seconds} ({i + 1} of {len(started)})", file=sys.stderr)
-    return found, len(found) < len(started)
-
-
-def missing(model: str, implementation: str) -> str | None:
-    """Why there is no such implementation of the model, if there is none."""
-    if implementation in JAX:
-        new = jax_contenders.new_model(implementation, model)
-    elif reason := torch_contenders.unavailable(implementation):
-        return reason
-    else:
-        new = torch_contenders.new_network(implementation, model)
-    return None if new else "it has no such model"
-
-
-def measure(contenders: list[Contender], args, peak: float) -> list[dict]:
-    """A row for each implementation of one model."""
-    seconds = np.zeros((args.repeats, len(contenders)))
+    seconds = {contender: [] for contender in contenders}
+    for _ in range(args.repeats):
+        for contender in list(seconds):
+            try:
+                seconds[contender].append(contender.seconds(args.steps))
+            except RuntimeError as error:
+                del seconds[contender]
+                leave_out(contender, error)
     for contender in contenders:
-        contender.seconds(3)
-    for turn in seconds:
-        for i, contender in enumerate(contenders):
-            turn[i] = contender.seconds(args.steps)
-    for contender in contenders:
-        contender.close()
-    model, names = contenders[0].model, [contender.implementation for contender in contenders]
+        contender.end()
+    model = contenders[0].model
     flops = complexity(nnx.eval_shape(lambda: create_model(model, rngs=nnx.Rngs(0)))).flops
-    ours = seconds[:, names.index(OURS)] if OURS in names else None
-    return [
-        {
+    ours = [np.array(s) for contender, s in seconds.items() if contender.implementation == OURS]
+    rows = []
+    for contender, its in seconds.items():
+        images_per_second = contender.batch / np.median(its)
+        rows.append({
             "model": model,
             "implementation": contender.implementation,
             "device": jax.devices()[0].device_kind,
             "batch": contender.batch,
             "optimizer": args.optimizer,
-            "images_per_second": contender.batch / np.median(seconds[:, i]),
-            "speed_over_its": None if ours is None else float(np.median(seconds[:, i] / ours)),
-            "mfu": 6 * flops * contender.batch / np.median(seconds[:, i]) / peak,
+            "images_per_second": images_per_second,
+            "speed_over_its": float(np.median(its / ours[0])) if ours else None,
+            "mfu": 6 * flops * images_per_second / peak,
             "peak_bytes": contender.peak_bytes,
             "compile_seconds": round(contender.compile_seconds, 1),
-        }
-        for i, contender in enumerate(contenders)
-    ]
+        })  # fmt: skip
+    return rows
 
 
 def table(rows: list[dict]) -> str:
@@ -255,7 +128,22 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more")
 
-    contenders, one_failed = compiled(args)
+    failed = []
+
+    def leave_out(what, reason):
+        print(f"left out: {what}: {reason}", file=sys.stderr)
+        failed.append(what)
+
+    wanted = []
+    for model, batch in zip(args.models, args.batch, strict=True):
+        for name in args.implementations:
+            if any(fnmatch.fnmatch(f"{model}:{name}", pattern) for pattern in args.skip):
+                continue
+            if reason := missing(model, name):
+                print(f"left out: {name}, {model}: {reason}", file=sys.stderr)
+            else:
+                wanted.append((model, name, batch))
+    contenders = all_compiled(wanted, args, leave_out)
     peak = jax_contenders.matmul_flops(args.matmul_size)
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, "
@@ -271,13 +159,14 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for model in args.models:
         if of_model := [x for x in contenders if x.model == model]:
-            rows += measure(of_model, args, peak)
+            of_model.sort(key=lambda x: args.implementations.index(x.implementation))
+            rows += measure(of_model, args, peak, leave_out)
         if args.json:
             with open(args.json, "w") as file:
                 json.dump([row | about for row in rows], file, indent=2)
                 file.write("\n")
     print(table(rows))
-    return int(one_failed)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

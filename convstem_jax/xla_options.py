@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import jax
 
+from convstem_jax.models.target import is_gpu
+
 _GPU = {
     # Products by cuBLAS alone, which adds a bias on the way; Triton's are as fast, and do not.
     "xla_gpu_enable_triton_gemm": False,
@@ -11,10 +13,10 @@ _GPU = {
     "xla_gpu_dot_merger_threshold_mb": 0,
     # XLA's own choice, and loops and conditions: the host would wait for their outcome, nine times
     # a step where mixing draws from a beta distribution.
-    "xla_gpu_enable_command_buffer": ("FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE,CONDITIONAL"),
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE,CONDITIONAL",
 }
 
 
 def compiler_options(devices: Sequence[jax.Device]) -> dict[str, str | int | bool]:
     """What to give `jax.jit` as `compiler_options` of steps on these devices."""
-    return _GPU if devices[0].platform in ("gpu", "cuda") else {}
+    return _GPU if is_gpu(devices[0].device_kind) else {}

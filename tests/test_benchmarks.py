@@ -5,8 +5,10 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import time
 
 from flax import nnx
 import jax
@@ -16,6 +18,7 @@ import pytest
 
 from benchmarks import (
     around_step,
+    contenders,
     jax_contenders,
     population,
     reading,
@@ -63,8 +66,7 @@ def test_reading(tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == [file, preflight], "it cleans up"
 
 
-def test_train_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(MODELS, "vitc_tiny", dataclasses.replace(MODELS["vitc_tiny"], depth=1))
+def test_train_step(tmp_path, capsys):
     file = tmp_path / "train_step.json"
     flags = ["--models=vitc_tiny", "--batch=4", "--steps=1", "--repeats=3", f"--json={file}"]
     flags += ["--implementations", "convstem_jax", "plain Flax, float32", "torchvision", "timm"]
@@ -98,6 +100,57 @@ def test_train_step_skips_and_names_what_fails(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "left out: torchvision, vitc_tiny: " in error and "unheard-of" in error
     assert "left out: timm, vitc_tiny: " in error
+
+
+def fake_serve(pipe, model, implementation, batch, args):
+    """A contender's process that does what its name says."""
+    if implementation == "plain Flax, bfloat16":
+        os._exit(7)  # while it compiles
+    if implementation == "torchvision":
+        time.sleep(60)
+    pipe.send((0.1, 0))
+    pipe.recv()
+    if implementation == "timm":
+        os._exit(8)
+    pipe.send((float("nan") if implementation == "plain Flax, float32" else 1.0, 0.1))
+    pipe.recv()
+    pipe.send((1.0, 0.1))
+
+
+def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(contenders, "_serve", fake_serve)
+    monkeypatch.setattr(train_step, "missing", lambda *_: None)
+    file = tmp_path / "train_step.json"
+    flags = ["--models=vitp_tiny", "--batch=4", "--repeats=2", "--matmul_size=64"]
+    flags += ["--at_once=2", "--compile_limit=25", f"--json={file}"]
+    assert train_step.main(flags) == 1
+    [row] = json.loads(file.read_text())
+    assert row["implementation"] == "convstem_jax" and row["speed_over_its"] == 1
+    error = capsys.readouterr().err
+    for name, reason in (
+        ("plain Flax, bfloat16", "its process ended with status 7"),
+        ("plain Flax, float32", "its loss is nan"),
+        ("torchvision", "it was not compiled in time"),
+        ("timm", "its process ended with status 8"),
+    ):
+        assert f"left out: {name}, vitp_tiny: {reason}" in error
+
+
+def test_on_gpu_goes_on_and_names_what_fails(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\necho "$@" >>"$0.calls"\ncase "$*" in *vitc_18gf*) exit 3 ;; esac\n'
+    )
+    python.chmod(0o755)
+    command = [ROOT / "benchmarks/on_gpu.sh", tmp_path]
+    env = os.environ | {"PYTHON": str(python)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "failed: vitc_18gf\n" in done.stderr
+    calls = (tmp_path / "python.calls").read_text()
+    batches = re.findall(r"--models (.*) --batch (\d+) ", calls)
+    assert batches[1] == ("vitc_1gf vitp_1gf", "256") and batches[4] == ("regnety_4gf", "128")
+    assert len(batches) == 5 and "benchmarks.population" in calls
+    assert f"--json {tmp_path}/train_step_vitc_36gf.json" in calls
 
 
 @pytest.mark.parametrize("name", ["vitc_18gf", "vitp_1gf"])

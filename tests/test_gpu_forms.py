@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from convstem_jax import xla_options
-from convstem_jax.models import attention, create_model, norms, regnet, stems, vit
-from convstem_jax.sharding import Sharding
+from convstem_jax import sharding, xla_options
+from convstem_jax.config import load_config
+from convstem_jax.models import attention, create_model, norms, regnet, stems, target, vit
+from convstem_jax.study import programs
+from convstem_jax.study.experiments import Population, run_config
+from convstem_jax.study.programs import Trial
 
 NUM_CLASSES = 5
 
@@ -30,7 +33,8 @@ def logits_gradients_and_statistics(name):
         logits = model(images)
         return (weights * logits).sum(), (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
-    grads, others = jax.jit(jax.grad(loss, has_aux=True))(params)
+    with jax.default_matmul_precision("highest"):
+        grads, others = jax.jit(jax.grad(loss, has_aux=True))(params)
     return {"gradients": grads, "others": others}
 
 
@@ -46,11 +50,18 @@ def assert_the_same(found, expected):
 @pytest.mark.parametrize("name", ["vitc_tiny", "vitp_tiny", "vitp_tiny_bn", "vitc_tiny_ln"])
 def test_norms_and_first_convolution(monkeypatch, name):
     elsewhere = logits_gradients_and_statistics(name)
-    calls = []
+    kernels = []
+
+    def convolve(x, kernel, *args, **kwargs):
+        kernels.append(kernel.shape[:3])
+        return by_xla(x, kernel, *args, **kwargs)
+
+    by_xla = jax.lax.conv_general_dilated
+    monkeypatch.setattr(jax.lax, "conv_general_dilated", convolve)
     for module in (norms, stems):
-        monkeypatch.setattr(module, "on_gpu", lambda: calls.append(1) or True)
+        monkeypatch.setattr(module, "on_gpu", lambda: True)
     assert_the_same(logits_gradients_and_statistics(name), elsewhere)
-    assert calls
+    assert ((2, 2, 16) in kernels) == name.startswith("vitc")
 
 
 def test_regnet(monkeypatch):
@@ -103,8 +114,40 @@ def test_the_step_is_compiled_with_options_that_xla_knows():
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         jax.jit(lambda x: x + 1, compiler_options=options | {"xla_gpu_unheard_of": 1})(1)
-    assert Sharding(jax.devices()[:1]).jit(lambda x: x + 1)(1) == 2
 
 
 class GpuDevice:
-    platform = "gpu"
+    device_kind = "NVIDIA H200"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("NVIDIA H200", True), ("TPU v5 lite", False), ("Tesla T4", False), ("", False)],
+)
+def test_the_forms_are_chosen_by_the_device_that_is_traced_for(monkeypatch, kind, expected):
+    monkeypatch.setattr(target, "device_kind", lambda: kind)
+    assert target.on_gpu() == attention.is_fused(jnp.bfloat16) == expected
+    assert not attention.is_fused(jnp.float32)
+
+
+def test_steps_are_compiled_with_the_options(monkeypatch):
+    given = []
+
+    def jit(function, *args, compiler_options=None, **kwargs):
+        given.append(compiler_options)
+        return by_jax(function, *args, compiler_options=compiler_options, **kwargs)
+
+    by_jax = jax.jit
+    monkeypatch.setattr(jax, "jit", jit)
+    options = {"xla_backend_optimization_level": 1}
+    for module in (sharding, programs):
+        monkeypatch.setattr(module, "compiler_options", lambda devices: options)
+    sharding.Sharding(jax.devices()[:1]).jit(lambda x: x + 1)
+    assert given == [options]
+    config = load_config("configs/study.py")
+    trials = (Trial(0.1, 1e-4, 0),)
+    config = run_config(config, Population("seeds", "vitp_tiny", "sgd", 3.0, trials))
+    given.clear()
+    programs.Programs(config, NUM_CLASSES, 1, devices=jax.devices()[:1], memory=1e12)
+    # The initialisation runs once.
+    assert [x for x in given if x] == [{"xla_backend_optimization_level": 0}, *3 * [options]]

@@ -23,7 +23,8 @@ def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int) -> j
     """The same as `attend`, by cuDNN, which keeps `[T, T]` out of the memory.
 
     Args:
-        q: queries, `[N, T, h, d]`, T even: JAX refuses cuDNN's backward pass of odd ones.
+        q: queries, `[N, T, h, d]`, T even. JAX refuses cuDNN's backward pass of an odd T
+            with a bias, and takes the empty array that stands for none for one (0.10.2, 0.11.2).
         k: keys, likewise.
         v: values, likewise.
         num_tokens: how many of the T tokens are attended to; what the others attend to is zero.

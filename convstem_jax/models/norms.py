@@ -43,7 +43,8 @@ def before_linear(
 
     On GPUs the norm's gain and bias are made a part of the layer's. Their gradients are then sums
     over the layer's, which are small, and in place of four passes over the tokens and their
-    gradients two are left: XLA makes one kernel of the normalisation and one of its gradient.
+    gradients two are left: XLA makes one kernel of the normalisation and one of its gradient. The
+    norm's bias has its gradient from the layer's, which is rounded to the type of `x` before.
 
     Args:
         norm: over the channels.
@@ -99,6 +100,7 @@ def _batch_norm_forward(x, scale, bias, epsilon, relu):
 
 
 def _batch_norm_backward(epsilon, relu, residuals, grads):
+    # Mean and variance go into the running ones alone, which have no gradient.
     x, mean, rate, gain, shift = residuals
     x_type, num, axes = x.dtype, x.size // x.shape[-1], tuple(range(x.ndim - 1))
     x, grad = x.astype(mean.dtype), grads[0].astype(mean.dtype)

@@ -17,11 +17,20 @@ def on_tpu() -> bool:
     return device_kind().startswith("TPU")
 
 
+def is_gpu(kind: str) -> bool:
+    """Whether a kind of device is one of NVIDIA's of today; old ones are a "Tesla T4" and such."""
+    return kind.startswith("NVIDIA")
+
+
 def on_gpu() -> bool:
-    """Whether that kind is NVIDIA's."""
-    return device_kind().startswith("NVIDIA")
+    """Whether the kind that is traced for is one."""
+    return is_gpu(device_kind())
 
 
 def has_fused_attention() -> bool:
-    """Whether that kind is a GPU for which cuDNN has fused attention: Ampere or later."""
-    return on_gpu() and float(jax.local_devices(backend="gpu")[0].compute_capability) >= 8
+    """Whether that kind is a GPU for which cuDNN has fused attention: Ampere or later.
+
+    Only where such a GPU is here can its age be told; another is taken for a new one.
+    """
+    here = [device for device in jax.local_devices() if device.device_kind == device_kind()]
+    return on_gpu() and all(float(device.compute_capability) >= 8 for device in here)

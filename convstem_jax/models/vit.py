@@ -83,7 +83,10 @@ for size in ("4gf", "tiny"):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention on `[N, T, width]`; query, key and value share a parameter."""
+    """Multi-head self-attention; query, key and value share a parameter.
+
+    Takes tokens `[N, T, width]`, the norm before it, and how many of the T are attended to.
+    """
 
     def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.num_heads = num_heads
@@ -118,7 +121,10 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two layers with the exact (erf) GELU between them, on `[N, T, width]`."""
+    """Two layers with the exact (erf) GELU between them.
+
+    Takes tokens `[N, T, width]` and the norm before it.
+    """
 
     def __init__(self, width: int, mlp_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         inits = {
@@ -131,6 +137,7 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:
         x, kernel, bias = before_linear(norm, self.fc1, x)
         kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
+        # `reshape` as in nnx.Linear, so that programs for TPUs stay those that were estimated.
         return self.fc2(gelu(in_order(x @ kernel + bias.reshape(1, 1, -1))))
 
 

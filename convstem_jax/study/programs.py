@@ -133,7 +133,7 @@ class Programs:
                 function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False
             )
             shardings = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), inputs)
-            options["compiler_options"] = compiler_options(devices)
+            options.setdefault("compiler_options", compiler_options(devices))
             return jax.jit(mapped, in_shardings=shardings, **options)
 
         def vmap(function, *in_axes):
