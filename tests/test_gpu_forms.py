@@ -17,25 +17,26 @@ from convstem_jax.study.programs import Trial
 NUM_CLASSES = 5
 
 
-def logits_gradients_and_statistics(name):
+def logits_gradients_and_statistics(name, num_devices=1):
     """Of a model with random parameters, in float32."""
+    mesh = sharding.Sharding(jax.devices()[:num_devices])
     model = create_model(name, num_classes=NUM_CLASSES, rngs=nnx.Rngs(0))
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     params, batch_stats = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
     keys = iter(jax.random.split(jax.random.key(1), 200))
     params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params)
-    images = jax.random.normal(next(keys), (4, 32, 32, 3))
+    images = jax.device_put(jax.random.normal(next(keys), (4, 32, 32, 3)), mesh.batch)
     weights = jax.random.normal(next(keys), (4, NUM_CLASSES))
 
-    def loss(params):
+    def loss(params, images):
         model = nnx.merge(graphdef, params, batch_stats)
         model.train()
         logits = model(images)
         return (weights * logits).sum(), (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     with jax.default_matmul_precision("highest"):
-        grads, others = jax.jit(jax.grad(loss, has_aux=True))(params)
-    return {"gradients": grads, "others": others}
+        grads, others = mesh.jit(jax.grad(loss, has_aux=True))(params, images)
+    return jax.device_get({"gradients": grads, "others": others})
 
 
 def assert_the_same(found, expected):
@@ -60,7 +61,7 @@ def test_norms_and_first_convolution(monkeypatch, name):
     monkeypatch.setattr(jax.lax, "conv_general_dilated", convolve)
     for module in (norms, stems):
         monkeypatch.setattr(module, "on_gpu", lambda: True)
-    assert_the_same(logits_gradients_and_statistics(name), elsewhere)
+    assert_the_same(logits_gradients_and_statistics(name, num_devices=2), elsewhere)
     assert ((2, 2, 16) in kernels) == name.startswith("vitc")
 
 
@@ -68,7 +69,7 @@ def test_regnet(monkeypatch):
     elsewhere = logits_gradients_and_statistics("regnety_tiny")
     for module in (norms, stems, regnet):
         monkeypatch.setattr(module, "on_gpu", lambda: True)
-    assert_the_same(logits_gradients_and_statistics("regnety_tiny"), elsewhere)
+    assert_the_same(logits_gradients_and_statistics("regnety_tiny", num_devices=2), elsewhere)
 
 
 @pytest.mark.parametrize("name", ["vitc_tiny", "vitp_tiny"])
@@ -85,7 +86,7 @@ def test_fused_attention_of_an_odd_number_of_tokens(monkeypatch, name):
     by_xla = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
     monkeypatch.setattr(vit, "is_fused", lambda dtype: True)
-    assert_the_same(logits_gradients_and_statistics(name), elsewhere)
+    assert_the_same(logits_gradients_and_statistics(name, num_devices=2), elsewhere)
     assert set(numbers) == {18}
 
 
