@@ -4,8 +4,8 @@
 #     benchmarks/on_gpu.sh [folder]                        default: results/benchmarks
 #     PYTHON=.venv/bin/python TORCH_MODE=max-autotune benchmarks/on_gpu.sh      default: python3, reduce-overhead
 #
-# It needs JAX for CUDA, PyTorch and pytest; of torchvision and timm what is missing is left out. What
-# fails is named at the end, and the exit status is 1 then.
+# It needs JAX for CUDA, PyTorch, pytest, pytest-xdist and pytest-timeout; of torchvision and timm what
+# is missing is left out. What fails is named at the end, and the exit status is 1 then.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 folder=${1:-results/benchmarks} python=${PYTHON:-python3}
@@ -21,7 +21,7 @@ if ! "$python" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")'; t
   echo "JAX finds no GPU here" >&2
   exit 2
 fi
-run forms "$python" -m pytest -q -p no:cacheprovider tests/test_gpu_forms.py
+run forms "$python" -m pytest -q -n0 -W default -p no:cacheprovider tests/test_gpu_forms.py
 while read -r batch models; do
   read -ra models <<<"$models"
   # Of ViT_P only this project's, for the ratio to ViT_C, and timm's.

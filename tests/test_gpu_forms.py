@@ -39,6 +39,12 @@ def logits_gradients_and_statistics(name, num_devices=1):
     return jax.device_get({"gradients": grads, "others": others})
 
 
+def choose(monkeypatch, gpu):
+    """Which form is taken, whatever device is here."""
+    for module in (norms, stems, regnet):
+        monkeypatch.setattr(module, "on_gpu", lambda: gpu)
+
+
 def assert_the_same(found, expected):
     for (path, x), y in zip(
         jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
@@ -50,31 +56,32 @@ def assert_the_same(found, expected):
 
 @pytest.mark.parametrize("name", ["vitc_tiny", "vitp_tiny", "vitp_tiny_bn", "vitc_tiny_ln"])
 def test_norms_and_first_convolution(monkeypatch, name):
+    choose(monkeypatch, gpu=False)
     elsewhere = logits_gradients_and_statistics(name)
     kernels = []
 
-    def convolve(x, kernel, *args, **kwargs):
+    def record(x, kernel, *args, **kwargs):
         kernels.append(kernel.shape[:3])
         return by_xla(x, kernel, *args, **kwargs)
 
     by_xla = jax.lax.conv_general_dilated
-    monkeypatch.setattr(jax.lax, "conv_general_dilated", convolve)
-    for module in (norms, stems):
-        monkeypatch.setattr(module, "on_gpu", lambda: True)
+    monkeypatch.setattr(jax.lax, "conv_general_dilated", record)
+    choose(monkeypatch, gpu=True)
     assert_the_same(logits_gradients_and_statistics(name, num_devices=2), elsewhere)
     assert ((2, 2, 16) in kernels) == name.startswith("vitc")
 
 
 def test_regnet(monkeypatch):
+    choose(monkeypatch, gpu=False)
     elsewhere = logits_gradients_and_statistics("regnety_tiny")
-    for module in (norms, stems, regnet):
-        monkeypatch.setattr(module, "on_gpu", lambda: True)
+    choose(monkeypatch, gpu=True)
     assert_the_same(logits_gradients_and_statistics("regnety_tiny", num_devices=2), elsewhere)
 
 
 @pytest.mark.parametrize("name", ["vitc_tiny", "vitp_tiny"])
 def test_fused_attention_of_an_odd_number_of_tokens(monkeypatch, name):
-    """17 tokens are filled up to 18. XLA stands in for cuDNN, which also refuses what is odd."""
+    """17 tokens are filled up to 18. XLA stands in for cuDNN, of which JAX refuses odd numbers."""
+    choose(monkeypatch, gpu=False)
     elsewhere = logits_gradients_and_statistics(name)
     numbers = []
 
@@ -127,6 +134,8 @@ class GpuDevice:
 )
 def test_the_forms_are_chosen_by_the_device_that_is_traced_for(monkeypatch, kind, expected):
     monkeypatch.setattr(target, "device_kind", lambda: kind)
+    if not expected:  # A program for other devices takes hold of none.
+        monkeypatch.delattr(jax, "local_devices")
     assert target.on_gpu() == attention.is_fused(jnp.bfloat16) == expected
     assert not attention.is_fused(jnp.float32)
 

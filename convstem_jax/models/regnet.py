@@ -10,7 +10,7 @@ from jax.nn import initializers
 import jax.numpy as jnp
 
 from convstem_jax.models.norms import apply_norm, batch_norm
-from convstem_jax.models.stems import convolve_images
+from convstem_jax.models.stems import convolve
 from convstem_jax.models.target import on_gpu, on_tpu
 
 # The authors' "fan out" counts all output channels, of grouped convolutions too.
@@ -254,7 +254,7 @@ class RegNet(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = apply_norm(self.stem_norm, convolve_images(self.stem, images), relu=True)
+        x = apply_norm(self.stem_norm, convolve(self.stem, images), relu=True)
         for stage in self.stages:
             for block in stage:
                 x = block(x)

@@ -133,26 +133,26 @@ class ConvStem(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         x = images
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = apply_norm(norm, convolve_images(conv, x), relu=True)
+            x = apply_norm(norm, convolve(conv, x), relu=True)
             if device_kind() == "TPU v6 lite":
                 x = _fuse_gradient_apart(x)
         return self.projection(x)
 
 
-def convolve_images(conv: nnx.Conv, images: jax.Array) -> jax.Array:
-    """`conv(images)`, in a form of its own if it is a network's first convolution.
+def convolve(conv: nnx.Conv, x: jax.Array) -> jax.Array:
+    """`conv(x)`, in a form of its own if it is a network's first convolution.
 
     On GPUs cuDNN takes for 3 channels as long as for 8, after a pass that adds the others. So there
     a 3x3 convolution of stride 2 becomes a 2x2 one over squares of 2x2 pixels, of 12 channels,
     which XLA writes in one pass with what normalises and mixes the images.
     """
-    n, height, width, channels = images.shape
+    n, height, width, channels = x.shape
     found = (channels, height % 2, width % 2)
     found += (conv.kernel_size, conv.strides, conv.padding, conv.use_bias)
     if not on_gpu() or found != (3, 0, 0, (3, 3), 2, ((1, 1), (1, 1)), False):
-        return conv(images)
+        return conv(x)
     kernel, padding = conv.kernel[...].astype(conv.dtype), ((0, 0), (1, 0), (1, 0), (0, 4))
-    x = images.astype(conv.dtype).reshape(n, height // 2, 2, width // 2, 2, channels)
+    x = x.astype(conv.dtype).reshape(n, height // 2, 2, width // 2, 2, channels)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // 2, width // 2, 4 * channels)
     # The first row and column of the squares' kernel are of pixels that the 3x3 does not reach.
     kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0))).reshape(2, 2, 2, 2, channels, -1)

@@ -32,5 +32,7 @@ def has_fused_attention() -> bool:
 
     Only where such a GPU is here can its age be told; another is taken for a new one.
     """
+    if not on_gpu():  # Asking for devices would take hold of them.
+        return False
     here = [device for device in jax.local_devices() if device.device_kind == device_kind()]
-    return on_gpu() and all(float(device.compute_capability) >= 8 for device in here)
+    return all(float(device.compute_capability) >= 8 for device in here)
