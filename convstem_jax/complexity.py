@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from tabulate import tabulate
 
 from convstem_jax.models import MODELS, create_model
+from convstem_jax.models.vit import ViTSpec
 from convstem_jax.step import split
 
 
@@ -62,15 +63,16 @@ _UNITS = (1e9, 1e6, 1e6)
 def complexity(model: nnx.Module) -> Complexity:
     """Counts one image of `model.spec.image_size` through `model`, which may be of shapes only.
 
-    The paper counts a ViT's MLPs without the class token, and the addition of the position
-    embedding as a product's output would be; so does this.
+    The paper counts all tokens of a ViT's last block, its MLPs without the class token, and the
+    addition of the position embedding as a product's output would be; so does this.
     """
     size = model.spec.image_size
     graphdef, params, batch_stats = split(model)
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    options = {"all_tokens": True} if isinstance(model.spec, ViTSpec) else {}
 
     def forward(params, batch_stats, images):
-        return nnx.merge(graphdef, params, batch_stats)(images)
+        return nnx.merge(graphdef, params, batch_stats)(images, **options)
 
     jaxpr = jax.make_jaxpr(forward)(params, batch_stats, images).jaxpr
     paths = [

@@ -67,10 +67,11 @@ class Sharding:
         """`jax.jit` of `function` with its first arguments bound, on these devices."""
 
         def on_mesh(*args):
-            # For grouped convolutions, which must know how the batch is sharded.
+            # The models choose their forms by its devices.
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 return function(*static, *args)
 
+        on_mesh.__name__ = function.__name__  # what profiles show
         return jax.jit(on_mesh, compiler_options=compiler_options(self.devices), **options)
 
 

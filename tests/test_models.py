@@ -208,6 +208,30 @@ def test_logits_gradients_and_statistics_are_torchvisions(name, mode, dtype):
         np.testing.assert_allclose(new, e, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_the_last_block_is_computed_for_the_class_token_alone(depth):
+    """The same logits and gradients as of all tokens, which the paper counts, for less work."""
+    model, images = random_model("vitp_tiny", depth=depth, num_classes=5), images_of(2, 32)
+    graphdef, params, batch_stats = split(model)
+
+    def logits(params, **kwargs):
+        return nnx.merge(graphdef, params, batch_stats)(images, **kwargs)
+
+    def gradients(params, **kwargs):
+        return jax.grad(lambda p: (logits(p, **kwargs) ** 2).sum())(params)
+
+    for function in logits, gradients:
+        ours, full = function(params), function(params, all_tokens=True)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3), ours, full)
+    kernel = model.spec.width, model.spec.mlp_dim
+    shapes = [
+        eqn.invars[0].aval.shape
+        for eqn in products(jax.make_jaxpr(logits)(params).jaxpr)
+        if eqn.invars[1].aval.shape == kernel
+    ]
+    assert shapes == [(2, 17, 64)] * (depth - 1) + [(2, 1, 64)] * (depth > 0)
+
+
 def test_norms_have_the_papers_epsilons():
     """Tokens and pixels of ordinary size do not show them."""
     for name in NETWORKS:

@@ -59,6 +59,24 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return in_order(_attend(*map(in_order, (q, k, v))))
 
 
+def attend_from_one(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int) -> jax.Array:
+    """The same for one query of an image.
+
+    Args:
+        q: `[N, h, d]`.
+        k: keys, `[N, T, h, d]`.
+        v: values, likewise.
+        num_tokens: how many of the T tokens are attended to.
+
+    Returns:
+        `[N, h, d]`, of the type of the inputs.
+    """
+    q = q * q.shape[2] ** -0.5
+    scores = jnp.einsum("nhd,nthd->nht", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(jnp.arange(k.shape[1]) < num_tokens, scores, -jnp.inf)
+    return jnp.einsum("nht,nthd->nhd", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
 @jax.custom_vjp
 def _attend(q, k, v):
     return _forward(q, k, v)[0]

@@ -9,7 +9,13 @@ from jax.nn import initializers
 import jax.numpy as jnp
 
 from convstem_jax.models import stems
-from convstem_jax.models.attention import attend, attend_fused, in_order, is_fused
+from convstem_jax.models.attention import (
+    attend,
+    attend_from_one,
+    attend_fused,
+    in_order,
+    is_fused,
+)
 from convstem_jax.models.norms import NORMS, before_linear, layer_norm
 
 
@@ -85,7 +91,8 @@ for size in ("4gf", "tiny"):
 class Attention(nnx.Module):
     """Multi-head self-attention; query, key and value share a parameter.
 
-    Takes tokens `[N, T, width]`, the norm before it, and how many of the T are attended to.
+    Takes tokens `[N, T, width]`, the norm before it, and how many of the T are attended to. Gives
+    `[N, T, width]`, or `[N, 1, width]` if only the class token, the first, is to attend.
     """
 
     def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -95,29 +102,35 @@ class Attention(nnx.Module):
         )
         self.out = nnx.Linear(width, width, kernel_init=stems.torch_uniform, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, norm: nnx.LayerNorm, num_tokens: int) -> jax.Array:
-        n, t, d = x.shape
-        h = self.num_heads
+    def __call__(
+        self, x: jax.Array, norm: nnx.LayerNorm, num_tokens: int, *, class_token_only: bool
+    ) -> jax.Array:
+        n, _, d = x.shape
+        heads = self.num_heads, d // self.num_heads
         x, kernels, biases = before_linear(norm, self.qkv, x)
-        if is_fused(x.dtype):
-            kernels = kernels.astype(x.dtype).reshape(d, 3, d)
-            biases = biases.astype(x.dtype).reshape(3, d)
-            # A bias that is a vector is added by the product.
-            q, k, v = (
-                (x @ kernel + bias).reshape(n, t, h, d // h)
-                for kernel, bias in zip(jnp.unstack(kernels, axis=1), biases, strict=True)
-            )
-            return self.out(attend_fused(q, k, v, num_tokens).reshape(n, t, d))
-        kernels = kernels.astype(x.dtype).reshape(d, 3, h, d // h)
-        biases = biases.astype(x.dtype).reshape(3, h, d // h)
+        # cuBLAS adds a bias that is a vector; TPUs write `[h, d / h]` from the product.
+        shape = (d,) if is_fused(x.dtype) else heads
+        kernels = kernels.astype(x.dtype).reshape(d, 3, *shape)
+        biases = biases.astype(x.dtype).reshape(3, *shape)
         # One parameter and three products: the gradient of a single product would have to be
         # concatenated, which takes TPUs as long as the product.
         q, k, v = (
-            (jnp.einsum("ntd,dhk->nthk", x, kernel) + bias).transpose(0, 2, 3, 1)  # [N, h, k, T]
-            for kernel, bias in zip(jnp.unstack(kernels, axis=1), biases, strict=True)
+            (jnp.tensordot(y, kernel, axes=1) + bias).reshape(n, -1, *heads)
+            for y, kernel, bias in zip(
+                (x[:, :1] if class_token_only else x, x, x),
+                jnp.unstack(kernels, axis=1),
+                biases,
+                strict=True,
+            )
         )
-        x = attend(q, k, v)
-        return self.out(x.transpose(0, 3, 1, 2).reshape(n, t, d))
+        if class_token_only:
+            x = attend_from_one(q[:, 0], k, v, num_tokens)
+        elif is_fused(x.dtype):
+            x = attend_fused(q, k, v, num_tokens)
+        else:
+            q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))  # [N, h, d / h, T]
+            x = attend(q, k, v).transpose(0, 3, 1, 2)
+        return self.out(x.reshape(n, -1, d))
 
 
 class MLP(nnx.Module):
@@ -143,10 +156,7 @@ class MLP(nnx.Module):
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact (erf) GELU, computed in float32, which keeps its slope in place of its input.
-
-    The slope needs the same erf, and the backward pass is then one multiplication.
-    """
+    """Exact (erf) GELU, computed in float32; its gradient anew from `x`, by one erf more."""
     return _gelu_and_slope(x)[0]
 
 
@@ -157,11 +167,14 @@ def _gelu_and_slope(x):
     return (y * cdf).astype(x.dtype), slope.astype(x.dtype)
 
 
-gelu.defvjp(_gelu_and_slope, lambda slope, grad: (grad * slope,))
+gelu.defvjp(lambda x: (gelu(x), x), lambda x, grad: (grad * _gelu_and_slope(x)[1],))
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block on `[N, T, width]`."""
+    """Pre-norm transformer block on `[N, T, width]`.
+
+    With `class_token_only` it gives the first token alone, `[N, 1, width]`.
+    """
 
     def __init__(
         self, width: int, mlp_dim: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
@@ -171,13 +184,20 @@ class Block(nnx.Module):
         self.norm2 = layer_norm(width, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, mlp_dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, num_tokens: int) -> jax.Array:
-        x = in_order(x + self.attention(x, self.norm1, num_tokens))
+    def __call__(
+        self, x: jax.Array, num_tokens: int, *, class_token_only: bool
+    ) -> jax.Array:
+        attended = self.attention(x, self.norm1, num_tokens, class_token_only=class_token_only)
+        x = in_order((x[:, :1] if class_token_only else x) + attended)
         return in_order(x + self.mlp(x, self.norm2))
 
 
 class ViT(nnx.Module):
     """Vision transformer: `[N, H, W, 3]` normalised images to `[N, num_classes]` float32 logits.
+
+    The head reads the class token alone, so that the last block is computed for it alone, which
+    saves four fifths of that block. `all_tokens=True` computes it for all, as the paper counts it,
+    and gives the same logits.
 
     Args:
       spec: shape of the network.
@@ -222,7 +242,7 @@ class ViT(nnx.Module):
         self.spec = spec
         self.dtype = dtype
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, *, all_tokens: bool = False) -> jax.Array:
         size = self.spec.image_size
         if images.shape[1:] != (size, size, 3):
             raise ValueError(f"images are {images.shape}; this model takes [N, {size}, {size}, 3]")
@@ -236,9 +256,10 @@ class ViT(nnx.Module):
         if is_fused(x.dtype):
             x = jnp.pad(x, ((0, 0), (0, num_tokens % 2), (0, 0)))  # see `attend_fused`
         x = in_order(x)
-        for block in self.blocks:
-            x = block(x, num_tokens)
-        # The norm acts on each token alone, and the head reads only the class token.
+        for i, block in enumerate(self.blocks, 1):
+            is_last = i == len(self.blocks)
+            x = block(x, num_tokens, class_token_only=is_last and not all_tokens)
+        # The norm acts on each token alone.
         return self.head(self.norm(x[:, 0]))
 
 
