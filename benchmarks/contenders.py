@@ -1,12 +1,13 @@
 """Implementations of the training step, each in a process of its own, compiled and told to step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
 import multiprocessing
 from multiprocessing import connection
 import os
 import sys
 import time
+from typing import NamedTuple
 
 # All processes share the GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -22,28 +23,36 @@ OURS = JAX[0]
 TORCH = ("torchvision", "timm")
 
 
+class Case(NamedTuple):
+    """What a contender is to do."""
+
+    model: str  # a key of `MODELS`
+    implementation: str  # of `JAX` or `TORCH`
+    batch: int  # images of a step
+    optimizer: str = "adamw"
+    torch_mode: str = "eager"  # or of torch.compile
+    xla_options: tuple[tuple[str, str], ...] = ()  # beside those of `xla_options.py`
+
+    @property
+    def name(self) -> str:
+        """The implementation and its options."""
+        return " ".join([self.implementation, *("=".join(option) for option in self.xla_options)])
+
+    def __str__(self):
+        return f"{self.name}, {self.model}"
+
+
 class Contender:
-    """An implementation of a model, in a process of its own.
+    """An implementation of a model, in a process of its own."""
 
-    Args:
-        model: a key of `MODELS`.
-        implementation: of `JAX` or `TORCH`.
-        batch: images of a step.
-        args: of the command line.
-    """
-
-    def __init__(self, model: str, implementation: str, batch: int, args):
-        self.model, self.implementation, self.batch = model, implementation, batch
+    def __init__(self, case: Case):
+        self.case = case
         processes = multiprocessing.get_context("spawn")
         self.pipe, other = processes.Pipe()
-        given = (other, model, implementation, batch, args)
-        self._process = processes.Process(target=_serve, args=given, daemon=True)
+        self._process = processes.Process(target=_serve, args=(other, case), daemon=True)
         self._process.start()
         other.close()
         self.compile_seconds, self.peak_bytes = None, None
-
-    def __str__(self):
-        return f"{self.implementation}, {self.model}"
 
     def compiled(self) -> None:
         """Waits until it is compiled and has made its first steps.
@@ -54,7 +63,7 @@ class Contender:
         self.compile_seconds, self.peak_bytes = self._answer()
 
     def seconds(self, num_steps: int) -> float:
-        """Of that many steps, each.
+        """Of that many steps, each, after one that is not counted.
 
         Raises:
             RuntimeError: a step failed, or the loss is not finite.
@@ -83,21 +92,22 @@ class Contender:
         self._process.join()
 
 
-def _serve(pipe: connection.Connection, model: str, implementation: str, batch: int, args) -> None:
+def _serve(pipe: connection.Connection, case: Case) -> None:
     """What a contender's process does: compiles, and makes steps whenever it is told how many."""
-    size, rng = MODELS[model].image_size, np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
-    labels = rng.integers(0, torch_contenders.NUM_CLASSES, batch).astype(np.int32)
-    given = (implementation, model, args.optimizer, images, labels)
+    size, rng = MODELS[case.model].image_size, np.random.default_rng(0)
+    images = rng.integers(0, 256, (case.batch, size, size, 3), np.uint8)
+    labels = rng.integers(0, torch_contenders.NUM_CLASSES, case.batch).astype(np.int32)
+    given = (case.implementation, case.model, case.optimizer, images, labels)
     try:
-        if implementation in JAX:
-            step = jax_contenders.JaxStep.make(*given)
+        if case.implementation in JAX:
+            step = jax_contenders.JaxStep.make(*given, dict(case.xla_options))
         else:
-            step = torch_contenders.TorchStep.make(*given, args.torch_mode)
+            step = torch_contenders.TorchStep.make(*given, case.torch_mode)
         step.run(3)
         pipe.send((step.compile_seconds, step.peak_bytes))
         while True:
             num_steps = pipe.recv()
+            step.run(1)  # The device has waited for the others.
             start = time.perf_counter()
             loss = step.run(num_steps)
             pipe.send((loss, time.perf_counter() - start))
@@ -105,27 +115,28 @@ def _serve(pipe: connection.Connection, model: str, implementation: str, batch: 
         pipe.send(first_line(error))
 
 
-def all_compiled(wanted: list[tuple], args, leave_out: Callable) -> list[Contender]:
-    """Those of the contenders that compile, ready to be timed.
+def all_compiled(
+    cases: Sequence[Case], at_once: int, limit: float | None, leave_out: Callable
+) -> list[Contender]:
+    """The contenders that compile, ready to be timed.
 
     Args:
-        wanted: model, implementation and batch of each.
-        args: of the command line.
-        leave_out: is told of each of the others, and why.
+        cases: of the contenders.
+        at_once: how many compile at the same time.
+        limit: seconds after which those that are not compiled are left out.
+        leave_out: is told of the case of each of them, and why.
     """
-    start, num, found, busy = time.perf_counter(), len(wanted), [], []
-    wanted = list(wanted)
-    while wanted or busy:
-        while wanted and len(busy) < args.at_once:
-            busy.append(Contender(*wanted.pop(0), args))
-        left = args.compile_limit and max(0, args.compile_limit - time.perf_counter() + start)
+    start, waiting, found, busy = time.perf_counter(), list(cases), [], []
+    while waiting or busy:
+        while waiting and len(busy) < at_once:
+            busy.append(Contender(waiting.pop(0)))
+        left = limit and max(0, limit - time.perf_counter() + start)
         ready = connection.wait([contender.pipe for contender in busy], left)
         if not ready:
             for contender in busy:
                 contender.end()
-                leave_out(contender, "it was not compiled in time")
-            for model, implementation, _ in wanted:
-                leave_out(f"{implementation}, {model}", "it was not compiled in time")
+            for case in [contender.case for contender in busy] + waiting:
+                leave_out(case, "it was not compiled in time")
             break
         for contender in [x for x in busy if x.pipe in ready]:
             busy.remove(contender)
@@ -133,11 +144,11 @@ def all_compiled(wanted: list[tuple], args, leave_out: Callable) -> list[Contend
                 contender.compiled()
             except RuntimeError as error:
                 contender.end()
-                leave_out(contender, error)
+                leave_out(contender.case, error)
             else:
                 found.append(contender)
-                seconds = f"compiled in {contender.compile_seconds:.0f} s"
-                print(f"{contender}: {seconds} ({len(found)} of {num})", file=sys.stderr)
+                what = f"{contender.case}: compiled in {contender.compile_seconds:.0f} s"
+                print(f"{what} ({len(found)} of {len(cases)})", file=sys.stderr)
     return found
 
 

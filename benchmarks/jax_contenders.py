@@ -121,8 +121,16 @@ class JaxStep:
     _rest: tuple
 
     @classmethod
-    def make(cls, implementation: str, model: str, optimizer: str, images: np.ndarray, labels):
-        """Compiles it."""
+    def make(
+        cls,
+        implementation: str,
+        model: str,
+        optimizer: str,
+        images: np.ndarray,
+        labels: np.ndarray,
+        xla_options: dict[str, str],
+    ):
+        """Compiles it, with options beside those that `Sharding.jit` gives."""
         new = new_model(implementation, model)
         recipe = recipe_of(optimizer)
         sharding = Sharding(jax.devices()[:1])
@@ -132,7 +140,7 @@ class JaxStep:
         # As in training: what the models do for a device hangs on the mesh.
         step = build.jit_train_step(sharding, graphdef, recipe, sharding.of_state(state))
         start = time.perf_counter()
-        compiled = step.lower(state, *rest).compile()
+        compiled = step.lower(state, *rest).compile(xla_options)
         seconds = time.perf_counter() - start
         memory = compiled.memory_analysis()
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes

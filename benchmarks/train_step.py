@@ -2,15 +2,17 @@
 
     python -m benchmarks.train_step                               ViT_C-4GF, on the device here
     python -m benchmarks.train_step --models vitc_1gf vitc_18gf --batch 512 --json results.json
+    python -m benchmarks.train_step --xla_options xla_gpu_graph_min_graph_size=5
 
 A step is what training makes: normalisation of uint8 images, lighting, mixing, forward, backward,
 optimiser, EMA; the batch waits on the device. Each implementation has a process of its own. When
 all are compiled, those of a model take turns --repeats times; medians are printed, of ratios too.
-What is not installed is named and left out. MFU is the share of what this device reaches with
-products of large bfloat16 matrices, measured in the same run.
+What is not installed is named and left out. MFU is the share that the paper's network would take of
+what this device reaches with products of large bfloat16 matrices, measured in the same run.
 """
 
 import argparse
+from collections import deque
 from collections.abc import Callable
 import fnmatch
 import json
@@ -23,47 +25,59 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks import jax_contenders, torch_contenders
-from benchmarks.contenders import JAX, OURS, TORCH, Contender, all_compiled, missing
+from benchmarks.contenders import JAX, OURS, TORCH, Case, Contender, all_compiled, missing
 from convstem_jax import run_folder
 from convstem_jax.complexity import complexity
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.optim import OPTIMIZERS
 
 
-def measure(contenders: list[Contender], args, peak: float, leave_out: Callable) -> list[dict]:
-    """A row for each implementation of one model; its process ends.
+def take_turns(
+    contenders: list[Contender], steps: int, repeats: int, leave_out: Callable
+) -> dict[Contender, list[float]]:
+    """Seconds of a step in each turn of those that do not fail.
 
     Args:
-        contenders: the implementations, compiled.
-        args: of the command line.
-        peak: operations a second that the device reaches.
-        leave_out: is told of each that fails, and why.
+        contenders: compiled.
+        steps: of a turn.
+        repeats: how many turns each has; each round begins with another contender.
+        leave_out: is told of the case of each that fails, and why.
     """
-    seconds = {contender: [] for contender in contenders}
-    for _ in range(args.repeats):
-        for contender in list(seconds):
+    seconds, order = {contender: [] for contender in contenders}, deque(contenders)
+    for _ in range(repeats):
+        for contender in [x for x in order if x in seconds]:
             try:
-                seconds[contender].append(contender.seconds(args.steps))
+                seconds[contender].append(contender.seconds(steps))
             except RuntimeError as error:
                 del seconds[contender]
-                leave_out(contender, error)
-    for contender in contenders:
-        contender.end()
-    model = contenders[0].model
-    flops = complexity(nnx.eval_shape(lambda: create_model(model, rngs=nnx.Rngs(0)))).flops
-    ours = [np.array(s) for contender, s in seconds.items() if contender.implementation == OURS]
+                leave_out(contender.case, error)
+        order.rotate(-1)
+    return seconds
+
+
+def rows_of(seconds: dict[Contender, list[float]], peak: float) -> list[dict]:
+    """A row for each implementation of one model.
+
+    Args:
+        seconds: from `take_turns`.
+        peak: operations a second that the device reaches.
+    """
+    ours = [np.array(its) for contender, its in seconds.items() if contender.case.name == OURS]
     rows = []
     for contender, its in seconds.items():
-        images_per_second = contender.batch / np.median(its)
+        case = contender.case
+        network = nnx.eval_shape(lambda name=case.model: create_model(name, rngs=nnx.Rngs(0)))
+        images_per_second = case.batch / np.median(its)
         rows.append({
-            "model": model,
-            "implementation": contender.implementation,
+            "model": case.model,
+            "implementation": case.name,
             "device": jax.devices()[0].device_kind,
-            "batch": contender.batch,
-            "optimizer": args.optimizer,
+            "batch": case.batch,
+            "optimizer": case.optimizer,
             "images_per_second": images_per_second,
             "speed_over_its": float(np.median(its / ours[0])) if ours else None,
-            "mfu": 6 * flops * images_per_second / peak,
+            # Of the paper's network, forward and twice backward, whatever an implementation omits.
+            "mfu": 6 * complexity(network).flops * images_per_second / peak,
             "peak_bytes": contender.peak_bytes,
             "compile_seconds": round(contender.compile_seconds, 1),
         })  # fmt: skip
@@ -102,6 +116,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME", help=f"of: {'; '.join([*JAX, *TORCH])} (default: all)")  # fmt: skip
     add("--skip", nargs="+", default=[], metavar="MODEL:NAME",
         help="of these, patterns such as 'vitp_*:*float32'")  # fmt: skip
+    add("--xla_options", nargs="+", default=[], type=_xla_options, metavar="NAME=VALUE",
+        help="each makes one implementation more: this project's, compiled with that option of "
+        "XLA, or with several that spaces separate within quotes")  # fmt: skip
     add("--batch", type=int, nargs="+", default=[256],
         help="of all models, or of each; must be even (default: 256)")  # fmt: skip
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
@@ -130,20 +147,24 @@ def main(argv: list[str] | None = None) -> int:
 
     failed = []
 
-    def leave_out(what, reason):
-        print(f"left out: {what}: {reason}", file=sys.stderr)
-        failed.append(what)
+    def leave_out(case, reason):
+        print(f"left out: {case}: {reason}", file=sys.stderr)
+        failed.append(case)
 
-    wanted = []
+    variants = [(name, ()) for name in args.implementations]
+    variants += [(OURS, options) for options in args.xla_options]
+    cases = []
     for model, batch in zip(args.models, args.batch, strict=True):
-        for name in args.implementations:
-            if any(fnmatch.fnmatch(f"{model}:{name}", pattern) for pattern in args.skip):
+        for name, options in variants:
+            case = Case(model, name, batch, args.optimizer, args.torch_mode, options)
+            if any(fnmatch.fnmatch(f"{model}:{case.name}", pattern) for pattern in args.skip):
                 continue
             if reason := missing(model, name):
-                print(f"left out: {name}, {model}: {reason}", file=sys.stderr)
+                print(f"left out: {case}: {reason}", file=sys.stderr)
             else:
-                wanted.append((model, name, batch))
-    contenders = all_compiled(wanted, args, leave_out)
+                cases.append(case)
+    contenders = all_compiled(cases, args.at_once, args.compile_limit, leave_out)
+    contenders.sort(key=lambda contender: cases.index(contender.case))
     peak = jax_contenders.matmul_flops(args.matmul_size)
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, "
@@ -158,15 +179,22 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     rows = []
     for model in args.models:
-        if of_model := [x for x in contenders if x.model == model]:
-            of_model.sort(key=lambda x: args.implementations.index(x.implementation))
-            rows += measure(of_model, args, peak, leave_out)
+        of_model = [contender for contender in contenders if contender.case.model == model]
+        rows += rows_of(take_turns(of_model, args.steps, args.repeats, leave_out), peak)
+        for contender in of_model:
+            contender.end()
         if args.json:
-            with open(args.json, "w") as file:
-                json.dump([row | about for row in rows], file, indent=2)
-                file.write("\n")
+            lines = [row | about for row in rows]
+            run_folder.write_text(args.json, json.dumps(lines, indent=2) + "\n")
     print(table(rows))
     return 1 if failed else 0
+
+
+def _xla_options(text: str) -> tuple[tuple[str, str], ...]:
+    options = tuple(tuple(option.split("=", 1)) for option in text.split())
+    if not options or any(len(option) < 2 for option in options):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return options
 
 
 if __name__ == "__main__":

@@ -68,16 +68,19 @@ def test_reading(tmp_path, capsys):
 def test_train_step(tmp_path, capsys):
     file = tmp_path / "train_step.json"
     flags = ["--models=vitp_tiny", "--batch=4", "--steps=1", "--repeats=3", f"--json={file}"]
-    flags += ["--implementations", "convstem_jax", "plain Flax, float32", "torchvision", "timm"]
-    assert train_step.main([*flags, "--torch_mode=eager", "--matmul_size=64"]) == 0
+    flags += ["--implementations", "convstem_jax", "torchvision", "timm"]
+    flags += ["--xla_options", "xla_backend_optimization_level=0", "xla_unheard_of=1"]
+    assert train_step.main([*flags, "--torch_mode=eager", "--matmul_size=64"]) == 1
     rows = json.loads(file.read_text())
-    names = ["convstem_jax", "plain Flax, float32", "torchvision"]
-    assert [row["implementation"] for row in rows] == names
+    names = [row["implementation"] for row in rows]
+    option = "xla_backend_optimization_level=0"
+    assert names == ["convstem_jax", "torchvision", f"convstem_jax {option}"]
     for row in rows:
         assert row["images_per_second"] > 0 and row["mfu"] > 0 and row["batch"] == 4
     assert rows[0]["speed_over_its"] == 1
     output, error = capsys.readouterr()
     assert output.count("vitp_tiny") == 3 and "left out: timm" in error
+    assert "left out: convstem_jax xla_unheard_of=1, vitp_tiny: " in error
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU is here")
@@ -88,15 +91,15 @@ def test_on_gpu_asks_for_a_gpu(tmp_path):
     assert done.returncode == 2 and "JAX finds no GPU here" in done.stderr
 
 
-def fake_serve(pipe, model, implementation, batch, args):
+def fake_serve(pipe, case):
     """A contender's process that does what its name says."""
-    if implementation == "plain Flax, bfloat16":
+    if case.implementation == "plain Flax, bfloat16":
         os._exit(7)  # while it compiles
     pipe.send((0.1, 0))
     pipe.recv()
-    if implementation == "timm":
+    if case.implementation == "timm":
         os._exit(8)
-    pipe.send((float("nan") if implementation == "plain Flax, float32" else 1.0, 0.1))
+    pipe.send((float("nan") if case.implementation == "plain Flax, float32" else 1.0, 0.1))
     pipe.recv()
     pipe.send((1.0, 0.1))
 
@@ -118,6 +121,33 @@ def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsy
         ("timm", "its process ended with status 8"),
     ):
         assert f"left out: {name}, vitp_tiny: {reason}" in error
+
+
+class FakeContender:
+    """Takes so many seconds for each step of its turns."""
+
+    def __init__(self, name, seconds, order):
+        self.case = contenders.Case("vitp_1gf", name, batch=8)
+        self.compile_seconds, self.peak_bytes = 1.0, None
+        self._seconds, self._order = iter(seconds), order
+
+    def seconds(self, num_steps):
+        self._order.append(self.case.name)
+        return next(self._seconds)
+
+
+def test_medians_ratios_and_mfu():
+    order = []
+    both = [
+        FakeContender("convstem_jax", (1.0, 2.0, 9.0), order),
+        FakeContender("timm", (4.0, 4.0, 9.0), order),
+    ]
+    rows = train_step.rows_of(train_step.take_turns(both, 5, 3, None), peak=1e9)
+    assert order == ["convstem_jax", "timm", "timm", "convstem_jax", "convstem_jax", "timm"]
+    assert [row["images_per_second"] for row in rows] == [8 / 2, 8 / 4]
+    assert [row["speed_over_its"] for row in rows] == [1, 2], "medians of 4, 2 and 1"
+    # Table 1: 1.1 billion multiply-adds, each of them two operations, three times.
+    assert rows[0]["mfu"] == pytest.approx(6 * 1.08e9 * 4 / 1e9, rel=0.01)
 
 
 def test_train_step_does_not_wait_for_ever(monkeypatch, capsys):
@@ -167,6 +197,9 @@ def test_train_step_refuses_an_odd_batch(capsys):
     with pytest.raises(SystemExit):
         train_step.main(["--models", "vitc_1gf", "vitc_4gf", "--batch", "2", "4", "6"])
     assert "--batch has 3 sizes for 2 models" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_step.main(["--xla_options", "xla_gpu_graph_min_graph_size"])
+    assert "is not NAME=VALUE" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu for this machine")

@@ -9,7 +9,7 @@ import pytest
 
 from convstem_jax import sharding, xla_options
 from convstem_jax.config import load_config
-from convstem_jax.models import attention, create_model, norms, regnet, stems, target, vit
+from convstem_jax.models import attention, create_model, target, vit
 from convstem_jax.study import programs
 from convstem_jax.study.experiments import Population, run_config
 from convstem_jax.study.programs import Trial

@@ -222,7 +222,9 @@ def test_the_last_block_is_computed_for_the_class_token_alone(depth):
 
     for function in logits, gradients:
         ours, full = function(params), function(params, all_tokens=True)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3), ours, full)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3), ours, full
+        )
     kernel = model.spec.width, model.spec.mlp_dim
     shapes = [
         eqn.invars[0].aval.shape

@@ -184,9 +184,7 @@ class Block(nnx.Module):
         self.norm2 = layer_norm(width, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, mlp_dim, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, num_tokens: int, *, class_token_only: bool
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, num_tokens: int, *, class_token_only: bool) -> jax.Array:
         attended = self.attention(x, self.norm1, num_tokens, class_token_only=class_token_only)
         x = in_order((x[:, :1] if class_token_only else x) + attended)
         return in_order(x + self.mlp(x, self.norm2))
