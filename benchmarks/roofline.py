@@ -1,8 +1,8 @@
 """How fast a training step can be: what it computes and moves, against a device's two ceilings.
 
-    python -m benchmarks.roofline --flops 790e12 --bandwidth 4.3e12        an H200
-    python -m benchmarks.roofline                                          the device here, measured
-    python -m benchmarks.roofline --measured train_step.json               and the share reached
+    python -m benchmarks.roofline                                  the device here, measured
+    python -m benchmarks.roofline --measured train_step.json       and the share reached
+    python -m benchmarks.roofline --device "NVIDIA H200" --flops 790e12 --bandwidth 4.3e12
 
 What is counted is this project's step in bfloat16, under ordinary XLA fusion. Each matrix product
 and convolution is a kernel that reads its operands and writes its result. What is computed element
@@ -10,18 +10,21 @@ by element between them is fused, reductions included: a kernel reads each array
 and writes what a product or another reduction needs, and sums of two arrays that are read twice.
 Where it alone reads a product's result, it is one kernel with the product. A kernel takes the
 longer of its operations at the one ceiling and its bytes at the other; kernels do not overlap.
-Better fusion than that, such as attention weights that never leave the chip, can beat the bound.
+On GPUs, where attention is cuDNN's, its weights never leave the chip. Better fusion than that can
+beat the bound.
 """
 
 import argparse
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import sys
 import time
+from unittest import mock
 
 from flax import nnx
 import jax
@@ -31,15 +34,19 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks import jax_contenders
+from convstem_jax import run_folder
 from convstem_jax.complexity import inner_programs
 from convstem_jax.models import MODELS
+from convstem_jax.models.attention import attend
+from convstem_jax.models.target import is_gpu
+from convstem_jax.models.vit import ViTSpec
 from convstem_jax.step import init_state, split, train_step
 
 OURS = jax_contenders.IMPLEMENTATIONS[0]
 PAPER = [f"vit{stem}_{size}gf" for size in (1, 4, 18, 36) for stem in "cp"]
 VIEWS = ("transpose", "reshape", "squeeze", "expand_dims", "copy")  # cost nothing of their own
 # Programs inside an instruction that run once, on its operands.
-CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "closed_call")
+CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "closed_call", "shard_map")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +86,20 @@ class _Instruction:
         return len(sizes) == 2 and 2 * min(sizes) >= self.outputs[0].bytes
 
 
-def kernels(jaxpr: core.Jaxpr) -> list[Kernel]:
-    """The kernels of a program, fused as the top of this file says."""
-    instructions, results = _flatten(jaxpr, [_Array(_bytes(v)) for v in jaxpr.invars])
+def kernels(jaxpr: core.Jaxpr, *, on_chip: Callable = lambda shape: False) -> list[Kernel]:
+    """The kernels of a program, fused as the top of this file says.
+
+    Args:
+        jaxpr: the program.
+        on_chip: whether an array of a shape never leaves the chip.
+    """
+
+    def new(variable) -> _Array:
+        aval = variable.aval
+        size = math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 0)
+        return _Array(0 if on_chip(aval.shape) else size)
+
+    instructions, results = _flatten(jaxpr, [new(v) for v in jaxpr.invars], new)
     maker = {id(out): made for made in instructions for out in made.outputs}
     stored = {id(x): x for made in instructions if made.is_product for x in made.inputs}
     stored |= {id(x): x for x in results if x is not None}
@@ -128,8 +146,14 @@ def kernels(jaxpr: core.Jaxpr) -> list[Kernel]:
     return found
 
 
-def _flatten(jaxpr, arrays: list) -> tuple[list[_Instruction], list]:
-    """Instructions with the calls opened, and what the program returns (None for a literal)."""
+def _flatten(jaxpr, arrays: list, new: Callable) -> tuple[list[_Instruction], list]:
+    """Instructions with the calls opened, and what the program returns (None for a literal).
+
+    Args:
+        jaxpr: the program.
+        arrays: its inputs.
+        new: makes the array of a variable.
+    """
     values = dict(zip(jaxpr.invars, arrays, strict=True))
 
     def read(variables: Iterable) -> Iterator[_Array | None]:
@@ -137,30 +161,25 @@ def _flatten(jaxpr, arrays: list) -> tuple[list[_Instruction], list]:
             if isinstance(v, core.Literal):
                 yield None
             else:
-                yield values.setdefault(v, _Array(_bytes(v)))
+                yield values.setdefault(v, new(v))
 
     found = []
     for eqn in jaxpr.eqns:
         name, inputs = eqn.primitive.name, list(read(eqn.invars))
         if name in CALLS:
             program = next(inner_programs(eqn))
-            inside, outputs = _flatten(program, inputs)
+            inside, outputs = _flatten(program, inputs, new)
             found += inside
             outputs = [x or _Array(0) for x in outputs]
         elif name in VIEWS and inputs[0] is not None:
             outputs = inputs[:1]
         else:
-            outputs = [_Array(_bytes(v)) for v in eqn.outvars]
+            outputs = [new(v) for v in eqn.outvars]
             found.append(
                 _Instruction(name, [x for x in inputs if x is not None], outputs, _flops(eqn))
             )
         values |= dict(zip(eqn.outvars, outputs, strict=True))
     return found, list(read(jaxpr.outvars))
-
-
-def _bytes(variable) -> int:
-    aval = variable.aval
-    return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 0)
 
 
 def _flops(eqn) -> float:
@@ -176,8 +195,8 @@ def _flops(eqn) -> float:
     return 0.0
 
 
-def step_kernels(model: str, batch: int) -> list[Kernel]:
-    """Of a whole training step of the paper's recipe, AdamW."""
+def step_kernels(model: str, batch: int, device_kind: str = "") -> list[Kernel]:
+    """Of a whole training step of the paper's recipe, AdamW, as it is made for a kind of device."""
     recipe = jax_contenders.recipe_of("adamw")
     new = jax_contenders.new_model(OURS, model)
     graphdef, _, _ = split(nnx.eval_shape(new))
@@ -188,7 +207,29 @@ def step_kernels(model: str, batch: int) -> list[Kernel]:
         "label": jax.ShapeDtypeStruct((batch,), jnp.int32),
     }
     step = functools.partial(train_step, graphdef, recipe)
-    return kernels(jax.make_jaxpr(step)(state, data, jax.eval_shape(jax_contenders.hparams)).jaxpr)
+    with _traced_for(device_kind):
+        jaxpr = jax.make_jaxpr(step)(state, data, jax.eval_shape(jax_contenders.hparams)).jaxpr
+    if not (is_gpu(device_kind) and isinstance(MODELS[model], ViTSpec)):
+        return kernels(jaxpr)
+    num_tokens = (size // MODELS[model].patch_size) ** 2 + 1
+    num_tokens += num_tokens % 2  # see `attend_fused`
+    return kernels(jaxpr, on_chip=lambda shape: shape.count(num_tokens) == 2)
+
+
+@contextlib.contextmanager
+def _traced_for(device_kind: str) -> Iterator[None]:
+    """Where the models take their forms for a kind of device, which need not be here."""
+    device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=None, platform="")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), axis_types=auto, abstract_device=device)
+
+    def cudnns(q, k, v, **_):
+        # JAX traces cuDNN's attention only where cuDNN is. This has the same products.
+        return attend(*(x.transpose(0, 2, 3, 1) for x in (q, k, v))).transpose(0, 3, 1, 2)
+
+    attention = mock.patch.object(jax.nn, "dot_product_attention", cudnns)
+    with jax.sharding.use_abstract_mesh(mesh), attention:
+        yield
 
 
 def bandwidth(size: int = 2**28, num: int = 10) -> float:
@@ -219,36 +260,40 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch", type=int, default=256, help="default: %(default)s; must be even")
     add("--flops", type=float, help="bfloat16 operations a second (default: measured here)")
     add("--bandwidth", type=float, help="bytes a second (default: measured here)")
-    add("--measured", metavar="FILE", help="of benchmarks.train_step: the share that it reached")
+    add("--measured", nargs="+", default=[], metavar="FILE",
+        help="of benchmarks.train_step: the share that it reached")  # fmt: skip
+    add("--device", metavar="KIND", help="as JAX calls it, for the models' forms (default: that of "
+        "--measured, or the one here)")  # fmt: skip
     add("--json", metavar="FILE", help="write the table as a list of objects too")
     args = parser.parse_args(argv)
     if args.batch < 2 or args.batch % 2:
         parser.error(f"--batch {args.batch} must be even: images are mixed in pairs")
-    measured = {}
-    if args.measured:
+    measured, here = {}, jax.devices()[0].device_kind
+    for name in args.measured:
         try:
-            with open(args.measured) as file:
-                measured = {r["model"]: r for r in json.load(file) if r["implementation"] == OURS}
+            with open(name) as file:
+                measured |= {r["model"]: r for r in json.load(file) if r["implementation"] == OURS}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            parser.error(f"--measured {args.measured} is not from benchmarks.train_step: {error}")
-    here = jax.devices()[0].device_kind
-    others = {row["device"] for row in measured.values()} - {here}
-    if others and not (args.flops and args.bandwidth):
+            parser.error(f"--measured {name} is not from benchmarks.train_step: {error}")
+    kinds = {row["device"] for row in measured.values()}
+    if len(kinds) > 1:
+        parser.error(f"--measured has rows of {' and '.join(sorted(kinds))}: give one device's")
+    kind = args.device or next(iter(kinds), here)
+    if kind != here and not (args.flops and args.bandwidth):
         parser.error(
-            f"--measured {args.measured} is of {', '.join(others)}, this is {here}: give --flops "
-            "and --bandwidth of the device that was measured"
+            f"the bound of {kind} is wanted, and this is {here}: give --flops and --bandwidth of it"
         )
     flops = args.flops or jax_contenders.matmul_flops(8192)
     speed = args.bandwidth or bandwidth()
     rows = []
     for model in args.models or list(measured) or PAPER:
         batch = measured.get(model, {}).get("batch", args.batch)
-        found = step_kernels(model, batch)
+        found = step_kernels(model, batch, kind)
         seconds = sum(max(k.flops / flops, k.bytes / speed) for k in found)
         bound = batch / seconds
         reached = measured.get(model, {}).get("images_per_second")
         rows.append({
-            "model": model, "batch": batch, "flops_limit": flops, "bytes_limit": speed,
+            "model": model, "device": kind, "batch": batch, "flops_limit": flops, "bytes_limit": speed,
             "flops": sum(k.flops for k in found), "bytes": sum(k.bytes for k in found),
             "bound_images_per_second": bound, "images_per_second": reached,
             "reached": reached and reached / bound,
@@ -268,9 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{flops / 1e12:,.0f} Tflop/s in bfloat16, {speed / 1e12:.2f} TB/s\n")
     print(tabulate(lines, headers, "github", disable_numparse=True, colalign=align))
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=2)
-            file.write("\n")
+        run_folder.write_text(args.json, json.dumps(rows, indent=2) + "\n")
     return 0
 
 

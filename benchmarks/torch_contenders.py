@@ -1,4 +1,6 @@
-"""Training steps in PyTorch, at their best: torch.compile, bfloat16 autocast, fused optimisers.
+"""Training steps in PyTorch as its users make them fast.
+
+torch.compile, bfloat16 autocast, fused attention and optimisers, channels last.
 
 The networks are torchvision's and timm's own. The step does what this project's does: it normalises
 uint8 images, lights, mixes and smooths on the device, updates the parameters, and the EMA at every

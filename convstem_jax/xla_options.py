@@ -1,6 +1,7 @@
 """Options of XLA's compiler, and why: docs/performance.md has the trials."""
 
 from collections.abc import Sequence
+import os
 
 import jax
 
@@ -22,5 +23,10 @@ _GPU = {
 
 
 def compiler_options(devices: Sequence[jax.Device]) -> dict[str, str | int | bool]:
-    """What to give `jax.jit` as `compiler_options` of steps on these devices."""
-    return _GPU if is_gpu(devices[0].device_kind) else {}
+    """What to give `jax.jit` as `compiler_options` of steps on these devices.
+
+    What the environment's `XLA_FLAGS` set is left to them; JAX would override it.
+    """
+    flags = {flag.partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
+    options = _GPU if is_gpu(devices[0].device_kind) else {}
+    return {name: value for name, value in options.items() if f"--{name}" not in flags}

@@ -137,6 +137,13 @@ def test_cudnns_attention_is_near_that_in_float32():
         assert jnp.linalg.norm(half - full) < 0.01 * jnp.linalg.norm(full)
 
 
+def test_flags_of_the_environment_come_first(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_other=1 --xla_gpu_enable_triton_gemm=true")
+    options = xla_options.compiler_options([GpuDevice])
+    assert "xla_gpu_enable_triton_gemm" not in options and "xla_gpu_graph_min_graph_size" in options
+    assert xla_options.compiler_options(jax.devices("cpu")) == {}
+
+
 def test_the_step_is_compiled_with_options_that_xla_knows():
     """JAX refuses what this version of XLA, which is the same for all devices, does not know."""
     options = xla_options.compiler_options([GpuDevice])

@@ -16,7 +16,7 @@ from convstem_jax.models.target import has_fused_attention, on_tpu
 
 def is_fused(dtype: jnp.dtype) -> bool:
     """Whether `attend_fused` is to be used: cuDNN has it for 16 bits, on GPUs."""
-    return dtype in (jnp.bfloat16, jnp.float16) and has_fused_attention()
+    return dtype == jnp.bfloat16 and has_fused_attention()
 
 
 def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int) -> jax.Array:
@@ -27,7 +27,7 @@ def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int) -> j
             with a bias, and takes the empty array that stands for none for one (0.10.2, 0.11.2).
         k: keys, likewise.
         v: values, likewise.
-        num_tokens: how many of the T tokens are attended to; what the others attend to is zero.
+        num_tokens: how many of the T tokens are attended to; the rows of the others are zero.
 
     Returns:
         `[N, T, h, d]`, of the type of the inputs.

@@ -77,6 +77,7 @@ def apply_norm(norm: nnx.BatchNorm | nnx.LayerNorm, x: jax.Array, *, relu: bool)
         return nnx.relu(y) if relu else y
     y, mean, var = _batch_norm(x, norm.scale[...], norm.bias[...], norm.epsilon, relu)
     for running, new in ((norm.mean, mean), (norm.var, var)):
+        new = jax.lax.stop_gradient(new)
         running[...] = norm.momentum * running[...] + (1 - norm.momentum) * new
     return y.astype(norm.dtype)
 
@@ -100,7 +101,7 @@ def _batch_norm_forward(x, scale, bias, epsilon, relu):
 
 
 def _batch_norm_backward(epsilon, relu, residuals, grads):
-    # Mean and variance go into the running ones alone, which have no gradient.
+    # `apply_norm` stops the gradients of mean and variance.
     x, mean, rate, gain, shift = residuals
     x_type, num, axes = x.dtype, x.size // x.shape[-1], tuple(range(x.ndim - 1))
     x, grad = x.astype(mean.dtype), grads[0].astype(mean.dtype)

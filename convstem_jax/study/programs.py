@@ -147,7 +147,7 @@ class Programs:
             return PopulationState(jnp.zeros((), jnp.int32), jax.vmap(new)(seeds), zeros)
 
         # Runs once, and compiles as long as a step where LLVM optimises it.
-        fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+        fast = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else {}
         self.init = jit(init, (trials,), state, compiler_options=fast)
         evaluate = jit(vmap(eval_step, 0, 0, None), (trials, trials, all_devices))
         self.batch_statistics = jit(
