@@ -12,7 +12,6 @@ take turns with training --repeats times; medians are printed.
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 import time
@@ -52,7 +51,9 @@ def measure(model: str, args) -> dict:
     def compile_seconds():
         jax.clear_caches()
         compilation_cache.reset_cache()  # what is in memory: the files stay
-        return _seconds(lambda: new_train().lower(state, batch, hparams).compile() and ())
+        start = time.perf_counter()
+        new_train().lower(state, batch, hparams).compile()
+        return time.perf_counter() - start
 
     with _empty_cache():
         cold, warm = compile_seconds(), compile_seconds()
@@ -170,7 +171,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch", type=int, default=256, help="default: %(default)s; must be even")
     add("--steps", type=int, default=20, help="of each turn (default: %(default)s)")
     add("--repeats", type=int, default=5, help="default: %(default)s")
-    add("--json", metavar="FILE", help="write the table as a list of objects too")
+    add(
+        "--json",
+        type=run_folder.writable,
+        metavar="FILE",
+        help="write the table as a list of objects too",
+    )
     args = parser.parse_args(argv)
     if args.batch < 2 or args.batch % 2:
         parser.error(f"--batch {args.batch} must be even: images are mixed in pairs")
@@ -184,9 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{model} on {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
         rows.append(measure(model, args))
         if args.json:
-            with open(args.json, "w") as file:
-                json.dump([row | about for row in rows], file, indent=2)
-                file.write("\n")
+            run_folder.write_json(args.json, [row | about for row in rows])
     print(table(rows))
     return 0
 

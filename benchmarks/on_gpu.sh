@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that a GPU is needed for, each result written as soon as it is there:
+# All tests and benchmarks that need a GPU, each result written as soon as it is there:
 #
 #     benchmarks/on_gpu.sh [folder]                        default: results/benchmarks
 #     PYTHON=.venv/bin/python TORCH_MODE=max-autotune benchmarks/on_gpu.sh      default: python3, reduce-overhead
@@ -7,6 +7,16 @@
 # It needs JAX for CUDA, PyTorch, pytest, pytest-xdist and pytest-timeout; of torchvision and timm what
 # is missing is left out. What fails is named at the end, and the exit status is 1 then.
 set -uo pipefail
+case ${1:-} in
+  -h | --help)
+    sed -n '2,/^set/{s/^# \{0,1\}//;/^set/!p}' "$0"
+    exit 0
+    ;;
+  -*)
+    echo "unexpected argument '$1': see --help" >&2
+    exit 2
+    ;;
+esac
 cd "$(dirname "$0")/.." || exit 2
 folder=${1:-results/benchmarks} python=${PYTHON:-python3}
 mkdir -p "$folder" || exit 2
@@ -35,6 +45,13 @@ done <<END
 128 vitc_36gf vitp_36gf
 128 regnety_4gf
 END
+run roofline "$python" -m benchmarks.roofline --measured "$folder"/train_step_*gf.json \
+  --json "$folder/roofline_gpu.json"
+# Options that promise something, and are not used yet: see docs/performance.md.
+run options "$python" -m benchmarks.train_step --models vitc_4gf vitc_1gf regnety_4gf --batch 256 256 128 \
+  --implementations convstem_jax --json "$folder/xla_options_gpu.json" --xla_options \
+  xla_gpu_command_buffer_scheduling_mode=CONCURRENT_REGIONS \
+  xla_gpu_enable_command_buffer=CONDITIONAL,CONVOLUTION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE
 run around "$python" -m benchmarks.around_step --models vitc_4gf vitc_1gf --json "$folder/around_step_gpu.json"
 run population "$python" -m benchmarks.population --json "$folder/population_gpu.json"
 if ((${#failed[@]})); then

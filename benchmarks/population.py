@@ -10,7 +10,6 @@ and the seconds of decoding for one part of the population and for all parts.
 
 import argparse
 import functools
-import json
 import os
 import sys
 import time
@@ -24,8 +23,9 @@ from flax import nnx
 import numpy as np
 from tabulate import tabulate
 
-from convstem_jax import build
+from convstem_jax import build, run_folder
 from convstem_jax.config import load_config
+from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
 from convstem_jax.step import init_state, split
 from convstem_jax.study.experiments import Population, run_config
@@ -77,13 +77,19 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default="vitc_tiny", help="default: %(default)s")
+    add("--model", default="vitc_tiny", choices=MODELS, metavar="MODEL",
+        help="as in convstem_jax.create_model (default: %(default)s)")  # fmt: skip
     add("--optimizer", default="sgd", choices=("adamw", "sgd"), help="default: %(default)s")
     add("--trials", type=int, default=16, help="default: %(default)s")
     add("--batch_size", type=int, default=64, help="default: %(default)s")
     add("--steps", type=int, default=50, help="of each trial (default: %(default)s)")
     add("--repeats", type=int, default=5, help="default: %(default)s")
-    add("--json", metavar="FILE", help="write the table as a list of objects too")
+    add(
+        "--json",
+        type=run_folder.writable,
+        metavar="FILE",
+        help="write the table as a list of objects too",
+    )
     args = parser.parse_args(argv)
 
     config = load_config(f"configs/study.py:batch_size={args.batch_size},train_split=train")
@@ -123,13 +129,12 @@ def main(argv: list[str] | None = None) -> int:
         "ratio": round(float(np.median([p / (args.trials * r) for p, r in pairs])), 3),
         "reading_seconds_one_part": round(float(reading[1]), 3),
         "reading_seconds": round(float(reading[parts]), 3),
-        "jax": jax.__version__,
     }
     print(tabulate(row.items(), tablefmt="plain"))
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump([row], file, indent=2)
-            file.write("\n")
+        about = {"command": argv or sys.argv[1:], "commit": run_folder.commit()}
+        about |= {"steps": args.steps, "repeats": args.repeats, "versions": run_folder.versions()}
+        run_folder.write_json(args.json, [row | about])
     return 0
 
 

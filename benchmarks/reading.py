@@ -29,6 +29,8 @@ from array_record.python import array_record_module
 import numpy as np
 from tabulate import tabulate
 
+from convstem_jax import run_folder
+
 # Bytes of an image of ImageNet's training set on average, in the official tar file.
 RECORD_BYTES = 115_000
 # What tfds gives the reader: random access reads nothing ahead.
@@ -182,8 +184,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--threads", type=int, nargs="+", default=[1, 16], help="default: %(default)s")
     add("--latency_ms", type=float, nargs="+", default=[0, 30], help="default: %(default)s")
     add("--preflight", metavar="FILE", help="records whose demand to print too")
-    add("--json", metavar="FILE", help="write the tables as an object of lists too")
+    add(
+        "--json",
+        type=run_folder.writable,
+        metavar="FILE",
+        help="write the tables as an object of lists too",
+    )
     args = parser.parse_args(argv)
+    if args.folder and not os.path.isdir(args.folder):
+        parser.error(f"--folder {args.folder} is no folder: make it, or name another")
+    if args.preflight and not os.path.isfile(args.preflight):
+        parser.error(f"--preflight {args.preflight} is not there")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         tables = {
             "reading": measure(
@@ -201,9 +212,7 @@ def main(argv: list[str] | None = None) -> int:
             "python": platform.python_version(),
             "cores": len(os.sched_getaffinity(0)),
         }
-        with open(args.json, "w") as file:
-            json.dump(tables | {"about": about}, file, indent=2)
-            file.write("\n")
+        run_folder.write_json(args.json, tables | {"about": about})
     return 0
 
 

@@ -256,15 +256,26 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, metavar="MODEL", help="default: the paper's ViTs")
-    add("--batch", type=int, default=256, help="default: %(default)s; must be even")
+    add("--models", nargs="+", choices=MODELS, metavar="MODEL",
+        help="default: the paper's ViTs, or those of --measured")  # fmt: skip
+    add(
+        "--batch",
+        type=int,
+        default=256,
+        help="must be even; default: %(default)s, or that of --measured",
+    )
     add("--flops", type=float, help="bfloat16 operations a second (default: measured here)")
     add("--bandwidth", type=float, help="bytes a second (default: measured here)")
     add("--measured", nargs="+", default=[], metavar="FILE",
         help="of benchmarks.train_step: the share that it reached")  # fmt: skip
     add("--device", metavar="KIND", help="as JAX calls it, for the models' forms (default: that of "
         "--measured, or the one here)")  # fmt: skip
-    add("--json", metavar="FILE", help="write the table as a list of objects too")
+    add(
+        "--json",
+        type=run_folder.writable,
+        metavar="FILE",
+        help="write the table as a list of objects too",
+    )
     args = parser.parse_args(argv)
     if args.batch < 2 or args.batch % 2:
         parser.error(f"--batch {args.batch} must be even: images are mixed in pairs")
@@ -283,8 +294,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             f"the bound of {kind} is wanted, and this is {here}: give --flops and --bandwidth of it"
         )
-    flops = args.flops or jax_contenders.matmul_flops(8192)
-    speed = args.bandwidth or bandwidth()
+    for name in ("flops", "bandwidth"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            parser.error(f"--{name} {value:g} must be more than 0")
+    if not (args.flops and args.bandwidth):
+        print(
+            f"measuring the ceilings of {here}; --flops and --bandwidth give them", file=sys.stderr
+        )
+    # A CPU core would take minutes for the products that a GPU needs to be busy.
+    on_cpu = jax.default_backend() == "cpu"
+    flops = args.flops or jax_contenders.matmul_flops(1024 if on_cpu else 8192)
+    speed = args.bandwidth or bandwidth(2**26 if on_cpu else 2**28)
     rows = []
     for model in args.models or list(measured) or PAPER:
         batch = measured.get(model, {}).get("batch", args.batch)
@@ -293,7 +313,8 @@ def main(argv: list[str] | None = None) -> int:
         bound = batch / seconds
         reached = measured.get(model, {}).get("images_per_second")
         rows.append({
-            "model": model, "device": kind, "batch": batch, "flops_limit": flops, "bytes_limit": speed,
+            "model": model, "device": kind, "batch": batch,
+            "flops_limit": flops, "bytes_limit": speed,
             "flops": sum(k.flops for k in found), "bytes": sum(k.bytes for k in found),
             "bound_images_per_second": bound, "images_per_second": reached,
             "reached": reached and reached / bound,
@@ -313,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{flops / 1e12:,.0f} Tflop/s in bfloat16, {speed / 1e12:.2f} TB/s\n")
     print(tabulate(lines, headers, "github", disable_numparse=True, colalign=align))
     if args.json:
-        run_folder.write_text(args.json, json.dumps(rows, indent=2) + "\n")
+        run_folder.write_json(args.json, rows)
     return 0
 
 

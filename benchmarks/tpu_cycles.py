@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME", help=f"of: {'; '.join([OURS, *PLAIN])} (default: all)")  # fmt: skip
     # TPUs compute in lanes of 128, and the stem's first layers lay the images along them.
     add("--batch", type=int, default=128, help="images on a device (default: %(default)s)")
-    add("--json", metavar="FILE",
+    add("--json", type=run_folder.writable, metavar="FILE",
         help="keep the estimates as a list of objects too, line by line; those that it holds "
         "already are not made again where program and versions are still the same")  # fmt: skip
     args = parser.parse_args(argv)
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(row)
             known[what] = row
             if args.json:  # an estimate takes minutes
-                run_folder.write_text(args.json, json.dumps([*known.values()], indent=2) + "\n")
+                run_folder.write_json(args.json, [*known.values()])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

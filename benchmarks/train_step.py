@@ -15,7 +15,6 @@ import argparse
 from collections import deque
 from collections.abc import Callable
 import fnmatch
-import json
 import platform
 import sys
 
@@ -130,7 +129,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--compile_limit", type=float, metavar="SECONDS",
         help="leave out what is not compiled by then (default: wait)")  # fmt: skip
     add("--matmul_size", type=int, default=8192, help="for the peak (default: %(default)s)")
-    add("--json", metavar="FILE", help="write the table as a list of objects too")
+    add(
+        "--json",
+        type=run_folder.writable,
+        metavar="FILE",
+        help="write the table as a list of objects too",
+    )
     args = parser.parse_args(argv)
     if len(args.batch) == 1:
         args.batch *= len(args.models)
@@ -145,6 +149,9 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more")
 
+    for pattern in args.skip:
+        if ":" not in pattern:
+            parser.error(f"--skip {pattern} is not MODEL:NAME, such as '{pattern}:timm'")
     failed = []
 
     def leave_out(case, reason):
@@ -163,8 +170,11 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"left out: {case}: {reason}", file=sys.stderr)
             else:
                 cases.append(case)
+    if not cases:
+        parser.error("nothing is left to be timed: see --models, --implementations and --skip")
     contenders = all_compiled(cases, args.at_once, args.compile_limit, leave_out)
     contenders.sort(key=lambda contender: cases.index(contender.case))
+    print("measuring what products of matrices reach", file=sys.stderr)
     peak = jax_contenders.matmul_flops(args.matmul_size)
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, "
@@ -184,8 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         for contender in of_model:
             contender.end()
         if args.json:
-            lines = [row | about for row in rows]
-            run_folder.write_text(args.json, json.dumps(lines, indent=2) + "\n")
+            run_folder.write_json(args.json, [row | about for row in rows])
     print(table(rows))
     return 1 if failed else 0
 

@@ -118,6 +118,9 @@ class Checkpoints:
     def _read(self, step: int, like: TrainState | None) -> tuple[PyTree, dict]:
         if step is None:
             raise CheckpointError(f"there is no checkpoint in {self.directory}")
+        if step not in (steps := self._manager.all_steps()):
+            steps = ", ".join(map(str, sorted(steps)))
+            raise CheckpointError(f"{self.directory} has no checkpoint {step}; it has {steps}")
         try:
             saved = self._manager.item_metadata(step)["state"].tree
             if like is None:

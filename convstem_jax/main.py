@@ -5,7 +5,9 @@ import signal
 import sys
 import traceback
 
-if __name__ == "__main__":  # while the imports below take their seconds, Ctrl-C needs no traceback
+# A shell starts what is to run in the background with Ctrl-C ignored.
+_ASKED = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+if _ASKED:  # while the imports below take their seconds, Ctrl-C needs no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 # TensorFlow only writes our TensorBoard files; it need not greet.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -13,7 +15,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import jax
 
-from convstem_jax import command_line, processes, train
+from convstem_jax import command_line, preemption, processes, train
 
 _EPILOG = f"""\
 examples:
@@ -39,7 +41,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if _ASKED:
+        signal.signal(signal.SIGINT, preemption.interrupt)
     if "--traceback" not in sys.argv:
         command_line.silence_libraries()
     try:
@@ -51,4 +54,8 @@ if __name__ == "__main__":
         status = 1
     if jax.distributed.is_initialized():
         processes.leave(status)
+    if status == 130:  # Threads that compile or read may still be at work.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)

@@ -11,6 +11,19 @@ import jax
 from jax.experimental import multihost_utils
 
 
+_interrupted = threading.Event()
+
+
+def interrupt(signum, unused_frame):
+    """What Ctrl-C does until `stop_requested` catches it: raises KeyboardInterrupt.
+
+    It also tells `stop_requested`, since an exception that is raised in a callback, of a compiler
+    or a finaliser, ends there.
+    """
+    _interrupted.set()
+    raise KeyboardInterrupt(signum)
+
+
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Callable[[int], bool]]:
     """Catches SIGTERM and Ctrl-C inside the block, and yields a function that tells of them.
@@ -22,6 +35,8 @@ def stop_requested() -> Iterator[Callable[[int], bool]]:
     started to ignore stays ignored, such as Ctrl-C in a shell script's background job. Outside the
     main thread, where Python allows no handlers, the function is never true.
     """
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
     event, old = threading.Event(), {}
     distributed = jax.distributed.is_initialized()
 

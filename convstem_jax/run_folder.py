@@ -1,5 +1,6 @@
 """The folder of a run: config.json and result.json."""
 
+import argparse
 import contextlib
 import fcntl
 import importlib.metadata
@@ -55,13 +56,14 @@ def prepare(workdir: str, config: ml_collections.ConfigDict, data: dict[str, int
     try:
         os.makedirs(workdir, exist_ok=True)
         if processes.is_first():
+            _check_own(workdir)
             _lock(workdir)
         # With none of them there is nothing that could be mixed up.
         if has_checkpoint(workdir) or _has_populations(workdir) or read_result(workdir) is not None:
             with open(path) as file:
                 _check_same(json.load(file), new, workdir)
         if processes.is_first():
-            _write_json(path, new)
+            write_json(path, new)
             write_text(os.path.join(workdir, _TOKEN), secrets.token_hex())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"--workdir {workdir} cannot be used: {error}; name another") from error
@@ -84,6 +86,21 @@ def check_shared(workdir: str) -> None:
             "name a folder that all machines share"
         ),
     )
+
+
+def _check_own(workdir: str) -> None:
+    """Checks that a folder is new, or a run's: the program writes and deletes in it.
+
+    Raises:
+        ConfigError: it holds other files.
+    """
+    with os.scandir(workdir) as entries:
+        names = {entry.name for entry in entries if not entry.name.startswith(".")}
+    if names and "config.json" not in names:
+        raise ConfigError(
+            f"--workdir {workdir} holds other files ({min(names)}) and no run: name an empty or a "
+            "new folder"
+        )
 
 
 _locks: dict[str, int] = {}  # folder -> open file
@@ -140,7 +157,7 @@ def _check_same(old: dict, new: dict, workdir: str) -> None:
 
 def write_result(workdir: str, result: dict) -> None:
     """Writes result.json."""
-    _write_json(os.path.join(workdir, "result.json"), result)
+    write_json(os.path.join(workdir, "result.json"), result)
 
 
 def read_result(workdir: str) -> dict | None:
@@ -152,8 +169,21 @@ def read_result(workdir: str) -> dict | None:
         return json.load(file)
 
 
-def _write_json(path: str, content: dict) -> None:
+def write_json(path: str, content: dict | list) -> None:
+    """`write_text` of `content`."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def writable(path: str) -> str:
+    """The path, if a file can be written there: a `type` of argparse, so that none works in vain.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot.
+    """
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: name a file in another folder")
+    return path
 
 
 def write_text(path: str, text: str) -> None:

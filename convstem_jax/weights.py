@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convstem_jax import optim
+from convstem_jax import optim, run_folder
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError
 from convstem_jax.models import create_model
@@ -127,10 +127,10 @@ def _key(text: str) -> int | str:
 
 
 def _load_run(path: str, raw: bool, step: int | None) -> tuple[Weights, Architecture]:
+    if not run_folder.has_checkpoint(path):  # Orbax would make the folder.
+        raise CheckpointError(f"{path} holds no checkpoint: name the folder of a run")
     checkpoints = Checkpoints(os.path.abspath(os.path.join(path, "checkpoints")))
     try:
-        if checkpoints.latest_step() is None:
-            raise CheckpointError(f"{path} holds no checkpoint: name the folder of a run")
         ema, last = checkpoints.restore_weights(step)
     finally:
         checkpoints.close()

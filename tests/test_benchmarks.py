@@ -89,6 +89,9 @@ def test_on_gpu_asks_for_a_gpu(tmp_path):
     command = [ROOT / "benchmarks/on_gpu.sh", tmp_path / "results"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "JAX finds no GPU here" in done.stderr
+    done = subprocess.run([command[0], "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("All tests and benchmarks") and "set -uo" not in done.stdout
+    assert subprocess.run([command[0], "--jason"], capture_output=True).returncode == 2
 
 
 def fake_serve(pipe, case):
@@ -170,9 +173,10 @@ def test_on_gpu_goes_on_and_names_what_fails(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "failed: vitc_18gf\n" in done.stderr
     calls = (tmp_path / "python.calls").read_text()
-    batches = re.findall(r"--models (.*) --batch (\d+) ", calls)
+    batches = re.findall(r"--models (.*) --batch (\d+) --torch_mode", calls)
     assert batches[1] == ("vitc_1gf vitp_1gf", "256") and batches[4] == ("regnety_4gf", "128")
     assert len(batches) == 5 and "benchmarks.population" in calls
+    assert "--implementations convstem_jax --json" in calls and "benchmarks.roofline" in calls
     assert f"--json {tmp_path}/train_step_vitc_36gf.json" in calls
 
 

@@ -1,6 +1,7 @@
 """What the models and the step do in another form on GPUs: the same."""
 
 import functools
+import re
 
 from flax import nnx
 import jax
@@ -8,11 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from convstem_jax import sharding, xla_options
+from convstem_jax.complexity import float32_products
 from convstem_jax.config import load_config
 from convstem_jax.models import attention, create_model, target, vit
 from convstem_jax.study import programs
 from convstem_jax.study.experiments import Population, run_config
 from convstem_jax.study.programs import Trial
+from tests.test_program import trace
 
 NUM_CLASSES = 5
 
@@ -189,3 +192,20 @@ def test_steps_are_compiled_with_the_options(monkeypatch):
     programs.Programs(config, NUM_CLASSES, 1, devices=jax.devices()[:1], memory=1e12)
     # The initialisation runs once: on CPUs it has an option of its own.
     assert given.count(options) == 3
+
+
+def test_beside_the_head_only_norms_biases_multiply_in_float32(monkeypatch):
+    choose(monkeypatch, gpu=True)
+
+    def cudnn(q, k, v, **_):
+        q, k, v = (x.transpose(0, 2, 3, 1) for x in (q, k, v))
+        return attention.attend(q, k, v).transpose(0, 3, 1, 2)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    traced, _ = trace("vitp_1gf", "adamw", sharding.Sharding(jax.devices()[:1]))
+    found = float32_products(traced.jaxpr.jaxpr)
+    of_head = [types for types in found if "1000" in types]
+    assert len(of_head) == 3
+    # A vector and a matrix, or two vectors for the gradient of the matrix.
+    assert all(re.search(r"float32\[\d+\]", types) for types in found.keys() - of_head)
+    assert len(found) > 3

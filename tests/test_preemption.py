@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from convstem_jax import preemption
 from convstem_jax.preemption import stop_requested
 
 
@@ -41,6 +42,16 @@ def test_what_is_ignored_stays_ignored():
         assert not stop(1)
         signal.raise_signal(signal.SIGTERM)
         assert stop(1)
+
+
+@pytest.mark.usefixtures("usual_handlers")
+def test_an_interruption_that_a_callback_swallowed_counts(monkeypatch):
+    monkeypatch.setattr(preemption, "_interrupted", threading.Event())
+    signal.signal(signal.SIGINT, preemption.interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop_requested():
+        pass
 
 
 def test_a_thread_may_train_too():

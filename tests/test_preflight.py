@@ -198,7 +198,7 @@ def test_wrong_topologies_are_refused(name):
     [
         (["--topology", "v5e:2x2", "v5e:foo"], "v5e:foo"),
         (["--topology", "v5e:2x2", "--num_examples", "0"], "--num_examples 0"),
-        (["--topology", "v5e:2x2", "--records", "/nowhere/x.jsonl"], "--records /nowhere/x.jsonl"),
+        (["--topology", "v5e:2x2", "--records", "/nowhere/x.jsonl"], "/nowhere/x.jsonl cannot be"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_compiled(flags, words, monkeypatch, capsys):

@@ -98,4 +98,4 @@ def test_a_longer_run_compiles_nothing_more(caplog, tmp_path, monkeypatch):
         train_module, "Sharding", lambda devices, *args: Sharding(devices[:1], *args)
     )
     short, long = (lowered_in(caplog, tmp_path, epochs) for epochs in (0.04, 0.12))
-    assert long == short == 3
+    assert 0 < long == short, "a program is compiled anew"

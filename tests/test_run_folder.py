@@ -49,6 +49,13 @@ def test_a_damaged_description_is_refused_where_there_is_a_run(tmp_path):
         run_folder.prepare(str(tmp_path), config, {})
 
 
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "notes.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds other files \(notes.md\) and no run"):
+        run_folder.prepare(str(tmp_path), load_config("configs/quickstart.py"), {})
+    assert os.listdir(tmp_path) == ["notes.md"]
+
+
 def test_other_data_of_the_same_name_are_another_run(tmp_path):
     config = load_config("configs/quickstart.py")
     run_folder.prepare(str(tmp_path), config, {"train_examples": 100})

@@ -236,6 +236,7 @@ def test_wrong_files_have_one_line_and_status_4(tmp_path, capsys):
     ):
         assert run(tmp_path / source, tmp_path / "out.safetensors", *extra) == 4, source
         assert message in capsys.readouterr().err
+    assert not list((tmp_path / "folder").iterdir()), "reading makes nothing"
     for arguments, message in (
         (["a.safetensors", "folder"], "is there already"),
         (["list.pt", "out.safetensors"], "say its layout with --from"),

@@ -122,6 +122,7 @@ def main(argv: list[str]) -> int:
             name.partition("[")[0]: sources.open_split(args.data_dir, args.dataset, name)
             for name in args.splits.split(",")
         }
+        os.makedirs(args.output, exist_ok=True)
         path = os.path.join(args.output, f"{args.dataset}.npz")
         num_classes = next(iter(splits.values())).num_classes
         write(path, {name: pack(split) for name, split in splits.items()}, num_classes)

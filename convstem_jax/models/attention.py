@@ -71,10 +71,23 @@ def attend_from_one(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int) -
     Returns:
         `[N, h, d]`, of the type of the inputs.
     """
-    q = q * q.shape[2] ** -0.5
-    scores = jnp.einsum("nhd,nthd->nht", q, k, preferred_element_type=jnp.float32)
+    scores = _scores_of_one(q * q.shape[2] ** -0.5, k)
     scores = jnp.where(jnp.arange(k.shape[1]) < num_tokens, scores, -jnp.inf)
     return jnp.einsum("nht,nthd->nhd", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+@jax.custom_vjp
+def _scores_of_one(q, k):
+    return jnp.einsum("nhd,nthd->nht", q, k, preferred_element_type=jnp.float32)
+
+
+def _scores_backward(residuals, grad):
+    q, k = residuals
+    grad = grad.astype(q.dtype)  # JAX's own would multiply it in float32.
+    return jnp.einsum("nht,nthd->nhd", grad, k), jnp.einsum("nht,nhd->nthd", grad, q)
+
+
+_scores_of_one.defvjp(lambda q, k: (_scores_of_one(q, k), (q, k)), _scores_backward)
 
 
 @jax.custom_vjp
