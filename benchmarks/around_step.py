@@ -4,10 +4,11 @@
 
 For each model, on random images that wait on the device: what normalising and mixing would take
 alone, as a share of a training step (inside the step they are a part of other kernels, and take
-less); images evaluated a second over images trained a second; how long the training step is traced
-and compiled with an empty compilation cache, and with a full one; how much longer --steps
-training steps take after an asynchronous checkpoint of the whole state was asked for. The first two
-take turns with training --repeats times; medians are printed.
+less); how long the host takes to ask for a step, for which the device waits only if that is longer
+than the step; images evaluated a second over images trained a second; how long the training step is
+traced and compiled with an empty compilation cache, and with a full one; how much longer --steps
+training steps take after an asynchronous checkpoint of the whole state was asked for. Mixing and
+evaluation take turns with training --repeats times; medians are printed.
 """
 
 import argparse
@@ -80,6 +81,12 @@ def measure(model: str, args) -> dict:
     seconds = np.array(
         [[_seconds(turn) / args.steps for turn in turns] for _ in range(args.repeats)]
     )
+    hosts = []
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        metrics = train_steps()
+        hosts.append((time.perf_counter() - start) / args.steps)
+        jax.block_until_ready(metrics)
     saves = []
     for _ in range(args.repeats + 1):
         with _new_checkpoints() as checkpoints:
@@ -93,6 +100,7 @@ def measure(model: str, args) -> dict:
         "device": jax.devices()[0].device_kind,
         "batch": args.batch,
         "step_seconds": float(np.median(seconds[:, 0])),
+        "host_seconds": float(np.median(hosts)),
         "mixing_over_step": float(np.median(seconds[:, 2] / seconds[:, 0])),
         "evaluation_over_training_rate": float(np.median(seconds[:, 0] / seconds[:, 1])),
         "cold_compile_seconds": cold,
@@ -141,12 +149,13 @@ def _new_checkpoints():
 
 def table(rows: list[dict]) -> str:
     """The rows for people."""
-    headers = ("model", "batch", "step (ms)", "mixing alone (% of a step)")
+    headers = ("model", "batch", "step (ms)", "host (ms)", "mixing alone (% of a step)")
     headers += ("evaluation over training rate", "compile, cold (s)", "warm (s)", "warm over cold")
     headers += ("save blocks (ms)", "in steps")
     lines = [
         (
             row["model"], row["batch"], f"{1e3 * row['step_seconds']:,.1f}",
+            f"{1e3 * row['host_seconds']:.2f}",
             f"{100 * row['mixing_over_step']:.1f}", f"{row['evaluation_over_training_rate']:.2f}",
             f"{row['cold_compile_seconds']:.1f}", f"{row['warm_compile_seconds']:.1f}",
             f"{row['warm_over_cold']:.2f}", f"{1e3 * row['save_blocks_seconds']:,.0f}",
@@ -154,7 +163,7 @@ def table(rows: list[dict]) -> str:
         )
         for row in rows
     ]  # fmt: skip
-    align = ["left", *["right"] * 9]
+    align = ["left", *["right"] * 10]
     return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
 
 

@@ -247,6 +247,7 @@ def test_around_step(tmp_path, monkeypatch, capsys):
     assert around_step.main(flags) == 0
     [row] = json.loads(file.read_text())
     assert 0 < row["mixing_over_step"] < 1
+    assert 0 < row["host_seconds"] < 2 * row["step_seconds"]
     assert row["evaluation_over_training_rate"] > 0
     assert row["warm_over_cold"] < 1  # what is left is tracing
     assert np.isfinite(row["save_blocks_seconds"])
