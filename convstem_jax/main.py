@@ -5,9 +5,9 @@ import signal
 import sys
 import traceback
 
-# A shell starts what is to run in the background with Ctrl-C ignored.
-_ASKED = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-if _ASKED:  # while the imports below take their seconds, Ctrl-C needs no traceback
+# While the imports below take their seconds, Ctrl-C needs no traceback. A shell has it ignored in
+# what it starts in the background.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 # TensorFlow only writes our TensorBoard files; it need not greet.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if _ASKED:
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, preemption.interrupt)
     if "--traceback" not in sys.argv:
         command_line.silence_libraries()

@@ -10,7 +10,6 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-
 _interrupted = threading.Event()
 
 
