@@ -64,27 +64,28 @@ def attend_from_one(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int) -
 
     Args:
         q: `[N, h, d]`.
-        k: keys, `[N, T, h, d]`.
+        k: keys, `[N, h, d, T]`.
         v: values, likewise.
         num_tokens: how many of the T tokens are attended to.
 
     Returns:
         `[N, h, d]`, of the type of the inputs.
     """
+    k, v = in_order(k), in_order(v)
     scores = _scores_of_one(q * q.shape[2] ** -0.5, k)
-    scores = jnp.where(jnp.arange(k.shape[1]) < num_tokens, scores, -jnp.inf)
-    return jnp.einsum("nht,nthd->nhd", jax.nn.softmax(scores).astype(v.dtype), v)
+    scores = jnp.where(jnp.arange(k.shape[3]) < num_tokens, scores, -jnp.inf)
+    return jnp.einsum("nht,nhdt->nhd", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
 @jax.custom_vjp
 def _scores_of_one(q, k):
-    return jnp.einsum("nhd,nthd->nht", q, k, preferred_element_type=jnp.float32)
+    return jnp.einsum("nhd,nhdt->nht", q, k, preferred_element_type=jnp.float32)
 
 
 def _scores_backward(residuals, grad):
     q, k = residuals
     grad = grad.astype(q.dtype)  # JAX's own would multiply it in float32.
-    return jnp.einsum("nht,nthd->nhd", grad, k), jnp.einsum("nht,nhd->nthd", grad, q)
+    return jnp.einsum("nht,nhdt->nhd", grad, k), jnp.einsum("nht,nhd->nhdt", grad, q)
 
 
 _scores_of_one.defvjp(lambda q, k: (_scores_of_one(q, k), (q, k)), _scores_backward)

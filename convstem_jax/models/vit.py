@@ -123,12 +123,12 @@ class Attention(nnx.Module):
                 strict=True,
             )
         )
+        if is_fused(x.dtype) and not class_token_only:
+            return self.out(attend_fused(q, k, v, num_tokens).reshape(n, -1, d))
+        q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))  # [N, h, d / h, T]
         if class_token_only:
-            x = attend_from_one(q[:, 0], k, v, num_tokens)
-        elif is_fused(x.dtype):
-            x = attend_fused(q, k, v, num_tokens)
+            x = attend_from_one(q[..., 0], k, v, num_tokens)
         else:
-            q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))  # [N, h, d / h, T]
             x = attend(q, k, v).transpose(0, 3, 1, 2)
         return self.out(x.reshape(n, -1, d))
 
