@@ -198,13 +198,23 @@ def test_wrong_topologies_are_refused(name):
     [
         (["--topology", "v5e:2x2", "v5e:foo"], "v5e:foo"),
         (["--topology", "v5e:2x2", "--num_examples", "0"], "--num_examples 0"),
-        (["--topology", "v5e:2x2", "--records", "/nowhere/x.jsonl"], "/nowhere/x.jsonl cannot be"),
+        (
+            ["--topology", "v5e:2x2", "--records", "pyproject.toml"],
+            "--records pyproject.toml holds",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_is_compiled(flags, words, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "preflight", lambda *args, **kwargs: pytest.fail("it compiled"))
     assert preflight.main(["--config", "configs/vitc.py", *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_records_that_cannot_be_written_are_refused(capsys):
+    with pytest.raises(SystemExit) as error:
+        preflight.main(["--config", "configs/vitc.py", "--records", "/nowhere/x.jsonl"])
+    assert error.value.code == 2
+    assert "/nowhere/x.jsonl cannot be written: name a file" in capsys.readouterr().err
 
 
 def test_without_the_compiler_the_remedy_is_named(monkeypatch):
