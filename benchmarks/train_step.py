@@ -1,6 +1,7 @@
 """Times whole training steps of this project and of its peers, in one run.
 
     python -m benchmarks.train_step                               ViT_C-4GF, on the device here
+    python benchmarks/train_step.py                               the same
     python -m benchmarks.train_step --models vitc_1gf vitc_18gf --batch 512 --json results.json
     python -m benchmarks.train_step --xla_options xla_gpu_graph_min_graph_size=5
 
@@ -15,8 +16,12 @@ import argparse
 from collections import deque
 from collections.abc import Callable
 import fnmatch
+import pathlib
 import platform
 import sys
+
+if not __package__:  # started as a file
+    sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from flax import nnx
 import jax

@@ -1,4 +1,4 @@
-"""The folder of a run: config.json and result.json."""
+"""The folder of a run, config.json and result.json; files of results, and what made them."""
 
 import argparse
 import contextlib

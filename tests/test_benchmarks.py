@@ -83,6 +83,13 @@ def test_train_step(tmp_path, capsys):
     assert "left out: convstem_jax xla_unheard_of=1, vitp_tiny: " in error
 
 
+def test_train_step_may_be_started_as_a_file(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/train_step.py", "--models=vitp_tiny", "--batch=2"]
+    command += ["--steps=1", "--repeats=1", "--matmul_size=64", "--implementations=convstem_jax"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "vitp_tiny" in done.stdout
+
+
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU is here")
 def test_on_gpu_asks_for_a_gpu(tmp_path):
     env = os.environ | {"PYTHON": sys.executable}
