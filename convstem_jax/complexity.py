@@ -146,7 +146,8 @@ def _count(jaxpr, params: dict) -> Iterator[tuple[tuple, int, int]]:
         if name in ("scan", "while", "cond"):
             raise ValueError(f"this model's program has a {name}, which is not counted")
         for inner in inner_programs(eqn):
-            known = zip(inner.invars, eqn.invars, strict=True)
+            outer = zip(inner.invars, eqn.invars, strict=True)
+            known = ((v, o) for v, o in outer if not isinstance(o, core.Literal))
             yield from _count(inner, {v: params[o] for v, o in known if o in params})
 
 
