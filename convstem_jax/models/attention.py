@@ -11,7 +11,7 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
-from convstem_jax.models.target import has_fused_attention, on_tpu
+from convstem_jax.models.target import by_device, has_fused_attention, on_tpu
 
 
 def is_fused(dtype: jnp.dtype) -> bool:
@@ -143,10 +143,5 @@ def in_order(x: jax.Array) -> jax.Array:
     """
     if not on_tpu():
         return x
-    order = functools.partial(
-        with_layout_constraint, layouts=Layout(major_to_minor=tuple(range(x.ndim)))
-    )
-    if "data" in jax.sharding.get_abstract_mesh().axis_names:
-        # On some slices the partitioner would gather the whole batch for it, on every device.
-        order = jax.shard_map(order, in_specs=jax.P("data"), out_specs=jax.P("data"))
-    return order(x)
+    layout = Layout(major_to_minor=tuple(range(x.ndim)))
+    return by_device(functools.partial(with_layout_constraint, layouts=layout))(x)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from convstem_jax.models.norms import apply_norm, batch_norm
 from convstem_jax.models.stems import convolve
-from convstem_jax.models.target import on_gpu, on_tpu
+from convstem_jax.models.target import by_device, on_gpu, on_tpu
 
 # The authors' "fan out" counts all output channels, of grouped convolutions too.
 _kernel_init = initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -104,12 +104,7 @@ class GroupedConv(nnx.Module):
             groups = (jnp.split(y, num_groups, axis=-1) for y in (x, kernel))
             parts = [self._convolve(*group, 1) for group in zip(*groups, strict=True)]
             return jnp.concatenate(parts, axis=-1)
-        convolve = functools.partial(self._convolve, num_groups=num_groups)
-        if "data" in jax.sharding.get_abstract_mesh().axis_names:
-            convolve = jax.shard_map(
-                convolve, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data")
-            )
-        return convolve(x, kernel)
+        return by_device(functools.partial(self._convolve, num_groups=num_groups))(x, kernel)
 
     def _convolve(self, x: jax.Array, kernel: jax.Array, num_groups: int) -> jax.Array:
         return jax.lax.conv_general_dilated(

@@ -1,6 +1,7 @@
 """The two stems of the paper (section 3) and their variants (Table 3, Figure 7)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import functools
 import math
 
 from flax import nnx
@@ -8,6 +9,7 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
+from convstem_jax.models import strips
 from convstem_jax.models.norms import NORMS, apply_norm
 from convstem_jax.models.target import device_kind, on_gpu
 
@@ -131,12 +133,19 @@ class ConvStem(nnx.Module):
         )
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = images
-        for conv, norm in zip(self.convs, self.norms, strict=True):
+        x, (num, num_layers) = images, strips.plan(self.convs, images)
+        if num > 1:
+            x = strips.cut(x.astype(self.convs[0].dtype), num)
+            x = self._layers(x, functools.partial(strips.convolve, num=num), slice(num_layers))
+            x = strips.join(x, num)
+        return self.projection(self._layers(x, convolve, slice(num_layers, None)))
+
+    def _layers(self, x: jax.Array, convolve: Callable, which: slice) -> jax.Array:
+        for conv, norm in [*zip(self.convs, self.norms, strict=True)][which]:
             x = apply_norm(norm, convolve(conv, x), relu=True)
             if device_kind() == "TPU v6 lite":
                 x = _fuse_gradient_apart(x)
-        return self.projection(x)
+        return x
 
 
 def convolve(conv: nnx.Conv, x: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """What a model is being traced for."""
 
+from collections.abc import Callable
+
 import jax
 
 
@@ -15,6 +17,27 @@ def device_kind() -> str:
 def on_tpu() -> bool:
     """Whether that kind is a TPU."""
     return device_kind().startswith("TPU")
+
+
+def num_devices() -> int:
+    """How many share the batch: those along the axis `data` of the mesh in use, 0 without."""
+    return jax.sharding.get_abstract_mesh().shape.get("data", 0)
+
+
+def by_device(function: Callable) -> Callable:
+    """`function` of each device's part of its first argument, and of the others as they are.
+
+    For what XLA's partitioner would gather the whole batch for, on every device. Where the mesh in
+    use has no axis `data`, it is `function`.
+    """
+    if not num_devices():
+        return function
+
+    def mapped(x, *others):
+        specs = jax.P("data"), *[jax.P()] * len(others)
+        return jax.shard_map(function, in_specs=specs, out_specs=jax.P("data"))(x, *others)
+
+    return mapped
 
 
 def is_gpu(kind: str) -> bool:

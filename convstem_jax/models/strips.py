@@ -1,0 +1,84 @@
+"""A stem's first layers on TPUs that have few images each: on strips of the images.
+
+Where layers have few channels, TPUs lay either these or the images along their 128 lanes. With 24
+channels and 32 images most lanes stay empty. So the images are cut into strips, as many as there
+are lanes for, and a strip counts as an image: a convolution is given the column to its left
+besides, and BatchNorm sums over the strips what it would sum over the images.
+"""
+
+from collections.abc import Sequence
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from convstem_jax.models.target import by_device, num_devices, on_tpu
+
+LANES = 128
+
+
+def plan(convs: Sequence[nnx.Conv], images: jax.Array) -> tuple[int, int]:
+    """Into how many strips to cut each image, and for how many of the first layers.
+
+    Args:
+        convs: the stem's convolutions.
+        images: `[N, H, W, C]`.
+
+    Returns:
+        Two numbers; (1, 0) where it does not pay, by the trials in docs/performance.md.
+    """
+    if not on_tpu() or not num_devices() or len(images) % num_devices():
+        return 1, 0
+    if convs[0].out_features >= LANES // 2:
+        return 1, 0
+    num = 2 ** int(math.log2(max(1, LANES * num_devices() // len(images))))
+    width, num_layers = images.shape[2] / num, 0
+    for conv in convs:
+        if conv.kernel_size != (3, 3) or conv.strides != 2 or width % 2:
+            break
+        width, num_layers = width / 2, num_layers + 1
+    # To cut and to join takes as long as half-empty lanes, or one layer, may cost.
+    return (num, num_layers) if num > 2 and num_layers > 1 else (1, 0)
+
+
+def cut(images: jax.Array, num: int) -> jax.Array:
+    """`[N, H, W, C]` to `[num N, H, W / num, C]`, on a device the leftmost strips of all first."""
+
+    def cut_own(x):
+        n, h, w, c = x.shape
+        x = x.reshape(n, h, num, w // num, c).transpose(2, 0, 1, 3, 4)
+        return x.reshape(num * n, h, w // num, c)
+
+    return by_device(cut_own)(images)
+
+
+def join(strips: jax.Array, num: int) -> jax.Array:
+    """`[num N, H, W / num, C]` to `[N, H, W, C]`."""
+
+    def join_own(x):
+        n, h, w, c = x.shape
+        x = x.reshape(num, n // num, h, w, c).transpose(1, 2, 0, 3, 4)
+        return x.reshape(n // num, h, num * w, c)
+
+    return by_device(join_own)(strips)
+
+
+def convolve(conv: nnx.Conv, strips: jax.Array, num: int) -> jax.Array:
+    """A 3x3 convolution of stride 2, padded by 1: `[num N, H, W, C]` to `[num N, H / 2, W / 2, D]`.
+
+    W is even, so that no strip needs a column of the one to its right.
+    """
+
+    def convolve_own(x, kernel):
+        n = len(x) // num
+        left = jnp.pad(x[:-n, :, -1:], ((n, 0), (0, 0), (0, 0), (0, 0)))
+        return jax.lax.conv_general_dilated(
+            jnp.concatenate([left, x], axis=2),
+            kernel.astype(x.dtype),
+            window_strides=(2, 2),
+            padding=((1, 1), (0, 0)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    return by_device(convolve_own)(strips.astype(conv.dtype), conv.kernel[...])
