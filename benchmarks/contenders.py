@@ -116,30 +116,35 @@ def _serve(pipe: connection.Connection, case: Case) -> None:
 
 
 def all_compiled(
-    cases: Sequence[Case], at_once: int, limit: float | None, leave_out: Callable
+    cases: Sequence[Case], overlap: bool, limit: float | None, leave_out: Callable
 ) -> list[Contender]:
     """The contenders that compile, ready to be timed.
 
     Args:
         cases: of the contenders.
-        at_once: how many compile at the same time.
+        overlap: compile one of PyTorch's beside each of JAX's, in place of one at a time.
         limit: seconds after which those that are not compiled are left out.
         leave_out: is told of the case of each of them, and why.
     """
-    start, waiting, found, busy = time.perf_counter(), list(cases), [], []
-    while waiting or busy:
-        while waiting and len(busy) < at_once:
-            busy.append(Contender(waiting.pop(0)))
+    start, found, busy = time.perf_counter(), [], {}
+    queues = {False: [], True: []}
+    for case in cases:
+        queues[overlap and case.implementation in TORCH].append(case)
+    while busy or any(queues.values()):
+        for key, queue in queues.items():
+            if key not in busy and queue:
+                busy[key] = Contender(queue.pop(0))
         left = limit and max(0, limit - time.perf_counter() + start)
-        ready = connection.wait([contender.pipe for contender in busy], left)
+        ready = connection.wait([contender.pipe for contender in busy.values()], left)
         if not ready:
-            for contender in busy:
+            for contender in busy.values():
                 contender.end()
-            for case in [contender.case for contender in busy] + waiting:
+            waiting = [case for queue in queues.values() for case in queue]
+            for case in [contender.case for contender in busy.values()] + waiting:
                 leave_out(case, "it was not compiled in time")
             break
-        for contender in [x for x in busy if x.pipe in ready]:
-            busy.remove(contender)
+        for key in [key for key, contender in busy.items() if contender.pipe in ready]:
+            contender = busy.pop(key)
             try:
                 contender.compiled()
             except RuntimeError as error:

@@ -129,8 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--steps", type=int, default=20, help="of each turn (default: %(default)s)")
     add("--repeats", type=int, default=5, help="default: %(default)s")
     add("--torch_mode", default="max-autotune", help="of torch.compile, or eager (%(default)s)")
-    add("--at_once", type=int, default=1, help="how many compile at the same time, which is "
-        "sooner done, but disturbs what compilers measure (default: %(default)s)")  # fmt: skip
+    add("--overlap", action="store_true", help="compile one of PyTorch's beside each of JAX's: "
+        "sooner done, where PyTorch does not time kernels meanwhile as JAX does")  # fmt: skip
     add("--compile_limit", type=float, metavar="SECONDS",
         help="leave out what is not compiled by then (default: wait)")  # fmt: skip
     add("--matmul_size", type=int, default=8192, help="for the peak (default: %(default)s)")
@@ -150,10 +150,11 @@ def main(argv: list[str] | None = None) -> int:
     for batch in args.batch:
         if batch < 2 or batch % 2:
             parser.error(f"--batch {batch} must be even: images are mixed in pairs")
-    for name in ("steps", "repeats", "matmul_size", "at_once"):
+    for name in ("steps", "repeats", "matmul_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more")
-
+    if args.overlap and args.torch_mode.startswith("max-autotune"):
+        parser.error(f"--overlap would disturb what --torch_mode {args.torch_mode} measures")
     for pattern in args.skip:
         if ":" not in pattern:
             parser.error(f"--skip {pattern} is not MODEL:NAME, such as '{pattern}:timm'")
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
                 cases.append(case)
     if not cases:
         parser.error("nothing is left to be timed: see --models, --implementations and --skip")
-    contenders = all_compiled(cases, args.at_once, args.compile_limit, leave_out)
+    contenders = all_compiled(cases, args.overlap, args.compile_limit, leave_out)
     contenders.sort(key=lambda contender: cases.index(contender.case))
     print("measuring what products of matrices reach", file=sys.stderr)
     peak = jax_contenders.matmul_flops(args.matmul_size)
