@@ -99,12 +99,28 @@ def hparams() -> HParams:
     )  # fmt: skip
 
 
+def abstract_state(
+    new: Callable[[], nnx.Module], recipe: Recipe
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The structure of a model, and the shapes of its state."""
+    graphdef, _, _ = split(nnx.eval_shape(new))
+    return graphdef, jax.eval_shape(lambda: init_state(recipe, new()))
+
+
+def abstract_batch(model: str, num: int, sharding: jax.sharding.Sharding | None = None) -> dict:
+    """The shapes of so many images and labels."""
+    size = MODELS[model].image_size
+    return {
+        "image": jax.ShapeDtypeStruct((num, size, size, 3), jnp.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((num,), jnp.int32, sharding=sharding),
+    }
+
+
 def new_state(
     new: Callable[[], nnx.Module], recipe: Recipe, sharding: Sharding
 ) -> tuple[nnx.GraphDef, TrainState]:
     """The structure of a model, and its untrained state on the devices."""
-    graphdef, _, _ = split(nnx.eval_shape(new))
-    state = jax.eval_shape(lambda: init_state(recipe, new()))
+    graphdef, state = abstract_state(new, recipe)
     return graphdef, jax.jit(
         lambda: init_state(recipe, new()), out_shardings=sharding.of_state(state)
     )()

@@ -19,7 +19,6 @@ import jax
 if __name__ == "__main__" and not os.environ.get("JAX_NUM_CPU_DEVICES"):
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))  # as the study does
 
-from flax import nnx
 import numpy as np
 from tabulate import tabulate
 
@@ -27,7 +26,6 @@ from convstem_jax import build, run_folder
 from convstem_jax.config import load_config
 from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
-from convstem_jax.step import init_state, split
 from convstem_jax.study.experiments import Population, run_config
 from convstem_jax.study.population import open_readers
 from convstem_jax.study.programs import Programs, Trial, stack_hparams, trials_per_device
@@ -97,15 +95,12 @@ def main(argv: list[str] | None = None) -> int:
     config = run_config(config, Population("seeds", args.model, args.optimizer, 3.0, trials))
     programs = Programs(config, 10, trials_per_device(args.trials))
 
-    graphdef, _, _ = split(nnx.eval_shape(lambda: build.new_model(config, 10, 0)))
     recipe = build.recipe(config, 10)
+    graphdef, new_state = build.new_state(config, recipe)
     sharding = Sharding(jax.devices()[:1])
-    abstract = jax.eval_shape(lambda: init_state(recipe, build.new_model(config, 10, 0)))
-    shardings = sharding.of_state(abstract)
+    shardings = sharding.of_state(jax.eval_shape(new_state))
     step = build.jit_train_step(sharding, graphdef, recipe, shardings)
-    new_state = jax.jit(
-        lambda: init_state(recipe, build.new_model(config, 10, 0)), out_shardings=shardings
-    )
+    new_state = jax.jit(new_state, out_shardings=shardings)
 
     with open_readers(config, memory=1e9) as readers:
         whole = functools.partial(time_population, config, readers, programs, trials)

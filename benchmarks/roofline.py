@@ -26,7 +26,6 @@ import sys
 import time
 from unittest import mock
 
-from flax import nnx
 import jax
 from jax.extend import core
 import jax.numpy as jnp
@@ -40,7 +39,7 @@ from convstem_jax.models import MODELS
 from convstem_jax.models.attention import attend
 from convstem_jax.models.target import is_gpu
 from convstem_jax.models.vit import ViTSpec
-from convstem_jax.step import init_state, split, train_step
+from convstem_jax.step import train_step
 
 OURS = jax_contenders.IMPLEMENTATIONS[0]
 PAPER = [f"vit{stem}_{size}gf" for size in (1, 4, 18, 36) for stem in "cp"]
@@ -199,19 +198,15 @@ def step_kernels(model: str, batch: int, device_kind: str = "") -> list[Kernel]:
     """Of a whole training step of the paper's recipe, AdamW, as it is made for a kind of device."""
     recipe = jax_contenders.recipe_of("adamw")
     new = jax_contenders.new_model(OURS, model)
-    graphdef, _, _ = split(nnx.eval_shape(new))
-    state = jax.eval_shape(lambda: init_state(recipe, new()))
-    size = MODELS[model].image_size
-    data = {
-        "image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((batch,), jnp.int32),
-    }
+    graphdef, state = jax_contenders.abstract_state(new, recipe)
+    data = jax_contenders.abstract_batch(model, batch)
     step = functools.partial(train_step, graphdef, recipe)
     with _traced_for(device_kind):
         jaxpr = jax.make_jaxpr(step)(state, data, jax.eval_shape(jax_contenders.hparams)).jaxpr
-    if not (is_gpu(device_kind) and isinstance(MODELS[model], ViTSpec)):
+    spec = MODELS[model]
+    if not (is_gpu(device_kind) and isinstance(spec, ViTSpec)):
         return kernels(jaxpr)
-    num_tokens = (size // MODELS[model].patch_size) ** 2 + 1
+    num_tokens = (spec.image_size // spec.patch_size) ** 2 + 1
     num_tokens += num_tokens % 2  # see `attend_fused`
     return kernels(jaxpr, on_chip=lambda shape: shape.count(num_tokens) == 2)
 

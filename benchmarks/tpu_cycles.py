@@ -15,9 +15,7 @@ import sys
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX looks for a TPU that is not there
 
-from flax import nnx
 import jax
-import jax.numpy as jnp
 from tabulate import tabulate
 
 from benchmarks import jax_contenders
@@ -25,7 +23,6 @@ from convstem_jax import build, run_folder, tpu
 from convstem_jax.errors import UserError
 from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
-from convstem_jax.step import init_state, split
 
 OURS, *PLAIN = jax_contenders.IMPLEMENTATIONS
 WHAT = ("model", "topology", "batch_on_device", "implementation")  # what a row is of
@@ -48,20 +45,15 @@ def estimate(
     slice_ = tpu.open_slice(topology)
     sharding = Sharding(slice_.devices)
     recipe = jax_contenders.recipe_of("adamw")
-    graphdef, _, _ = split(nnx.eval_shape(new))
-    state = jax.eval_shape(lambda: init_state(recipe, new()))
+    graphdef, state = jax_contenders.abstract_state(new, recipe)
     step = build.jit_train_step(sharding, graphdef, recipe, sharding.of_state(state))
-    size, n = MODELS[model].image_size, batch * len(slice_.devices)
 
     def replicated(tree):
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated), tree
         )
 
-    data = {
-        "image": jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8, sharding=sharding.batch),
-        "label": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=sharding.batch),
-    }
+    data = jax_contenders.abstract_batch(model, batch * len(slice_.devices), sharding.batch)
     hparams = jax.eval_shape(jax_contenders.hparams)
     traced = step.trace(replicated(state), data, replicated(hparams))
     what = dict(zip(WHAT, (model, topology, batch, implementation), strict=True))

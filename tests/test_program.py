@@ -3,7 +3,6 @@
 import logging
 import re
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,9 +12,7 @@ from convstem_jax import build
 from convstem_jax import train as train_module
 from convstem_jax.complexity import float32_products, inner_programs
 from convstem_jax.config import load_config, set_field
-from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
-from convstem_jax.step import init_state, split
 
 ARRAYS = jax.ShapeDtypeStruct
 
@@ -24,15 +21,10 @@ def trace(name, optimizer, sharding, batch=16):
     """The paper's step in bfloat16, and the state that it takes."""
     recipe = jax_contenders.recipe_of(optimizer)
     new = jax_contenders.new_model("convstem_jax", name)
-    graphdef, _, _ = split(nnx.eval_shape(new))
-    state = jax.eval_shape(lambda: init_state(recipe, new()))
+    graphdef, state = jax_contenders.abstract_state(new, recipe)
     shardings = sharding.of_state(state)
     state = jax.tree.map(lambda x, s: ARRAYS(x.shape, x.dtype, sharding=s), state, shardings)
-    size = MODELS[name].image_size
-    data = {
-        "image": ARRAYS((batch, size, size, 3), jnp.uint8, sharding=sharding.batch),
-        "label": ARRAYS((batch,), jnp.int32, sharding=sharding.batch),
-    }
+    data = jax_contenders.abstract_batch(name, batch, sharding.batch)
     step = build.jit_train_step(sharding, graphdef, recipe, shardings)
     return step.trace(state, data, jax.eval_shape(jax_contenders.hparams)), state
 
