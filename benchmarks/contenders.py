@@ -127,9 +127,10 @@ def all_compiled(
         leave_out: is told of the case of each of them, and why.
     """
     start, found, busy = time.perf_counter(), [], {}
-    queues = {False: [], True: []}
+    queues = {"first": [], "beside it": []}
     for case in cases:
-        queues[overlap and case.implementation in TORCH].append(case)
+        second = overlap and case.implementation in TORCH
+        queues["beside it" if second else "first"].append(case)
     while busy or any(queues.values()):
         for key, queue in queues.items():
             if key not in busy and queue:

@@ -4,8 +4,8 @@
 #     benchmarks/on_gpu.sh [folder]                        default: results/benchmarks
 #     PYTHON=.venv/bin/python TORCH_MODE=max-autotune benchmarks/on_gpu.sh      default: python3, reduce-overhead
 #     PARTS="vitc_4gf regnety_4gf around" benchmarks/on_gpu.sh                  default: all, in the order
-#                 forms vitc_4gf vitc_1gf regnety_4gf vitc_18gf vitc_36gf roofline around population
-#     FLAGS="--implementations convstem_jax torchvision --repeats 3" benchmarks/on_gpu.sh   of train_step
+#         forms vitc_4gf vitc_1gf regnety_4gf vitc_18gf vitc_36gf roofline options around population
+#     FLAGS="--implementations convstem_jax torchvision --overlap" benchmarks/on_gpu.sh    more for train_step
 #
 # It needs JAX for CUDA, PyTorch, pytest, pytest-xdist and pytest-timeout; of torchvision and timm what
 # is missing is left out. What fails is named at the end, and the exit status is 1 then.
@@ -21,12 +21,19 @@ case ${1:-} in
     ;;
 esac
 cd "$(dirname "$0")/.." || exit 2
+all=" forms vitc_4gf vitc_1gf regnety_4gf vitc_18gf vitc_36gf roofline options around population "
+for part in ${PARTS:=$all}; do
+  if [[ $all != *" $part "* ]]; then
+    echo "PARTS has '$part', which is not one of:$all" >&2
+    exit 2
+  fi
+done
 folder=${1:-results/benchmarks} python=${PYTHON:-python3}
 mkdir -p "$folder" || exit 2
 failed=()
 
 run() {
-  [[ -z ${PARTS:-} || " $PARTS " == *" $1 "* ]] || return 0
+  [[ " $PARTS " == *" $1 "* ]] || return 0
   echo "== ${*:2}" >&2
   local start=$SECONDS
   "${@:2}" || failed+=("$1")
@@ -38,18 +45,11 @@ if ! "$python" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")'; t
   exit 2
 fi
 run forms "$python" -m pytest -q -n0 -W default -p no:cacheprovider tests/test_gpu_forms.py
-mode=${TORCH_MODE:-reduce-overhead} overlap=--overlap
-[[ $mode == max-autotune* ]] && overlap=
-# Options that promise something, and are not used yet: see docs/performance.md.
-regions=xla_gpu_command_buffer_scheduling_mode=CONCURRENT_REGIONS
-graphs=xla_gpu_enable_command_buffer=CONDITIONAL,CONVOLUTION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL
-graphs+=,DYNAMIC_SLICE_FUSION,FUSION,WHILE
 while read -r batch models; do
   read -ra models <<<"$models"
   # Of ViT_P only this project's, for the ratio to ViT_C, and timm's.
   run "${models[0]}" "$python" -m benchmarks.train_step --models "${models[@]}" --batch "$batch" \
-    --torch_mode "$mode" $overlap --xla_options $regions $graphs "$regions $graphs" \
-    --skip 'vitp_*:plain*' 'vitp_*:torchvision' 'vitp_*:*xla*' \
+    --torch_mode "${TORCH_MODE:-reduce-overhead}" --skip 'vitp_*:plain*' 'vitp_*:torchvision' \
     --json "$folder/train_step_${models[0]}.json" ${FLAGS:-} </dev/null
 done <<END
 256 vitc_4gf vitp_4gf
@@ -60,6 +60,13 @@ done <<END
 END
 run roofline "$python" -m benchmarks.roofline --measured "$folder"/train_step_*gf.json \
   --json "$folder/roofline_gpu.json"
+# Options that promise something, and are not used yet: see docs/performance.md.
+regions=xla_gpu_command_buffer_scheduling_mode=CONCURRENT_REGIONS
+graphs=xla_gpu_enable_command_buffer=CONDITIONAL,CONVOLUTION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL
+graphs+=,DYNAMIC_SLICE_FUSION,FUSION,WHILE
+run options "$python" -m benchmarks.train_step --models vitc_4gf vitc_1gf regnety_4gf \
+  --batch 256 256 128 --implementations convstem_jax --json "$folder/xla_options_gpu.json" \
+  --xla_options $regions $graphs "$regions $graphs"
 run around "$python" -m benchmarks.around_step --models vitc_4gf vitc_1gf --json "$folder/around_step_gpu.json"
 run population "$python" -m benchmarks.population --json "$folder/population_gpu.json"
 if ((${#failed[@]})); then

@@ -119,7 +119,7 @@ def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(train_step, "missing", lambda *_: None)
     file = tmp_path / "train_step.json"
     flags = ["--models", "vitp_tiny", "vitc_tiny", "--batch", "4", "2", "--repeats=2"]
-    flags += ["--matmul_size=64", "--torch_mode=eager", "--overlap", f"--json={file}"]
+    flags += ["--matmul_size=64", "--overlap", f"--json={file}"]
     assert train_step.main([*flags, "--skip", "*:torchvision", "vitc_*:[!c]*"]) == 1
     rows = json.loads(file.read_text())
     assert [(row["model"], row["batch"]) for row in rows] == [("vitp_tiny", 4), ("vitc_tiny", 2)]
@@ -183,19 +183,17 @@ def test_on_gpu_goes_on_and_names_what_fails(tmp_path):
     batches = re.findall(r"--models (.*) --batch (\d+) --torch_mode", calls)
     assert batches[1] == ("vitc_1gf vitp_1gf", "256") and batches[2] == ("regnety_4gf", "128")
     assert len(batches) == 5 and "benchmarks.population" in calls and "benchmarks.roofline" in calls
-    assert f"--json {tmp_path}/train_step_vitc_36gf.json\n" in calls and "--overlap" in calls
+    assert f"--json {tmp_path}/train_step_vitc_36gf.json\n" in calls
+    assert "--implementations convstem_jax --json" in calls
     (tmp_path / "python.calls").unlink()
-    env |= {"PARTS": "vitc_1gf around", "TORCH_MODE": "max-autotune", "FLAGS": "--repeats 3"}
+    env |= {"PARTS": "vitc_1gf around", "TORCH_MODE": "default", "FLAGS": "--repeats 3"}
     subprocess.run(command, env=env, check=True)
     _, train_step, around = (tmp_path / "python.calls").read_text().splitlines()
     assert "--models vitc_1gf" in train_step and train_step.endswith(".json --repeats 3")
-    assert "--overlap" not in train_step and "benchmarks.around_step" in around
-
-
-def test_train_step_refuses_to_overlap_what_times_kernels(capsys):
-    with pytest.raises(SystemExit) as error:
-        train_step.main(["--overlap"])
-    assert error.value.code == 2 and "--torch_mode max-autotune measures" in capsys.readouterr().err
+    assert "--torch_mode default" in train_step and "benchmarks.around_step" in around
+    env["PARTS"] = "vitc_1gf vitc1gf"
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "PARTS has 'vitc1gf', which is not one of" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["vitc_18gf", "vitp_1gf"])

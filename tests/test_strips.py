@@ -1,5 +1,7 @@
 """The stem on strips of the images: where, and that it is the same function."""
 
+import re
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ def test_images_are_cut_where_that_pays(monkeypatch):
     whole = 1, 0
     assert plan("vitc_1gf", 32) == whole  # not on CPUs
     monkeypatch.setattr(strips, "on_tpu", lambda: True)
-    plans = {1: whole, 8: whole, 16: (8, 2), 32: (4, 3), 33: whole, 512: whole}
+    plans = {1: whole, 15: whole, 16: (8, 2), 20: (4, 3), 32: (4, 3), 33: whole, 512: whole}
     for num_images, expected in plans.items():
         assert plan("vitc_1gf", num_images) == expected
         assert plan("vitc_1gf", num_images, num_devices=1) == expected
@@ -69,3 +71,15 @@ def test_a_stem_on_strips_is_the_same(monkeypatch):
             for strip, expected in zip(outputs(num_devices), whole, strict=True):
                 assert strip.shape == expected.shape
                 assert np.abs(strip - expected).max() <= 1e-9 * np.abs(expected).max()
+
+
+def test_devices_send_each_other_no_part_of_the_batch():
+    sharding = Sharding(jax.devices()[:2])
+    conv = new_stem("vitc_1gf").convs[0]
+    images = jnp.ones((4, 64, 64, 3), device=sharding.batch)
+
+    def layer(images):
+        return strips.join(strips.convolve(conv, strips.cut(images, 8), 8), 8)
+
+    program = sharding.jit(layer).lower(images).compile().as_text()
+    assert "convolution" in program and not re.search("all-|permute|reduce-scatter", program)

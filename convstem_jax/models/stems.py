@@ -133,16 +133,17 @@ class ConvStem(nnx.Module):
         )
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        x, (num, num_layers) = images, strips.plan(self.convs, images)
+        num, num_layers = strips.plan(self.convs, images)
+        x = images
         if num > 1:
+            on_strips = functools.partial(strips.convolve, num=num)
             x = strips.cut(x.astype(self.convs[0].dtype), num)
-            x = self._layers(x, functools.partial(strips.convolve, num=num), slice(num_layers))
-            x = strips.join(x, num)
+            x = strips.join(self._layers(x, on_strips, slice(num_layers)), num)
         return self.projection(self._layers(x, convolve, slice(num_layers, None)))
 
-    def _layers(self, x: jax.Array, convolve: Callable, which: slice) -> jax.Array:
+    def _layers(self, x: jax.Array, apply_conv: Callable, which: slice) -> jax.Array:
         for conv, norm in [*zip(self.convs, self.norms, strict=True)][which]:
-            x = apply_norm(norm, convolve(conv, x), relu=True)
+            x = apply_norm(norm, apply_conv(conv, x), relu=True)
             if device_kind() == "TPU v6 lite":
                 x = _fuse_gradient_apart(x)
         return x

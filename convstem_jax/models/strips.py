@@ -1,13 +1,12 @@
 """A stem's first layers on TPUs that have few images each: on strips of the images.
 
 Where layers have few channels, TPUs lay either these or the images along their 128 lanes. With 24
-channels and 32 images most lanes stay empty. So the images are cut into strips, as many as there
-are lanes for, and a strip counts as an image: a convolution is given the column to its left
-besides, and BatchNorm sums over the strips what it would sum over the images.
+channels and 32 images most lanes stay empty. So each image is cut into four or eight strips, which
+count as images: a convolution is given the column to the left of each besides, and BatchNorm sums
+over the strips what it would sum over the images.
 """
 
 from collections.abc import Sequence
-import math
 
 from flax import nnx
 import jax
@@ -28,18 +27,19 @@ def plan(convs: Sequence[nnx.Conv], images: jax.Array) -> tuple[int, int]:
     Returns:
         Two numbers; (1, 0) where it does not pay, by the trials in docs/performance.md.
     """
-    if not on_tpu() or not num_devices() or len(images) % num_devices():
-        return 1, 0
-    if convs[0].out_features >= LANES // 2:
-        return 1, 0
-    num = 2 ** int(math.log2(max(1, LANES * num_devices() // len(images))))
+    whole = 1, 0
+    if not on_tpu() or not num_devices() or convs[0].out_features >= LANES // 2:
+        return whole
+    images_on_device = len(images) // num_devices()
+    if not 16 <= images_on_device <= 32:  # With more, 4GF gets slower.
+        return whole
+    num = 2 ** ((LANES // images_on_device).bit_length() - 1)
     width, num_layers = images.shape[2] / num, 0
     for conv in convs:
         if conv.kernel_size != (3, 3) or conv.strides != 2 or width % 2:
             break
         width, num_layers = width / 2, num_layers + 1
-    # To cut and to join takes as long as half-empty lanes, or one layer, may cost.
-    return (num, num_layers) if num > 2 and num_layers > 1 else (1, 0)
+    return (num, num_layers) if num_layers > 1 else whole
 
 
 def cut(images: jax.Array, num: int) -> jax.Array:
@@ -67,7 +67,7 @@ def join(strips: jax.Array, num: int) -> jax.Array:
 def convolve(conv: nnx.Conv, strips: jax.Array, num: int) -> jax.Array:
     """A 3x3 convolution of stride 2, padded by 1: `[num N, H, W, C]` to `[num N, H / 2, W / 2, D]`.
 
-    W is even, so that no strip needs a column of the one to its right.
+    W must be even, so that no strip needs a column of the one to its right.
     """
 
     def convolve_own(x, kernel):
@@ -81,4 +81,4 @@ def convolve(conv: nnx.Conv, strips: jax.Array, num: int) -> jax.Array:
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
-    return by_device(convolve_own)(strips.astype(conv.dtype), conv.kernel[...])
+    return by_device(convolve_own)(strips, conv.kernel[...])

@@ -20,15 +20,15 @@ def on_tpu() -> bool:
 
 
 def num_devices() -> int:
-    """How many share the batch: those along the axis `data` of the mesh in use, 0 without."""
+    """How many share the batch: the axis `data` of the mesh in use; 0 where it has no such axis."""
     return jax.sharding.get_abstract_mesh().shape.get("data", 0)
 
 
 def by_device(function: Callable) -> Callable:
     """`function` of each device's part of its first argument, and of the others as they are.
 
-    For what XLA's partitioner would gather the whole batch for, on every device. Where the mesh in
-    use has no axis `data`, it is `function`.
+    To be used where XLA's partitioner would else gather the batch on every device. The batch must
+    divide by the devices. Where the mesh in use has no axis `data`, it is `function`.
     """
     if not num_devices():
         return function
