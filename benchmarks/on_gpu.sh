@@ -29,6 +29,7 @@ for part in ${PARTS:=$all}; do
   fi
 done
 folder=${1:-results/benchmarks} python=${PYTHON:-python3}
+read -ra flags <<<"${FLAGS:-}"
 mkdir -p "$folder" || exit 2
 failed=()
 
@@ -50,7 +51,7 @@ while read -r batch models; do
   # Of ViT_P only this project's, for the ratio to ViT_C, and timm's.
   run "${models[0]}" "$python" -m benchmarks.train_step --models "${models[@]}" --batch "$batch" \
     --torch_mode "${TORCH_MODE:-reduce-overhead}" --skip 'vitp_*:plain*' 'vitp_*:torchvision' \
-    --json "$folder/train_step_${models[0]}.json" ${FLAGS:-} </dev/null
+    --json "$folder/train_step_${models[0]}.json" "${flags[@]}" </dev/null
 done <<END
 256 vitc_4gf vitp_4gf
 256 vitc_1gf vitp_1gf
