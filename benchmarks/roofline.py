@@ -313,6 +313,7 @@ def main(argv: list[str] | None = None) -> int:
             "flops": sum(k.flops for k in found), "bytes": sum(k.bytes for k in found),
             "bound_images_per_second": bound, "images_per_second": reached,
             "reached": reached and reached / bound,
+            "measured_at": measured.get(model, {}).get("commit"),
         })  # fmt: skip
     lines = [
         (

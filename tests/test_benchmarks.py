@@ -309,7 +309,7 @@ def test_the_roofline_counts_three_forward_passes(name, least, most):
 def test_roofline(tmp_path, capsys):
     measured, file = tmp_path / "train_step.json", tmp_path / "roofline.json"
     row = {"model": "vitc_tiny", "implementation": "convstem_jax", "batch": 4}
-    row |= {"device": jax.devices()[0].device_kind}
+    row |= {"device": jax.devices()[0].device_kind, "commit": "abc"}
     measured.write_text(json.dumps([row | {"images_per_second": 10.0}]))
     flags = [f"--measured={measured}", "--flops=1e9", "--bandwidth=1e9", f"--json={file}"]
     assert roofline.main(flags) == 0
@@ -318,6 +318,7 @@ def test_roofline(tmp_path, capsys):
     ceilings = row["flops"] / 1e9, row["bytes"] / 1e9
     assert max(ceilings) <= seconds <= sum(ceilings)
     assert row["reached"] == pytest.approx(10 / row["bound_images_per_second"])
+    assert row["measured_at"] == "abc"
     assert "vitc_tiny" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         roofline.main([f"--measured={tmp_path}/none.json"])
