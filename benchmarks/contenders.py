@@ -127,25 +127,22 @@ def all_compiled(
         leave_out: is told of the case of each of them, and why.
     """
     start, found, busy = time.perf_counter(), [], {}
-    queues = {"first": [], "beside it": []}
-    for case in cases:
-        second = overlap and case.implementation in TORCH
-        queues["beside it" if second else "first"].append(case)
-    while busy or any(queues.values()):
-        for key, queue in queues.items():
-            if key not in busy and queue:
-                busy[key] = Contender(queue.pop(0))
+    beside = [case for case in cases if overlap and case.implementation in TORCH]
+    queues = [case for case in cases if case not in beside], beside
+    while busy or any(queues):
+        for i, queue in enumerate(queues):
+            if i not in busy and queue:
+                busy[i] = Contender(queue.pop(0))
         left = limit and max(0, limit - time.perf_counter() + start)
         ready = connection.wait([contender.pipe for contender in busy.values()], left)
         if not ready:
             for contender in busy.values():
                 contender.end()
-            waiting = [case for queue in queues.values() for case in queue]
-            for case in [contender.case for contender in busy.values()] + waiting:
+            for case in [*(contender.case for contender in busy.values()), *queues[0], *queues[1]]:
                 leave_out(case, "it was not compiled in time")
             break
-        for key in [key for key, contender in busy.items() if contender.pipe in ready]:
-            contender = busy.pop(key)
+        for i in [i for i, contender in busy.items() if contender.pipe in ready]:
+            contender = busy.pop(i)
             try:
                 contender.compiled()
             except RuntimeError as error:

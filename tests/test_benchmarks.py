@@ -133,6 +133,36 @@ def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsy
         assert f"left out: {name}, vitp_tiny: {reason}" in error
 
 
+@pytest.mark.parametrize(("overlap", "most"), [(False, 1), (True, 2)])
+def test_at_most_one_of_each_framework_compiles(monkeypatch, overlap, most):
+    busy, peak = [], 0
+
+    class Watched(contenders.Contender):
+        def __init__(self, case):
+            nonlocal peak
+            busy.append(case.implementation)
+            peak = max(peak, len(busy))
+            assert len({name in contenders.TORCH for name in busy}) == len(busy)
+            super().__init__(case)
+
+        def compiled(self):
+            super().compiled()
+            busy.remove(self.case.implementation)
+
+    monkeypatch.setattr(contenders, "_serve", quick_serve)
+    monkeypatch.setattr(contenders, "Contender", Watched)
+    names = [*contenders.JAX[:2], *contenders.TORCH]
+    cases = [contenders.Case("vitp_tiny", name, batch=2) for name in names]
+    found = contenders.all_compiled(cases, overlap, None, None)
+    assert sorted(contender.case for contender in found) == sorted(cases)
+    assert peak == most and not busy
+
+
+def quick_serve(pipe, case):
+    """A contender's process that is compiled at once."""
+    pipe.send((0.1, 0))
+
+
 class FakeContender:
     """Takes so many seconds for each step of its turns."""
 
