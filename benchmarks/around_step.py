@@ -11,7 +11,6 @@ training steps take after an asynchronous checkpoint of the whole state was aske
 evaluation take turns with training --repeats times; medians are printed.
 """
 
-import argparse
 import contextlib
 import sys
 import tempfile
@@ -23,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks import jax_contenders
-from convstem_jax import build, mixing, run_folder
+from benchmarks import arguments, jax_contenders
+from convstem_jax import build, files, mixing
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
@@ -169,37 +168,21 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.around_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.new_parser("around_step", __doc__)
     add = parser.add_argument
     add("--models", nargs="+", default=["vitc_4gf"], choices=MODELS, metavar="MODEL",
         help="as in convstem_jax.create_model (default: vitc_4gf)")  # fmt: skip
-    add("--batch", type=int, default=256, help="default: %(default)s; must be even")
-    add("--steps", type=int, default=20, help="of each turn (default: %(default)s)")
-    add("--repeats", type=int, default=5, help="default: %(default)s")
-    add(
-        "--json",
-        type=run_folder.writable,
-        metavar="FILE",
-        help="write the table as a list of objects too",
-    )
+    add("--batch", type=arguments.even, default=256, help="default: %(default)s; must be even")
+    add("--steps", type=arguments.positive, default=20, help="of each turn (default: %(default)s)")
+    add("--repeats", type=arguments.positive, default=5, help="default: %(default)s")
     args = parser.parse_args(argv)
-    if args.batch < 2 or args.batch % 2:
-        parser.error(f"--batch {args.batch} must be even: images are mixed in pairs")
-    for name in ("steps", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be 1 or more")
-    about = {"command": argv or sys.argv[1:], "versions": run_folder.versions()}
-    about |= {"commit": run_folder.commit(), "steps": args.steps, "repeats": args.repeats}
+    about = arguments.made_by(argv) | {"steps": args.steps, "repeats": args.repeats}
     rows = []
     for model in args.models:
         print(f"{model} on {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
         rows.append(measure(model, args))
         if args.json:
-            run_folder.write_json(args.json, [row | about for row in rows])
+            files.write_json(args.json, [row | about for row in rows])
     print(table(rows))
     return 0
 

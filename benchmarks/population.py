@@ -8,7 +8,6 @@ is timed once and counted --trials times. Repeats alternate between the two; med
 and the seconds of decoding for one part of the population and for all parts.
 """
 
-import argparse
 import functools
 import os
 import sys
@@ -22,7 +21,8 @@ if __name__ == "__main__" and not os.environ.get("JAX_NUM_CPU_DEVICES"):
 import numpy as np
 from tabulate import tabulate
 
-from convstem_jax import build, run_folder
+from benchmarks import arguments
+from convstem_jax import build, files
 from convstem_jax.config import load_config
 from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
@@ -69,25 +69,15 @@ def time_reading(config, num_populations, steps) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.population",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.new_parser("population", __doc__)
     add = parser.add_argument
     add("--model", default="vitc_tiny", choices=MODELS, metavar="MODEL",
         help="as in convstem_jax.create_model (default: %(default)s)")  # fmt: skip
     add("--optimizer", default="sgd", choices=("adamw", "sgd"), help="default: %(default)s")
-    add("--trials", type=int, default=16, help="default: %(default)s")
-    add("--batch_size", type=int, default=64, help="default: %(default)s")
-    add("--steps", type=int, default=50, help="of each trial (default: %(default)s)")
-    add("--repeats", type=int, default=5, help="default: %(default)s")
-    add(
-        "--json",
-        type=run_folder.writable,
-        metavar="FILE",
-        help="write the table as a list of objects too",
-    )
+    add("--trials", type=arguments.positive, default=16, help="default: %(default)s")
+    add("--batch_size", type=arguments.positive, default=64, help="default: %(default)s")
+    add("--steps", type=arguments.positive, default=50, help="of each trial (default: %(default)s)")
+    add("--repeats", type=arguments.positive, default=5, help="default: %(default)s")
     args = parser.parse_args(argv)
 
     config = load_config(f"configs/study.py:batch_size={args.batch_size},train_split=train")
@@ -127,9 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     print(tabulate(row.items(), tablefmt="plain"))
     if args.json:
-        about = {"command": argv or sys.argv[1:], "commit": run_folder.commit()}
-        about |= {"steps": args.steps, "repeats": args.repeats, "versions": run_folder.versions()}
-        run_folder.write_json(args.json, [row | about])
+        about = arguments.made_by(argv) | {"steps": args.steps, "repeats": args.repeats}
+        files.write_json(args.json, [row | about])
     return 0
 
 

@@ -9,7 +9,6 @@ reader's own client, answers after --latency_ms, and counts. A real one is far a
 --preflight adds what each host of a slice needs, from convstem_jax.preflight --records.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import contextlib
@@ -29,7 +28,8 @@ from array_record.python import array_record_module
 import numpy as np
 from tabulate import tabulate
 
-from convstem_jax import run_folder
+from benchmarks import arguments
+from convstem_jax import files
 
 # Bytes of an image of ImageNet's training set on average, in the official tar file.
 RECORD_BYTES = 115_000
@@ -172,25 +172,22 @@ def demand(path: str) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the tables; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reading",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = arguments.new_parser(
+        "reading", __doc__, json="write the tables as an object of lists too"
     )
     add = parser.add_argument
     add("--folder", help="where to write the file (default: one for temporary files)")
-    add("--records", type=int, default=1251, help="in the file (default: %(default)s, ImageNet's)")
-    add("--reads", type=int, default=2000, help="of each line (default: %(default)s)")
-    add("--threads", type=int, nargs="+", default=[1, 16], help="default: %(default)s")
+    add("--records", type=arguments.positive, default=1251,
+        help="in the file (default: %(default)s, ImageNet's)")  # fmt: skip
+    add("--reads", type=arguments.positive, default=2000,
+        help="of each line (default: %(default)s)")  # fmt: skip
+    add("--threads", type=arguments.positive, nargs="+", default=[1, 16],
+        help="default: %(default)s")  # fmt: skip
     add("--latency_ms", type=float, nargs="+", default=[0, 30], help="default: %(default)s")
     add("--preflight", metavar="FILE", help="records whose demand to print too")
-    add(
-        "--json",
-        type=run_folder.writable,
-        metavar="FILE",
-        help="write the tables as an object of lists too",
-    )
     args = parser.parse_args(argv)
+    if min(args.latency_ms) < 0:
+        parser.error(f"--latency_ms {min(args.latency_ms):g} must be 0 or more")
     if args.folder and not os.path.isdir(args.folder):
         parser.error(f"--folder {args.folder} is no folder: make it, or name another")
     if args.preflight and not os.path.isfile(args.preflight):
@@ -212,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
             "python": platform.python_version(),
             "cores": len(os.sched_getaffinity(0)),
         }
-        run_folder.write_json(args.json, tables | {"about": about})
+        files.write_json(args.json, tables | {"about": about | arguments.made_by(argv)})
     return 0
 
 

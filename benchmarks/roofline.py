@@ -14,7 +14,6 @@ On GPUs, where attention is cuDNN's, its weights never leave the chip. Better fu
 beat the bound.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
@@ -32,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks import jax_contenders
-from convstem_jax import run_folder
+from benchmarks import arguments, jax_contenders
+from convstem_jax import files
 from convstem_jax.complexity import inner_programs
 from convstem_jax.models import MODELS
 from convstem_jax.models.attention import attend
@@ -245,35 +244,19 @@ def bandwidth(size: int = 2**28, num: int = 10) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.roofline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.new_parser("roofline", __doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, metavar="MODEL",
         help="default: the paper's ViTs, or those of --measured")  # fmt: skip
-    add(
-        "--batch",
-        type=int,
-        default=256,
-        help="must be even; default: %(default)s, or that of --measured",
-    )
+    add("--batch", type=arguments.even, default=256,
+        help="must be even; default: %(default)s, or that of --measured")  # fmt: skip
     add("--flops", type=float, help="bfloat16 operations a second (default: measured here)")
     add("--bandwidth", type=float, help="bytes a second (default: measured here)")
     add("--measured", nargs="+", default=[], metavar="FILE",
         help="of benchmarks.train_step: the share that it reached")  # fmt: skip
     add("--device", metavar="KIND", help="as JAX calls it, for the models' forms (default: that of "
         "--measured, or the one here)")  # fmt: skip
-    add(
-        "--json",
-        type=run_folder.writable,
-        metavar="FILE",
-        help="write the table as a list of objects too",
-    )
     args = parser.parse_args(argv)
-    if args.batch < 2 or args.batch % 2:
-        parser.error(f"--batch {args.batch} must be even: images are mixed in pairs")
     measured, here = {}, jax.devices()[0].device_kind
     for name in args.measured:
         try:
@@ -330,7 +313,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{flops / 1e12:,.0f} Tflop/s in bfloat16, {speed / 1e12:.2f} TB/s\n")
     print(tabulate(lines, headers, "github", disable_numparse=True, colalign=align))
     if args.json:
-        run_folder.write_json(args.json, rows)
+        about = arguments.made_by(argv)
+        files.write_json(args.json, [row | about for row in rows])
     return 0
 
 

@@ -6,7 +6,6 @@ It needs libtpu and no TPU: see convstem_jax.preflight. Cycles are of the compil
 one device, in millions and without collectives.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -18,8 +17,8 @@ if __name__ == "__main__":
 import jax
 from tabulate import tabulate
 
-from benchmarks import jax_contenders
-from convstem_jax import build, run_folder, tpu
+from benchmarks import arguments, jax_contenders
+from convstem_jax import build, files, tpu
 from convstem_jax.errors import UserError
 from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
@@ -86,24 +85,20 @@ def _millions(cycles: int | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tpu_cycles",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.new_parser(
+        "tpu_cycles", __doc__,
+        json="keep the estimates as a list of objects too, line by line; those that it holds "
+        "already are not made again where program and versions are still the same",
+    )  # fmt: skip
     add = parser.add_argument
     add("--models", nargs="+", default=["vitc_4gf"], choices=MODELS, metavar="MODEL")
     add("--topology", nargs="+", default=["v5e:2x2"], metavar="NAME", help="as in preflight")
     add("--implementations", nargs="+", default=[OURS, *PLAIN], choices=[OURS, *PLAIN],
         metavar="NAME", help=f"of: {'; '.join([OURS, *PLAIN])} (default: all)")  # fmt: skip
     # TPUs compute in lanes of 128, and the stem's first layers lay the images along them.
-    add("--batch", type=int, default=128, help="images on a device (default: %(default)s)")
-    add("--json", type=run_folder.writable, metavar="FILE",
-        help="keep the estimates as a list of objects too, line by line; those that it holds "
-        "already are not made again where program and versions are still the same")  # fmt: skip
+    add("--batch", type=arguments.even, default=128,
+        help="images on a device (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.batch < 2 or args.batch % 2:
-        parser.error(f"--batch {args.batch} must be even: images are mixed in pairs")
     known, rows = {}, []
     if args.json and os.path.exists(args.json):
         with open(args.json) as file:
@@ -124,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(row)
             known[what] = row
             if args.json:  # an estimate takes minutes
-                run_folder.write_json(args.json, [*known.values()])
+                files.write_json(args.json, [*known.values()])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

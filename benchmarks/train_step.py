@@ -28,9 +28,9 @@ import jax
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks import jax_contenders, torch_contenders
+from benchmarks import arguments, jax_contenders, torch_contenders
 from benchmarks.contenders import JAX, OURS, TORCH, Case, Contender, all_compiled, missing
-from convstem_jax import run_folder
+from convstem_jax import files
 from convstem_jax.complexity import complexity
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.optim import OPTIMIZERS
@@ -108,11 +108,7 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.new_parser("train_step", __doc__)
     add = parser.add_argument
     add("--models", nargs="+", default=["vitc_4gf"], choices=MODELS, metavar="MODEL",
         help="as in convstem_jax.create_model (default: vitc_4gf)")  # fmt: skip
@@ -123,23 +119,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--xla_options", nargs="+", default=[], type=_xla_options, metavar="NAME=VALUE",
         help="each makes one implementation more: this project's, compiled with that option of "
         "XLA, or with several that spaces separate within quotes")  # fmt: skip
-    add("--batch", type=int, nargs="+", default=[256],
+    add("--batch", type=arguments.even, nargs="+", default=[256],
         help="of all models, or of each; must be even (default: 256)")  # fmt: skip
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
-    add("--steps", type=int, default=20, help="of each turn (default: %(default)s)")
-    add("--repeats", type=int, default=5, help="default: %(default)s")
+    add("--steps", type=arguments.positive, default=20, help="of each turn (default: %(default)s)")
+    add("--repeats", type=arguments.positive, default=5, help="default: %(default)s")
     add("--torch_mode", default="max-autotune", help="of torch.compile, or eager (%(default)s)")
     add("--overlap", action="store_true", help="compile PyTorch's beside JAX's, which is sooner "
         "done, but disturbs what both measure of their kernels")  # fmt: skip
     add("--compile_limit", type=float, metavar="SECONDS",
         help="leave out what is not compiled by then (default: wait)")  # fmt: skip
-    add("--matmul_size", type=int, default=8192, help="for the peak (default: %(default)s)")
-    add(
-        "--json",
-        type=run_folder.writable,
-        metavar="FILE",
-        help="write the table as a list of objects too",
-    )
+    add("--matmul_size", type=arguments.positive, default=8192,
+        help="for the peak (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     if len(args.batch) == 1:
         args.batch *= len(args.models)
@@ -147,12 +138,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--batch has {len(args.batch)} sizes for {len(args.models)} models")
     if len(set(args.models)) < len(args.models):
         parser.error("--models names one twice")
-    for batch in args.batch:
-        if batch < 2 or batch % 2:
-            parser.error(f"--batch {batch} must be even: images are mixed in pairs")
-    for name in ("steps", "repeats", "matmul_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be 1 or more")
     for pattern in args.skip:
         if ":" not in pattern:
             parser.error(f"--skip {pattern} is not MODEL:NAME, such as '{pattern}:timm'")
@@ -186,11 +171,11 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.matmul_size} x {args.matmul_size} matrices",
         file=sys.stderr,
     )
-    about = {
-        "matmul_flops": peak, "command": argv or sys.argv[1:], "commit": run_folder.commit(),
-        "steps": args.steps, "repeats": args.repeats, "torch_mode": args.torch_mode,
-        "versions": run_folder.versions() | torch_contenders.versions(),
+    about = arguments.made_by(argv) | {
+        "matmul_flops": peak, "steps": args.steps, "repeats": args.repeats,
+        "torch_mode": args.torch_mode,
     }  # fmt: skip
+    about["versions"] |= torch_contenders.versions()
     rows = []
     for model in args.models:
         of_model = [contender for contender in contenders if contender.case.model == model]
@@ -198,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         for contender in of_model:
             contender.end()
         if args.json:
-            run_folder.write_json(args.json, [row | about for row in rows])
+            files.write_json(args.json, [row | about for row in rows])
     print(table(rows))
     return 1 if failed else 0
 

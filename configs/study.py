@@ -7,9 +7,9 @@
     python -m convstem_jax.study --config configs/study.py:full,colour,num_seeds=5
 
 `quick`, the first, passes through all experiments with few trials on a part of the embedded data:
-it shows that everything works, and decides little. `cpu` decides: results/study holds 97 minutes of
-it. `full` and `imagenet` have not been run yet. `colour` is the harder set of
-`convstem_jax.study.colour_set`, in place of the grey Fashion-MNIST.
+it shows that everything works, and decides little. `cpu` has enough trials to decide: results/study
+holds `cpu,num_seeds=5`, 108 minutes. `full` and `imagenet` have not been run yet. `colour` is the
+harder set of `convstem_jax.study.colour_set`, in place of the grey Fashion-MNIST.
 """
 
 from configs import common, quickstart

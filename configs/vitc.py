@@ -7,6 +7,7 @@
     python -m convstem_jax.main --config configs/vitc.py:4gf,epochs=50    any field
     python -m convstem_jax.main --config configs/vitc.py:4gf,s2           S1 to S4 of Table 3
     python -m convstem_jax.main --config configs/vitc.py:4gf,ln           LayerNorm (Figure 7)
+    python -m convstem_jax.main --config configs/vitc.py:4gf,deep         deeper (Figure 8)
 
 Top-1 error in the paper's Table 2 after 100 epochs: 1GF 28.6, 4GF 20.9, 18GF 18.4, 36GF 18.3.
 Not yet run here.
@@ -18,4 +19,6 @@ from configs import common
 def get_config(arg: str = ""):
     """See the module's docstring for `arg`."""
     sizes = ("4gf", "1gf", "18gf", "36gf", "72gf")
-    return common.imagenet("vitc", arg, sizes=sizes, variants=("s1", "s2", "s3", "s4", "ln"))
+    return common.imagenet(
+        "vitc", arg, sizes=sizes, variants=("s1", "s2", "s3", "s4", "ln", "deep")
+    )

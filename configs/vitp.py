@@ -17,4 +17,4 @@ from configs import common
 def get_config(arg: str = ""):
     """See the module's docstring for `arg`."""
     sizes = ("4gf", "1gf", "18gf", "36gf", "72gf")
-    return common.imagenet("vitp", arg, sizes=sizes, variants=("bn",))
+    return common.imagenet("vitp", arg, sizes=sizes, variants=("bn", "deep"))

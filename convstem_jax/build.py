@@ -32,8 +32,14 @@ def eval_examples(config: ml_collections.ConfigDict, split: Split) -> EvalExampl
 
 
 def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
-    """Updates of a whole run."""
+    """Updates of a whole run: what comes nearest to the epochs, and at least one."""
     return max(1, round(config.epochs * num_examples / config.batch_size))
+
+
+def num_precise_batches(config: ml_collections.ConfigDict) -> int:
+    """Training batches of the precise BatchNorm statistics: 0 for none, else at least one."""
+    examples = config.precise_bn_examples
+    return max(1, examples // config.batch_size) if examples else 0
 
 
 def new_model(
@@ -127,7 +133,7 @@ def recipe(config: ml_collections.ConfigDict, num_classes: int) -> Recipe:
 
 
 def hparams(config: ml_collections.ConfigDict, num_examples: int) -> HParams:
-    """What is not: arrays that a study may vary."""
+    """What the step takes as arrays, which a study varies without compiling it anew."""
     rate = optim.ema_rate(
         alpha=config.ema_alpha,
         batch_size=config.batch_size,

@@ -25,10 +25,16 @@ class Checkpoints:
     Args:
         directory: absolute path; made when the first checkpoint is saved.
         keep: how many of the latest to keep, beside the one with the lowest `top1_error`.
+        read_only: to look at the checkpoints of a run that may be under way. Without it, what a
+            save has not finished is taken for left over, and removed.
     """
 
-    def __init__(self, directory: str, *, keep: int = 2):
+    def __init__(self, directory: str, *, keep: int = 2, read_only: bool = False):
         policy = ocp.checkpoint_managers
+
+        def top1_error(metrics):
+            return metrics["top1_error"]
+
         self._manager = ocp.CheckpointManager(
             directory,
             item_handlers={
@@ -40,14 +46,19 @@ class Checkpoints:
                     [
                         policy.LatestN(keep),
                         policy.BestN(
-                            get_metric_fn=lambda metrics: metrics["top1_error"],
+                            get_metric_fn=top1_error,
                             reverse=True,
                             n=1,
                             keep_checkpoints_without_metrics=False,
                         ),
                     ]
                 ),
-                cleanup_tmp_directories=True,
+                # Without these Orbax does not write the metrics down, and a resumed run would not
+                # know which checkpoint is the best.
+                best_fn=top1_error,
+                best_mode="min",
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
             ),
         )
         self.directory = directory
@@ -55,6 +66,17 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Number of updates made at the latest checkpoint; None without one."""
         return self._manager.latest_step()
+
+    def best_step(self) -> int:
+        """Number of updates made at the checkpoint with the lowest `top1_error`.
+
+        Raises:
+            CheckpointError: none was evaluated.
+        """
+        step = self._manager.best_step()
+        if step is None:
+            raise CheckpointError(f"no checkpoint in {self.directory} was evaluated")
+        return step
 
     def save(self, step: int, state: TrainState, loop: dict, metrics: dict | None = None) -> None:
         """Starts to save `state` and the JSON-serialisable `loop`.
@@ -67,7 +89,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: this save, or the one before it, failed.
-            NotFiniteError: a parameter or statistic is NaN or infinite; nothing is saved.
+            NotFiniteError: a number of the state is NaN or infinite; nothing is saved.
         """
         checksums, finite = _inspect(state)
         if not finite:

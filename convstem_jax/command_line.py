@@ -62,7 +62,7 @@ def run(
         prefix = "" if isinstance(error, Preempted) else "error: "
         print(f"{prefix}{error}", file=sys.stderr)
         return error.exit_status
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TimeoutError) as error:
         if not processes.is_lost_peer(error):
             raise
         if args.traceback:
@@ -98,10 +98,7 @@ def _parse(
         "--config", required=default_config is None, default=default_config, metavar="FILE[:ARG]",
         help="configuration file, with its argument after a colon: configs/vitc.py:18gf,sgd",
     )  # fmt: skip
-    parser.add_argument(
-        "--config.FIELD=VALUE", dest="_", action="store_true",
-        help="override a field of the configuration",
-    )  # fmt: skip
+    add_overrides(parser)
     parser.add_argument(
         "--workdir", help="folder of the run (default: under runs/, named after the configuration)"
     )
@@ -121,6 +118,19 @@ def _parse(
         group.add_argument("--processes", type=int, metavar="N", help="1 to look for no others")
         group.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
     args, rest = parser.parse_known_args(argv)
+    return args, read_overrides(parser, rest)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Adds --config.FIELD=VALUE to the help; `read_overrides` reads what was given."""
+    parser.add_argument(
+        "--config.FIELD=VALUE", dest="_", action="store_true",
+        help="override a field of the configuration",
+    )  # fmt: skip
+
+
+def read_overrides(parser: argparse.ArgumentParser, rest: list[str]) -> dict[str, str]:
+    """Fields and their values as text, of the arguments that the parser did not know."""
     overrides = {}
     for arg in rest:
         match = _OVERRIDE.fullmatch(arg)
@@ -130,7 +140,7 @@ def _parse(
         if not equals:
             parser.error(f"{arg} has no value: write {arg}=VALUE")
         overrides[field] = text
-    return args, overrides
+    return overrides
 
 
 def default_workdir(config: str, overrides: dict[str, str]) -> str:

@@ -58,6 +58,15 @@ MISPRINTS = {
 }
 COLUMNS = ("flops", "params", "acts")
 _UNITS = (1e9, 1e6, 1e6)
+# Operations whose results are still the parameter or the product that they are made of.
+_SAME_VALUES = (
+    "reshape",
+    "broadcast_in_dim",
+    "convert_element_type",
+    "slice",
+    "squeeze",
+    "unstack",  # of a newer JAX, where 0.10 has slices
+)
 
 
 def complexity(model: nnx.Module) -> Complexity:
@@ -138,11 +147,11 @@ def _count(jaxpr, params: dict) -> Iterator[tuple[tuple, int, int]]:
             yield path, size, 0
         elif name == "add" and path[-1:] == ("position_embedding",):
             yield path, size, size
-        elif name in ("reshape", "broadcast_in_dim", "convert_element_type", "slice", "squeeze"):
+        elif name in _SAME_VALUES:
             if path:
-                params[eqn.outvars[0]] = path
+                params |= dict.fromkeys(eqn.outvars, path)
             if products.intersection(inputs):
-                products.add(eqn.outvars[0])
+                products.update(eqn.outvars)
         if name in ("scan", "while", "cond"):
             raise ValueError(f"this model's program has a {name}, which is not counted")
         for inner in inner_programs(eqn):

@@ -6,6 +6,7 @@ A configuration is a Python file with `get_config(arg)` that returns a flat Conf
 import ast
 import difflib
 import importlib.util
+import json
 import math
 import numbers
 import os
@@ -45,6 +46,28 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"--config {spec} fails with {first_line(error)}") from error
     finally:
         sys.path.pop(0)
+
+
+def load_run_config(workdir: str) -> ml_collections.ConfigDict:
+    """The configuration that a run was trained with, from its folder.
+
+    Raises:
+        ConfigError: it has none that can be read.
+    """
+    workdir = os.path.expanduser(workdir)
+    if not os.path.isdir(workdir):
+        raise ConfigError(f"{workdir} is no run's folder: give --config, for what the images are")
+    try:
+        with open(os.path.join(workdir, "config.json")) as file:
+            fields = json.load(file)
+        fields = {name: fields[name] for name in RULES}
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{workdir} has no config.json of this version ({first_line(error)}): give --config"
+        ) from error
+    # JSON has lists alone.
+    fields = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+    return ml_collections.ConfigDict(fields).lock()
 
 
 def split_argument(arg: str) -> list[str]:

@@ -31,7 +31,7 @@ class CheckpointError(UserError):
 
 
 class NotFiniteError(UserError):
-    """The training loss became NaN or infinite."""
+    """The training loss, or a number of the state, became NaN or infinite."""
 
     exit_status = 5
 

@@ -1,69 +1,126 @@
-"""Evaluation: precise BatchNorm statistics, then every example exactly once."""
+"""Evaluates trained weights: errors and loss on every image of a split, each counted once.
 
-from collections.abc import Callable, Iterable, Sequence
+WEIGHTS is a run's folder, or a file of convstem_jax.convert. A run's own configuration says which
+images are read and how they are prepared; for a file, or for other data, --config names one.
+"""
+
+import argparse
+import json
+import sys
 
 import jax
 import jax.numpy as jnp
+import ml_collections
+from tqdm import tqdm
 
-from convstem_jax.step import PyTree
+from convstem_jax import build, command_line, weights
+from convstem_jax.config import load_config, load_run_config, set_fields, validate
+from convstem_jax.data import pipeline, sources
+from convstem_jax.errors import ConfigError, UserError
+from convstem_jax.evaluation import evaluate
+from convstem_jax.sharding import Sharding
+from convstem_jax.step import eval_step
 
+_EPILOG = """\
+examples:
+  python -m convstem_jax.evaluate runs/quickstart
+  python -m convstem_jax.evaluate runs/vitc_18gf --step best --config.data_dir=/data
+  python -m convstem_jax.evaluate vitp_18gf.safetensors --config configs/vitp.py:18gf
 
-def evaluate(
-    eval_step: Callable, weights: dict[str, PyTree], batches: Iterable
-) -> dict[str, dict[str, float]]:
-    """Evaluates one or several sets of weights in one pass over the data.
+It runs in one process, on all of its devices.
 
-    Args:
-        eval_step: `step.eval_step`, jitted, with its first two arguments bound.
-        weights: name -> {"params", "batch_stats"}.
-        batches: `pipeline.EvalBatches`, or dicts like its own; at least one example in all.
-
-    Returns:
-        For each name: `top1_error` and `top5_error` in percent, the mean cross-entropy `loss`, and
-        the number of `examples`.
-    """
-    sums = evaluation_sums(eval_step, weights, batches)
-    return {name: _means(s) for name, s in sums.items()}
-
-
-def evaluation_sums(
-    eval_step: Callable, weights: dict[str, PyTree], batches: Iterable
-) -> dict[str, dict]:
-    """What `evaluate` divides: for each name the sums that `eval_step` gives."""
-    # The sums stay on the device until the end, so that no batch waits for the host.
-    sums = {}
-    for batch in batches:
-        new = {name: eval_step(w["params"], w["batch_stats"], batch) for name, w in weights.items()}
-        sums = jax.tree.map(jnp.add, sums, new) if sums else new
-    return jax.device_get(sums)
+exit status:
+  0 done · 2 wrong arguments, or no such data · 3 damaged data · 4 weights that cannot be read
+"""
 
 
-def precise_batch_stats(
-    batch_statistics: Callable, weights: PyTree, batches: Sequence[PyTree]
-) -> PyTree:
-    """Means of the BatchNorm statistics of several training batches ("precise" BatchNorm).
+def evaluate_weights(
+    config: ml_collections.ConfigDict,
+    path: str,
+    *,
+    raw: bool = False,
+    step: int | str | None = None,
+) -> dict[str, float]:
+    """Evaluates weights on `config.eval_split`.
 
     Args:
-        batch_statistics: `step.batch_statistics`, jitted, with its first two arguments bound.
-        weights: {"params", "batch_stats"}.
-        batches: of the training split, of equal size.
+        config: its fields of the data, the preprocessing, `dtype` and `eval_batch_size` are used.
+        path: as `weights.load_model`; `raw` and `step` likewise.
 
     Returns:
-        Statistics to evaluate `weights["params"]` with.
+        What `evaluation.evaluate` does.
+
+    Raises:
+        UserError: weights, configuration and data do not belong together, or cannot be read.
     """
-    sums = jax.tree.map(jnp.zeros_like, weights["batch_stats"])
-    for i, batch in enumerate(batches):
-        params, batch_stats = weights["params"], weights["batch_stats"]
-        new = batch_statistics(params, batch_stats, batch, jax.random.key(i))
-        sums = jax.tree.map(jnp.add, sums, new)
-    return jax.tree.map(lambda x: x / len(batches), sums)
+    validate(config)
+    split = sources.open_split(config.data_dir, config.dataset, config.eval_split)
+    found, architecture = weights.load(path, raw=raw, step=step)
+    architecture.check(config, path)
+    if architecture.num_classes != split.num_classes:
+        raise ConfigError(
+            f"{path} has {architecture.num_classes} classes, {config.dataset} "
+            f"{split.num_classes}: set config.dataset"
+        )
+    sharding = Sharding(jax.devices())
+    batches = pipeline.EvalBatches(
+        build.eval_examples(config, split),
+        batch_size=config.eval_batch_size,
+        sharding=sharding.batch,
+        reading=pipeline.Reading.of(config),
+    )
+    graphdef = architecture.graphdef(dtype=jnp.dtype(config.dtype))
+    recipe = build.recipe(config, split.num_classes)
+    jit_eval_step = sharding.jit(eval_step, graphdef, recipe, out_shardings=sharding.replicated)
+    found = jax.device_put(found, sharding.replicated)
+    progress = tqdm(batches, desc=f"{config.dataset}/{config.eval_split}", unit="batch")
+    return evaluate(jit_eval_step, {path: found}, progress)[path]
 
 
-def _means(sums: dict) -> dict[str, float]:
-    examples = int(sums["examples"])
-    return {
-        "top1_error": 100 * float(sums["top1_errors"]) / examples,
-        "top5_error": 100 * float(sums["top5_errors"]) / examples,
-        "loss": float(sums["loss_sum"]) / examples,
-        "examples": examples,
-    }
+def main(argv: list[str] | None = None) -> int:
+    """Evaluates and prints; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m convstem_jax.evaluate",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("weights", metavar="WEIGHTS")
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", help="configuration file (default: the run's own)"
+    )
+    command_line.add_overrides(parser)
+    parser.add_argument(
+        "--step", type=weights.step_from_text, metavar="N",
+        help='checkpoint of a run, or "best" (default: the latest)',
+    )  # fmt: skip
+    parser.add_argument(
+        "--raw", action="store_true", help="a run's last weights, not their moving average"
+    )
+    parser.add_argument(
+        "--format", choices=("text", "json"), default="text", help="default: %(default)s"
+    )
+    args, rest = parser.parse_known_args(argv)
+    overrides = command_line.read_overrides(parser, rest)
+    try:
+        config = load_config(args.config) if args.config else load_run_config(args.weights)
+        set_fields(config, overrides)
+        results = evaluate_weights(config, args.weights, raw=args.raw, step=args.step)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    if args.format == "json":
+        print(json.dumps(results, indent=2))
+    else:
+        print(
+            f"top-1 error {results['top1_error']:.2f} %, top-5 error {results['top5_error']:.2f} "
+            f"%, loss {results['loss']:.4f} on the {results['examples']:,} images of "
+            f"{config.dataset}/{config.eval_split}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.silence_libraries()
+    sys.exit(main())

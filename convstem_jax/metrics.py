@@ -1,5 +1,6 @@
 """Records of a run: metrics.jsonl, TensorBoard, curves.png, parameters.txt, and progress lines."""
 
+from collections.abc import Sequence
 import contextlib
 import json
 import math
@@ -9,7 +10,7 @@ import time
 import jax
 import matplotlib.figure
 
-from convstem_jax.errors import NotFiniteError
+from convstem_jax.errors import CheckpointError, NotFiniteError
 from convstem_jax.step import PyTree
 
 
@@ -37,12 +38,13 @@ class Records:
         num_steps: int,
         steps_per_epoch: float,
         batch_size: int,
-        speed: tuple[int, float] = (0, 0.0),
+        speed: Sequence[float] = (),
     ):
         self._main = jax.process_index() == 0
         self._num_steps = num_steps
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._pending = None
+        self._num_batches = self._num_starved = 0
         self._clock = _Clock(*speed)
         self._not_finite = None
         if self._main:
@@ -52,7 +54,7 @@ class Records:
                 for record in read_jsonl(self.path)
                 if record["step"] <= first_step
                 # The last evaluation is repeated where it was not the end.
-                and (record["step"] < num_steps or record["kind"] == "train")
+                and (record["step"] < num_steps or "loss" in record)
             ]
             with open(self.path + ".tmp", "w") as file:
                 file.writelines(json.dumps(record) + "\n" for record in kept)
@@ -69,7 +71,8 @@ class Records:
         """Takes the metrics of `step`, and writes those of the log point before it."""
         self.flush()
         self._clock.tick(step)
-        self._pending = step, metrics
+        self._pending = step, metrics, self._num_starved / max(1, self._num_batches)
+        self._num_batches = self._num_starved = 0
 
     def flush(self, *, wait: bool = True) -> None:
         """Writes the training metrics that wait.
@@ -79,6 +82,7 @@ class Records:
 
         Raises:
             NotFiniteError: the loss is NaN or infinite.
+            CheckpointError: the file cannot be written.
         """
         if self._not_finite and wait:
             raise self._not_finite
@@ -86,16 +90,18 @@ class Records:
             return
         if not wait and not all(value.is_ready() for value in self._pending[1].values()):
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, starved), self._pending = self._pending, None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        speed = self._clock.steps_per_second * self._batch_size
-        self._write(step, "train", metrics, {"images_per_second": speed} if speed else {})
-        left = self._clock.time_left(self._num_steps - step)
-        self._say(
-            step,
-            f"loss {metrics['loss']:.4f}"
-            + (f"  {speed:,.0f} images/s  {left} left" if speed else "  compiled"),
-        )
+        speed = self.images_per_second
+        timing = {"images_per_second": speed, "starved": starved} if speed else {}
+        self._write(step, "train", metrics, timing)
+        text = f"loss {metrics['loss']:.4f}  "
+        if speed:
+            text += f"{speed:,.0f} images/s  {self._clock.time_left(self._num_steps - step)} left"
+            text += f"  {starved:.0%} of the steps waited for input" if starved >= 0.1 else ""
+        else:
+            text += "compiled"
+        self._say(step, text)
         if not abs(metrics["loss"]) < float("inf"):
             self._not_finite = NotFiniteError(
                 f"the training loss is {metrics['loss']} at step {step}, where the learning rate "
@@ -121,19 +127,29 @@ class Records:
         )
 
     @contextlib.contextmanager
-    def pause(self, step: int, state: jax.Array):
+    def pause(self, step: int, state: PyTree):
         """A context for work that is not training, left out of images per second.
 
         Args:
             step: updates made.
-            state: the arrays to wait for, so that the training before is not left out too.
+            state: nested arrays to wait for, so that the training before is not left out too.
         """
         self.flush()
         if self._main:
-            os.fsync(self._file.fileno())  # a checkpoint must not outlive the records before it
+            with self._writing():  # a checkpoint must not outlive the records before it
+                os.fsync(self._file.fileno())
         jax.block_until_ready(state)
         with self._clock.pause(step):
             yield
+
+    def batch_arrived(self, metrics: dict[str, jax.Array] | None) -> None:
+        """Counts a step as starved if its batch came after the device had finished the one before.
+
+        Args:
+            metrics: of the step before; None for the first.
+        """
+        self._num_batches += 1
+        self._num_starved += metrics is not None and metrics["loss"].is_ready()
 
     @property
     def speed(self) -> tuple[int, float]:
@@ -148,8 +164,19 @@ class Records:
     def close(self) -> None:
         """Closes the files; the last metrics must have been flushed."""
         if self._main:
-            self._file.close()
+            with self._writing():
+                self._file.close()
             self._tensorboard.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be written ({error}): make room, and the same command goes on "
+                "from the last checkpoint"
+            ) from error
 
     def _write(self, step: int, kind: str, metrics: dict, timing: dict) -> None:
         if self._main:
@@ -158,7 +185,8 @@ class Records:
             # JSON has no NaN.
             finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
             record = {"step": step, "epoch": epoch, "kind": kind} | finite
-            self._file.write(json.dumps(record) + "\n")
+            with self._writing():
+                self._file.write(json.dumps(record) + "\n")
             scalars = {f"{kind}/{name}": value for name, value in values.items()}
             self._tensorboard.write_scalars(step, scalars)
 
@@ -241,8 +269,9 @@ def plot_curves(workdir: str, records: list[dict], title: str) -> None:
     path = os.path.join(workdir, "curves.png")
     figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
     loss_axes, error_axes = figure.subplots(1, 2)
-    train = [r for r in records if r["kind"] == "train"]
-    evals = [r for r in records if r["kind"] != "train"]
+    # By what they hold: an evaluation may be of a split called "train".
+    train = [r for r in records if "loss" in r]
+    evals = [r for r in records if "loss" not in r]
     loss_axes.plot([r["epoch"] for r in train], [r["loss"] for r in train], lw=1)
     loss_axes.set(xlabel="epoch", ylabel="training loss")
     for key, style, label in (

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from tabulate import tabulate
 
-from convstem_jax import build, run_folder, tpu
+from convstem_jax import build, files, tpu
 from convstem_jax.complexity import complexity, float32_products
 from convstem_jax.config import load_config, validate
 from convstem_jax.errors import ConfigError, UserError, first_line
@@ -85,10 +85,8 @@ def preflight(
     }
     # What the loop keeps on the devices beside the batch of the step.
     ahead = config.prefetch * (n + config.eval_batch_size)
-    precise = (
-        config.precise_bn_examples and state.batch_stats and max(n, config.precise_bn_examples)
-    )
-    parts["input"] = math.ceil((n + ahead + (precise or 0)) / num_devices) * size**2 * 3
+    precise = n * build.num_precise_batches(config) if state.batch_stats else 0
+    parts["input"] = math.ceil((n + ahead + precise) / num_devices) * size**2 * 3
     beside = parts["input"] - images * size**2 * 3
     counts = complexity(nnx.eval_shape(lambda: build.new_model(config, num_classes, 0)))
     acts = jnp.dtype(config.dtype).itemsize * images // config.accumulate * counts.acts
@@ -312,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         help="of an epoch (default: %(default)s, ImageNet's)",
     )  # fmt: skip
     parser.add_argument(
-        "--records", type=run_folder.writable, metavar="FILE",
+        "--records", type=files.writable, metavar="FILE",
         help="JSON lines to keep the results in: the same program is not compiled again",
     )  # fmt: skip
     parser.add_argument(
@@ -364,7 +362,7 @@ def _records(args) -> tuple[list[dict], bool]:
         known[spec, topology] = records[-1]
         if args.records:
             lines = (json.dumps(record) + "\n" for record in known.values())
-            run_folder.write_text(args.records, "".join(lines))
+            files.write_text(args.records, "".join(lines))
     return records, len(records) < len(wanted)
 
 

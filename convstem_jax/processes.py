@@ -50,8 +50,9 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
             return
         raise ConfigError(f"--coordinator {coordinator}: {first_line(error)}") from error
     except RuntimeError as error:
-        # In a notebook that has used JAX already.
+        # In a notebook that has used JAX already; or a configuration file did.
         if coordinator is None and "must be called before" in str(error):
+            print("JAX was used before: this process looks for no others", file=sys.stderr)
             return
         raise ConfigError(
             f"the other processes cannot be reached ({first_line(error)}): see that all run and "
@@ -127,13 +128,19 @@ _LOST = re.compile(
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error of JAX's means that another process of the run is gone.
+    """Whether an error of JAX's or Orbax's means that another process of the run is gone.
 
-    It comes as a RuntimeError or a ValueError, whichever notices first.
+    It comes as a RuntimeError or a ValueError, whichever notices first, or as what Orbax made of
+    one: a TimeoutError.
     """
-    several = jax.distributed.is_initialized() and jax.process_count() > 1
-    kind = isinstance(error, RuntimeError | ValueError)
-    return several and kind and bool(_LOST.search(str(error)))
+    if not (jax.distributed.is_initialized() and jax.process_count() > 1):
+        return False
+    while error is not None:
+        kind = isinstance(error, RuntimeError | ValueError | TimeoutError)
+        if kind and _LOST.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def gather(numbers: list[int]) -> np.ndarray:

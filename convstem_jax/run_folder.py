@@ -1,20 +1,16 @@
-"""The folder of a run, config.json and result.json; files of results, and what made them."""
+"""The folder of a run: whose it is, config.json and result.json."""
 
-import argparse
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import secrets
-import subprocess
 
-import jax
 import ml_collections
 
 from convstem_jax import processes
 from convstem_jax.errors import ConfigError
+from convstem_jax.files import write_json, write_text
 
 _TOKEN = ".token"  # another at each start
 # Fields that may change when a run is resumed, since no result depends on them.
@@ -167,56 +163,3 @@ def read_result(workdir: str) -> dict | None:
         return None
     with open(path) as file:
         return json.load(file)
-
-
-def write_json(path: str, content: dict | list) -> None:
-    """`write_text` of `content`."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def writable(path: str) -> str:
-    """The path, if a file can be written there: a `type` of argparse, so that none works in vain.
-
-    Raises:
-        argparse.ArgumentTypeError: it cannot.
-    """
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{path} cannot be written: name a file in another folder")
-    return path
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a file so that a machine that dies leaves the old one or the new one, and whole."""
-    with open(path + ".tmp", "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def device() -> str:
-    """The number of devices and their kind."""
-    devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the study needs few
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def commit() -> str | None:
-    """Commit of the code that runs, with "-dirty" where files differ from it; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

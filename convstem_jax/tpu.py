@@ -17,7 +17,7 @@ import time
 import jax
 from jax.experimental import topologies
 
-from convstem_jax import run_folder
+from convstem_jax import provenance
 from convstem_jax.errors import ConfigError, first_line
 
 
@@ -117,7 +117,7 @@ def compile_step(traced: jax.stages.Traced, slice_: Slice, quick: bool, known: d
     program = {
         "sha256": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         "quick": quick,
-        "versions": run_folder.versions(),
+        "versions": provenance.versions(),
         "flags": {name: os.environ[name] for name in FLAGS if os.environ.get(name)},
     }
     if known and program.items() <= ({"flags": {}} | known).items():
@@ -127,7 +127,7 @@ def compile_step(traced: jax.stages.Traced, slice_: Slice, quick: bool, known: d
     )
     start = time.perf_counter()
     try:
-        effort = {"exec_time_optimization_effort": -1.0} if quick else None
+        effort = {"optimization_level": 9} if quick else None  # JAX calls it O0
         compiled = lowered.compile(compiler_options=effort)
     except jax.errors.JaxRuntimeError as error:
         memory = out_of_memory(error)

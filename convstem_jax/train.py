@@ -10,12 +10,21 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from convstem_jax import build, metrics, optim, preemption, processes, run_folder, weights
+from convstem_jax import (
+    build,
+    metrics,
+    optim,
+    preemption,
+    processes,
+    provenance,
+    run_folder,
+    weights,
+)
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.config import validate
 from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import Preempted
-from convstem_jax.evaluate import evaluate, precise_batch_stats
+from convstem_jax.evaluation import evaluate, precise_batch_stats
 from convstem_jax.sharding import Sharding, bytes_on_device
 from convstem_jax.step import batch_statistics, eval_step
 from convstem_jax.transfer import transfer
@@ -67,11 +76,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     # ---------------------------------------------------------------------------------- data
 
-    reading = pipeline.Reading(
-        config.num_workers, config.num_threads, config.read_ahead, config.prefetch
-    )
+    reading = pipeline.Reading.of(config)
     steps_per_epoch = len(train_split) / config.batch_size
     num_steps = build.num_steps(config, len(train_split))
+    num_precise = build.num_precise_batches(config)
 
     new_train_batches = functools.partial(
         pipeline.train_batches,
@@ -106,9 +114,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     # -------------------------------------------------------------------------------- resume
 
     checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints)
-    first_step, loop = 0, {"seconds": 0.0, "speed": (0, 0.0)}
+    first_step, before = 0, {"seconds": 0.0, "speed": ()}
     if checkpoints.latest_step() is not None:
-        state, loop = checkpoints.restore(state)
+        state, before = checkpoints.restore(state)
         first_step = checkpoints.latest_step()
         processes.print_once(f"resumed from step {first_step}")
     elif start_weights is not None:
@@ -122,30 +130,29 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
         batch_size=config.batch_size,
-        speed=loop["speed"],
+        speed=before["speed"],
     )
-    start = time.perf_counter() - loop["seconds"]
+    start = time.perf_counter() - before["seconds"]
 
     @functools.cache
     def precise_batches():
-        num = max(1, config.precise_bn_examples // config.batch_size)
         # By threads: worker processes would keep their memory to the end of the run.
-        threads = pipeline.Reading(0, min(num, max(1, config.num_workers)), 1, 1)
-        return list(itertools.islice(new_train_batches(first_step=0, reading=threads), num))
+        num_threads = min(num_precise, max(1, config.num_workers))
+        threads = pipeline.Reading(0, num_threads, 1, 1)
+        return list(itertools.islice(new_train_batches(first_step=0, reading=threads), num_precise))
 
-    def precise(weights):
-        batch_stats = precise_batch_stats(jit_batch_statistics, weights, precise_batches())
-        return {"params": weights["params"], "batch_stats": batch_stats}
+    def precise(found):
+        batch_stats = precise_batch_stats(jit_batch_statistics, found, precise_batches())
+        return {"params": found["params"], "batch_stats": batch_stats}
 
     def evaluate_weights(step):
         nonlocal state
         with records.pause(step, state):
             raw = {"params": state.params, "batch_stats": state.batch_stats}
-            if config.precise_bn_examples and state.batch_stats:
+            if num_precise and state.batch_stats:
                 raw = precise(raw)
                 state = state._replace(batch_stats=raw["batch_stats"], ema=precise(state.ema))
-            weights = {"ema": state.ema, "raw": raw}
-            results = evaluate(jit_eval_step, weights, eval_batches)
+            results = evaluate(jit_eval_step, {"ema": state.ema, "raw": raw}, eval_batches)
             records.eval(step, config.eval_split, results)
             return results
 
@@ -156,7 +163,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     # ---------------------------------------------------------------------------------- loop
 
-    results = None
+    results = step_metrics = None
     batches = new_train_batches(first_step=first_step)
     with (
         contextlib.closing(records),
@@ -165,6 +172,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     ):
         for step in range(first_step + 1, num_steps + 1):  # `step` updates made, after this one
             batch = next(batches)
+            records.batch_arrived(step_metrics)
             # Anything that went between host and devices unasked would stall every step.
             with jax.transfer_guard("disallow"):
                 state, step_metrics = jit_train_step(state, batch, hparams)
@@ -197,9 +205,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         "steps": num_steps,
         "seconds": round(time.perf_counter() - start, 1),
         "images_per_second": round(records.images_per_second, 1),
-        "device": run_folder.device(),
-        "versions": run_folder.versions(),
-        "commit": run_folder.commit(),
+        "device": provenance.device(),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
     }
     if processes.is_first():
         curves = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
@@ -218,7 +226,7 @@ def _print_overview(config, workdir: str, state, num_images: int, num_steps: int
     exempt = ", ".join(sorted({path[-1].key for path, is_decayed in paths if not is_decayed}))
     print(
         f"{config.model}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, "
-        f"{config.dtype}, on {run_folder.device()}\n"
+        f"{config.dtype}, on {provenance.device()}\n"
         f"the state, {config.state_sharding}, takes {bytes_on_device(state) / 2**20:,.1f} MiB of "
         "each device\n"
         f"weight decay acts on {sum(flags)} of {len(flags)} arrays, on none called {exempt}: see "

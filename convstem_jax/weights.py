@@ -1,5 +1,6 @@
 """Weights of a trained model, from a run's folder or a file, and back into a model."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -7,11 +8,12 @@ import os
 from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from convstem_jax import optim, run_folder
 from convstem_jax.checkpoint import Checkpoints
-from convstem_jax.errors import CheckpointError
+from convstem_jax.errors import CheckpointError, ConfigError
 from convstem_jax.models import create_model
 from convstem_jax.step import PyTree, TrainState, split
 
@@ -33,6 +35,28 @@ class Architecture:
             self.model, num_classes=self.num_classes, image_size=self.image_size, **kwargs
         )
 
+    def graphdef(self, **kwargs) -> nnx.GraphDef:
+        """The model without its weights; `kwargs` as in `create_model`."""
+        return split(nnx.eval_shape(lambda: self.build(**kwargs)))[0]
+
+    def with_weights(self, weights: Weights, dtype: jnp.dtype) -> nnx.Module:
+        """The model that has them, in evaluation mode; `dtype` to compute in."""
+        params, batch_stats = weights["params"], weights["batch_stats"]
+        params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats))
+        return nnx.merge(self.graphdef(dtype=dtype), params, batch_stats)
+
+    def check(self, config: ml_collections.ConfigDict, path: str) -> None:
+        """Checks that a configuration is of this model.
+
+        Raises:
+            ConfigError: it is of another, or for images of another size than those at `path`.
+        """
+        words = "a {} for {} pixels".format
+        own = words(self.model, self.image_size)
+        asked = words(config.model, config.image_size)
+        if own != asked:
+            raise ConfigError(f"{path} is {own}, the configuration of {asked}: give another")
+
     def shapes(self) -> Weights:
         """Shapes of the model's weights."""
         _, params, batch_stats = split(nnx.eval_shape(self.build))
@@ -40,27 +64,29 @@ class Architecture:
 
 
 def load_model(
-    path: str, *, raw: bool = False, step: int | None = None, dtype: jnp.dtype = jnp.float32
+    path: str, *, raw: bool = False, step: int | str | None = None, dtype: jnp.dtype = jnp.float32
 ) -> nnx.Module:
     """Loads a trained model, e.g. `load_model("runs/quickstart")`, in evaluation mode.
 
     Args:
         path: a run's folder, or a file that `save` wrote.
         raw: the weights of the last update in place of their moving average (EMA).
-        step: the checkpoint; the latest one by default.
+        step: number of the checkpoint, or "best" for the one whose EMA has the lowest top-1 error;
+            the latest one by default.
         dtype: type to compute in.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
     weights, architecture = load(path, raw=raw, step=step)
-    graphdef, _, _ = split(nnx.eval_shape(lambda: architecture.build(dtype=dtype)))
-    params, batch_stats = jax.tree.map(jnp.asarray, (weights["params"], weights["batch_stats"]))
-    return nnx.merge(graphdef, params, batch_stats)
+    return architecture.with_weights(weights, dtype)
 
 
-def load(path: str, *, raw: bool = False, step: int | None = None) -> tuple[Weights, Architecture]:
+def load(
+    path: str, *, raw: bool = False, step: int | str | None = None
+) -> tuple[Weights, Architecture]:
     """Loads weights and what they belong to; see `load_model`."""
+    path = os.path.expanduser(path)
     if os.path.isdir(path):
         return _load_run(path, raw, step)
     convert = "convert it first, with python -m convstem_jax.convert"
@@ -122,15 +148,25 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
+def step_from_text(text: str) -> int | str:
+    """`step` of `load_model` from a command line: a `type` of argparse."""
+    if not (text == "best" or text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} is neither the number of a step nor best")
+    return text if text == "best" else int(text)
+
+
 def _key(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
-def _load_run(path: str, raw: bool, step: int | None) -> tuple[Weights, Architecture]:
-    if not run_folder.has_checkpoint(path):  # Orbax would make the folder.
+def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Architecture]:
+    if not run_folder.has_checkpoint(path):
         raise CheckpointError(f"{path} holds no checkpoint: name the folder of a run")
-    checkpoints = Checkpoints(os.path.abspath(os.path.join(path, "checkpoints")))
+    folder = os.path.abspath(os.path.join(path, "checkpoints"))
+    checkpoints = Checkpoints(folder, read_only=True)
     try:
+        if step == "best":
+            step = checkpoints.best_step()
         ema, last = checkpoints.restore_weights(step)
     finally:
         checkpoints.close()
@@ -147,13 +183,17 @@ def _load_run(path: str, raw: bool, step: int | None) -> tuple[Weights, Architec
 
 def _save_run(path: str, weights: Weights, architecture: Architecture) -> None:
     os.makedirs(path)
-    params, batch_stats = jax.tree.map(jnp.asarray, (weights["params"], weights["batch_stats"]))
-    ema = {"params": params, "batch_stats": batch_stats}
-    opt_state = optim.adamw(0.0, 0.0).init(params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state, ema)
     checkpoints = Checkpoints(os.path.abspath(os.path.join(path, "checkpoints")))
-    checkpoints.save(0, state, {"seconds": 0.0, "speed": (0, 0.0)})
+    checkpoints.save(0, _state_of(weights), {"seconds": 0.0, "speed": ()})
     checkpoints.close()
     config = {"model": architecture.model, "image_size": architecture.image_size}
     with open(os.path.join(path, "config.json"), "w") as file:
         json.dump(config, file, indent=2)
+
+
+def _state_of(weights: Weights) -> TrainState:
+    """Of a run that ends with these weights."""
+    params, batch_stats = jax.tree.map(jnp.asarray, (weights["params"], weights["batch_stats"]))
+    ema = {"params": params, "batch_stats": batch_stats}
+    opt_state = optim.adamw(0.0, 0.0).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state, ema)

@@ -14,7 +14,7 @@
 do_build() {
   cd "$launch/.."
   run docker build --file launch/Dockerfile --build-arg DEVICE="$DEVICE" \
-    --label org.opencontainers.image.revision="${COMMIT:-unknown}" --tag "$IMAGE" .
+    --build-arg COMMIT="${COMMIT:-}" --label org.opencontainers.image.revision="${COMMIT:-unknown}" --tag "$IMAGE" .
 }
 
 # Runs that were stopped, `docker stop` included, save first if they are given the time.

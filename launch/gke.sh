@@ -16,7 +16,7 @@
 # shellcheck source=launch/shared.sh
 . "$(dirname "$0")/shared.sh"
 
-# Name of the JobSet's first pod up to its random end.
+# All pods of the JobSet.
 selector="jobset.sigs.k8s.io/jobset-name=$RUN_NAME"
 
 need_image() {

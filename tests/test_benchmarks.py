@@ -60,6 +60,7 @@ def test_reading(tmp_path, capsys):
     assert from_bucket["records_per_second"] < 2 / 0.005
     assert from_bucket["requests"] == 1 and from_bucket["bytes_sent_per_byte"] >= 1
     [need] = tables["demand"]
+    assert tables["about"]["command"] == flags and tables["about"]["versions"]["jax"]
     assert need["images_per_second_and_host"] == 2000 and need["mb_per_second_and_host"] == 230
     assert "v5e:4x4" in capsys.readouterr().out
     assert sorted(tmp_path.iterdir()) == [file, preflight], "it cleans up"
@@ -237,10 +238,31 @@ def test_the_plain_model_is_the_same_network(name):
     assert jax_contenders.new_model("plain Flax, bfloat16", "regnety_1gf") is None
 
 
-def test_train_step_refuses_an_odd_batch(capsys):
+COUNT, EVEN = "must be a whole number of 1 or more", "must be an even number of 2 or more"
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "message"),
+    [
+        (around_step, "--batch 3", f"--batch: '3' {EVEN}"),
+        (around_step, "--steps 0", f"--steps: '0' {COUNT}"),
+        (population, "--trials 0", f"--trials: '0' {COUNT}"),
+        (population, "--repeats=-1", f"--repeats: '-1' {COUNT}"),
+        (reading, "--threads 2 0", f"--threads: '0' {COUNT}"),
+        (reading, "--latency_ms 30 -1", "--latency_ms -1 must be 0 or more"),
+        (roofline, "--batch 0", f"--batch: '0' {EVEN}"),
+        (tpu_cycles, "--batch=many", f"--batch: 'many' {EVEN}"),
+        (train_step, "--batch 2 3", f"--batch: '3' {EVEN}"),
+        (train_step, "--matmul_size 1.5", f"--matmul_size: '1.5' {COUNT}"),
+    ],
+)
+def test_a_wrong_count_is_refused(program, flags, message, capsys):
     with pytest.raises(SystemExit) as error:
-        train_step.main(["--batch=3"])
-    assert error.value.code == 2 and "--batch 3 must be even" in capsys.readouterr().err
+        program.main(flags.split())
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_train_step_refuses_what_does_not_fit_together(capsys):
     with pytest.raises(SystemExit):
         train_step.main(["--models", "vitc_1gf", "vitc_4gf", "vitc_1gf"])
     assert "--models names one twice" in capsys.readouterr().err
@@ -348,7 +370,8 @@ def test_roofline(tmp_path, capsys):
     ceilings = row["flops"] / 1e9, row["bytes"] / 1e9
     assert max(ceilings) <= seconds <= sum(ceilings)
     assert row["reached"] == pytest.approx(10 / row["bound_images_per_second"])
-    assert row["measured_at"] == "abc"
+    assert row["measured_at"] == "abc" != row["commit"]
+    assert row["command"] == flags and row["versions"]["jax"] == jax.__version__
     assert "vitc_tiny" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         roofline.main([f"--measured={tmp_path}/none.json"])

@@ -53,8 +53,11 @@ def test_round_trip_is_exact(tmp_path):
     checkpoints.close()
 
 
-def test_the_latest_and_the_best_are_kept(tmp_path):
-    write(tmp_path / "c", {1: 50.0, 2: 30.0, 3: None, 4: 40.0, 5: 45.0, 6: None})
+@pytest.mark.parametrize("num_sessions", [1, 6])
+def test_the_latest_and_the_best_are_kept(tmp_path, num_sessions):
+    errors = {1: 50.0, 2: 30.0, 3: None, 4: 40.0, 5: 45.0, 6: None}
+    for own in [errors] if num_sessions == 1 else [{step: e} for step, e in errors.items()]:
+        write(tmp_path / "c", own)
     kept = sorted(int(name) for name in os.listdir(tmp_path / "c") if name.isdigit())
     assert kept == [2, 5, 6], "expected the best (2) and the two latest (5, 6)"
     checkpoints = Checkpoints(str(tmp_path / "c"))
@@ -127,6 +130,10 @@ def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
     write(tmp_path / "c", {1: 1.0})
     unfinished = tmp_path / "c" / "2.orbax-checkpoint-tmp"  # renamed when it is complete
     shutil.copytree(tmp_path / "c" / "1", unfinished)
+    reader = Checkpoints(str(tmp_path / "c"), read_only=True)
+    assert reader.latest_step() == 1 and same(reader.restore(make_state(0))[0], make_state(1))
+    reader.close()
+    assert unfinished.exists(), "reading a run destroys what it is saving"
     checkpoints = Checkpoints(str(tmp_path / "c"))
     assert checkpoints.latest_step() == 1
     checkpoints.save(3, make_state(3), {})

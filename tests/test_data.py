@@ -365,6 +365,30 @@ def test_what_a_packed_file_does_not_have(packed_dir, split, message):
         sources.open_split(str(packed_dir), NAME, split)
 
 
+def test_folders_of_images_are_packed(tmp_path, capsys):
+    def put(split, name, grey):
+        folder = tmp_path / "photos" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        image = np.full((40, 50, 3), grey, np.uint8)
+        cv2.imwrite(str(folder / f"{grey}.PNG"), image)
+
+    flags = ["--images", str(tmp_path / "photos"), "--dataset", "photos", "--output"]
+    flags += [str(tmp_path / "data")]
+    for split, name, grey in (("train", "b", 10), ("train", "a", 20), ("test", "b", 30)):
+        put(split, name, grey)
+    assert packed.main(flags) == 0
+    assert "2 classes, 2 in train, 1 in test" in capsys.readouterr().out
+    split = sources.open_split(str(tmp_path / "data"), "photos", "train")
+    assert split.num_classes == 2
+    found = [(int(x["label"]), int(x["image"][0, 0, 0])) for x in map(split.__getitem__, range(2))]
+    assert found == [(0, 20), (1, 10)], "classes are numbered in the order of their names"
+    put("test", "c", 40)
+    assert packed.main(flags) == 2
+    assert "c is of a class that train does not have" in capsys.readouterr().err
+    assert packed.main([*flags, "--splits", "train,validation"]) == 2
+    assert "validation holds no CLASS/*.jpg" in capsys.readouterr().err
+
+
 def test_a_damaged_packed_file(packed_dir, tmp_path, capsys):
     content = (packed_dir / f"{NAME}.npz").read_bytes()
     (tmp_path / f"{NAME}.npz").write_bytes(content[: len(content) // 2])

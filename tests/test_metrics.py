@@ -1,12 +1,13 @@
 """Records of a run: their speed, their lateness, and what a resumed run keeps."""
 
+import errno
 import json
 
 import jax.numpy as jnp
 import pytest
 
 from convstem_jax import metrics
-from convstem_jax.errors import NotFiniteError
+from convstem_jax.errors import CheckpointError, NotFiniteError
 
 
 @pytest.fixture
@@ -77,6 +78,49 @@ def test_records_reach_the_disk_before_a_checkpoint(tmp_path, monkeypatch):
     records.close()
 
 
+def test_steps_that_wait_for_input_are_told(tmp_path, capsys, clock_at):
+    class Running:
+        def is_ready(self):
+            return False
+
+    records = records_of(tmp_path)
+    records.batch_arrived(None)
+    records.train(1, step_metrics(2.0))
+    clock_at(10)
+    for before in (step_metrics(2.0), {"loss": Running()}, {"loss": Running()}):
+        records.batch_arrived(before)
+    records.train(4, step_metrics(2.0))
+    records.flush()
+    assert metrics.read_jsonl(records.path)[-1]["starved"] == pytest.approx(1 / 3)
+    assert "33% of the steps waited for input" in capsys.readouterr().out
+    records.close()
+
+
+def test_an_evaluation_may_be_of_the_training_split(tmp_path):
+    records = records_of(tmp_path)
+    records.train(50, step_metrics(2.0))
+    records.flush()
+    error = {"top1_error": 50.0, "examples": 2}
+    records.eval(50, "train", {"ema": error, "raw": error})
+    records.close()
+    written = metrics.read_jsonl(records.path)
+    metrics.plot_curves(str(tmp_path), written, "title")
+    assert (tmp_path / "curves.png").exists()
+    records_of(tmp_path, first_step=50).close()
+    assert metrics.read_jsonl(records.path) == written[:1], "the last evaluation is made again"
+
+
+def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch):
+    records = records_of(tmp_path)
+    records.train(1, step_metrics(2.0))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(metrics.os, "fsync", lambda unused_file: (_ for _ in ()).throw(full))
+    with pytest.raises(CheckpointError, match="metrics.jsonl cannot be written.*No space left"):
+        with records.pause(1, {}):
+            raise AssertionError("the checkpoint would outlive the records before it")
+    records.close()
+
+
 @pytest.mark.parametrize("loss", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_is_recorded_and_raised(tmp_path, loss):
     records = records_of(tmp_path)
@@ -91,13 +135,13 @@ def test_a_loss_that_is_not_finite_is_recorded_and_raised(tmp_path, loss):
 
 def test_a_resumed_run_drops_what_it_will_do_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    kept = [{"step": 10, "kind": "train"}, {"step": 20, "kind": "test"}]
-    later = [{"step": 21, "kind": "train"}]
+    kept = [{"step": 10, "kind": "train", "loss": 2.0}, {"step": 20, "kind": "test"}]
+    later = [{"step": 21, "kind": "train", "loss": 2.0}]
     path.write_text("".join(json.dumps(r) + "\n" for r in kept + later) + '{"step": 3')
     records_of(tmp_path, first_step=20).close()
     assert metrics.read_jsonl(str(path)) == kept
 
-    last = [{"step": 50, "kind": "train"}, {"step": 50, "kind": "test"}]
+    last = [{"step": 50, "kind": "train", "loss": 2.0}, {"step": 50, "kind": "test"}]
     path.write_text("".join(json.dumps(r) + "\n" for r in kept + last))
     records_of(tmp_path, first_step=50).close()
     assert metrics.read_jsonl(str(path)) == kept + last[:1], "the last evaluation is made again"

@@ -44,7 +44,8 @@ class Progress:
     def __init__(self):
         self.losses = {}
 
-    def __call__(self, num_done, num_trials, share, losses):
+    def __call__(self, num_done, num_trials, first_share, share, losses):
+        self.first_share = first_share
         self.losses[round(share, 2)] = losses
 
 
@@ -148,7 +149,7 @@ def test_an_interrupted_population_goes_on(tmp_path):
     interrupt(c, trials, tmp_path / "interrupted")
     progress = Progress()
     assert run(c, trials, tmp_path / "interrupted", progress=progress) == expected
-    assert list(progress.losses) == [1.0], "it began again"
+    assert list(progress.losses) == [1.0] and progress.first_share == 11 / 19, "it began again"
     again = run(c, trials, tmp_path / "interrupted", progress=progress, new_programs=never)
     assert again == expected and len(progress.losses) == 1, "it is not trained again"
     more = [*trials, Trial(0.1, 1e-4, 2)]

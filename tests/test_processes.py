@@ -112,6 +112,26 @@ def assert_same_run(workdir, reference):
     assert json.loads((workdir / "result.json").read_text())["examples"] == 500
 
 
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ValueError("UNAVAILABLE: heartbeat timeout"), True),
+        (ValueError("another mistake"), False),
+        (OSError(5, "Input/output error"), False),
+        (TimeoutError("Sync timed out"), False),
+    ],
+)
+def test_a_lost_process_is_told_from_other_errors(monkeypatch, error, lost):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert processes.is_lost_peer(error) is lost
+    wrapped = TimeoutError("Sync timed out")  # as Orbax does
+    wrapped.__cause__ = RuntimeError("heartbeat timeout")
+    assert processes.is_lost_peer(wrapped)
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    assert not processes.is_lost_peer(wrapped)
+
+
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one_device") / "run"

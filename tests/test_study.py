@@ -180,7 +180,7 @@ def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, cap
         os.makedirs(folder, exist_ok=True)
         new_programs(len(trials))
         seen.append((folder.rsplit("/")[-1], config.optimizer, trials))
-        progress(0, len(trials), 1.0, np.ones(len(trials)))
+        progress(0, len(trials), 0.0, 1.0, np.ones(len(trials)))
         about = {"diverged_at": None, "curve": [[1.0, 9.0]], "device": "2 x x", "commit": "c"}
         about |= {"seconds": 2}
         return [t._asdict() | {"top1_error": 50 / t.lr**0.1} | about for t in trials]
@@ -263,7 +263,7 @@ def test_a_whole_study_where_there_is_jax_and_a_packed_file_alone(tmp_path):
 
 
 def test_time_left_counts_what_this_session_does(monkeypatch, capsys):
-    """Four equal populations; one and half of another were done in an earlier session."""
+    """Four equal populations; one and three quarters of another were done in an earlier session."""
     monkeypatch.setattr(program.time, "perf_counter", lambda: clock[0])
     clock = [0.0]
     trial = Trial(1.0, 1.0, 0)
@@ -274,6 +274,6 @@ def test_time_left_counts_what_this_session_does(monkeypatch, capsys):
     progress.start(plan[0])
     progress.finish(plan[0], [result])
     progress.start(plan[1])
-    clock[0] = 60.0  # for one trial, and four are left
-    progress.show(1, 1, 1.0, np.ones(1))
-    assert "50% of all, 4 min 00 s left" in capsys.readouterr().out
+    clock[0] = 60.0  # for half of a trial, and four are left
+    progress.show(1, 1, 0.5, 1.0, np.ones(1))
+    assert "50% of all, 8 min 00 s left" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from convstem_jax.models import attention, regnet
+from convstem_jax.models import MODELS, attention, create_model, regnet
 
 
 @pytest.mark.parametrize(
@@ -88,3 +88,21 @@ def test_a_population_compiles_for_tpus():
     )
     expected = ["vitc_tiny 8 True 0", "regnety_tiny 8 True 0"]
     assert done.stdout.splitlines() == expected, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kind", ["TPU v6 lite", "NVIDIA H200", "cpu"])
+@pytest.mark.parametrize("name", ["vitc_1gf", "regnety_tiny"])
+def test_a_mesh_that_is_not_ours_will_do(name, kind):
+    """`jax.make_mesh` makes the axis explicit, in which a batch need not be sharded."""
+    size = MODELS[name].image_size
+    images = jax.ShapeDtypeStruct((32, size, size, 3), jnp.float32)
+
+    def logits(images):
+        return create_model(name, num_classes=10, rngs=nnx.Rngs(0))(images)
+
+    mesh = jax.sharding.AbstractMesh(
+        (1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,),
+        abstract_device=jax.sharding.AbstractDevice(kind, None, ""),
+    )  # fmt: skip
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert jax.eval_shape(logits, images).shape == (32, 10)

@@ -17,9 +17,11 @@ from jax._src.array import ArrayImpl
 import numpy as np
 import pytest
 
+from convstem_jax import evaluate, predict
 from convstem_jax import train as train_module
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.config import load_config, set_field
+from convstem_jax.data import sources
 from convstem_jax.errors import ConfigError, NotFiniteError
 from convstem_jax.metrics import read_jsonl
 from convstem_jax.sharding import Sharding
@@ -115,7 +117,67 @@ def restore_latest(workdir):
 
 
 def without_time(records):
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+    return [
+        {k: v for k, v in r.items() if k not in ("images_per_second", "starved")} for r in records
+    ]
+
+
+def test_a_run_is_evaluated_as_it_was_in_training(uninterrupted, capsys):
+    workdir, result, _ = uninterrupted
+    assert evaluate.main([str(workdir), "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: found[name] for name in ("top1_error", "top5_error", "examples")} == {
+        name: result[name] for name in ("top1_error", "top5_error", "examples")
+    }
+    # Other weights, on other images.
+    flags = ["--raw", "--step", "16", f"--config.eval_split={PART[:-4]}100]"]
+    assert evaluate.main([str(workdir), *flags]) == 0
+    assert f"on the 100 images of {result['dataset'][:-4]}100]" in capsys.readouterr().out
+    for flags, message in (
+        (["--step", "17"], "has no checkpoint 17"),
+        (
+            ["--config", "configs/quickstart.py:vitp"],
+            "the configuration of a vitp_tiny",
+        ),
+        (["--config.eval_split=absent"], "absent"),
+    ):
+        assert evaluate.main([str(workdir), *flags]) in (2, 4)
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert evaluate.main([str(workdir / "config.json")]) == 2
+    assert "give --config" in capsys.readouterr().err
+
+
+def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capsys, monkeypatch):
+    workdir, result, _ = uninterrupted
+    split = sources.open_split("datasets", "fashion_mnist_10k", PART)
+    paths = [str(tmp_path / f"{i}.png") for i in range(len(split))]
+    for i, path in enumerate(paths):
+        cv2.imwrite(path, split[i]["image"][:, :, ::-1])
+    monkeypatch.setattr(predict, "BATCH_SIZE", 200)  # the last batch is filled up
+    assert predict.main([str(workdir), *paths, "--top", "5", "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["image"] for row in rows] == paths
+    assert all(row["classes"] == sorted(row["classes"], key=lambda x: -x[1]) for row in rows)
+    for top, error in ((1, "top1_error"), (5, "top5_error")):
+        wrong = sum(
+            str(split[i]["label"]) not in [name for name, _ in row["classes"][:top]]
+            for i, row in enumerate(rows)
+        )
+        assert 100 * wrong / len(split) == pytest.approx(result[error], abs=0.41)  # two images
+
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"class {i}\n" for i in range(10)))
+    assert predict.main([str(workdir), paths[0], "--names", str(names), "--top", "1"]) == 0
+    assert f"class {rows[0]['classes'][0][0]}" in capsys.readouterr().out
+    for argv, status, message in (
+        ([paths[0], str(names)], 3, "names.txt is not there, or is not an image"),
+        ([paths[0], "--names", paths[0] + "x"], 2, "cannot be read"),
+        ([paths[0], "--config", "configs/quickstart.py:vitp"], 2, "of a vitp_tiny"),
+    ):
+        assert predict.main([str(workdir), *argv]) == status
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
 
 
 def test_a_run_leaves_its_records(uninterrupted):

@@ -14,6 +14,7 @@ import torch
 
 import convstem_jax
 from convstem_jax import convert, layouts, weights
+from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError
 from convstem_jax.step import split
 from convstem_jax.transfer import resize_position_embedding, transfer
@@ -263,6 +264,23 @@ def test_a_model_is_loaded_with_its_weights(tmp_path):
     images = networks.images_of(2, 32)
     np.testing.assert_array_equal(convstem_jax.load_model(path)(images), nnx.clone(model)(images))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == "vitc_tiny"
+
+
+def test_the_best_checkpoint_is_loaded_by_that_name(tmp_path):
+    found, architecture = random_weights("vitc_tiny")
+    path = str(tmp_path / "run")
+    weights.save(path, found, architecture)
+    with pytest.raises(CheckpointError, match="no checkpoint in .* was evaluated"):
+        weights.load(path, step="best")
+    checkpoints = Checkpoints(f"{path}/checkpoints")
+    state = weights._state_of(found)
+    for step, error in ((10, 20.0), (20, 30.0)):
+        checkpoints.save(step, state._replace(step=jnp.int32(step)), {}, {"top1_error": error})
+    checkpoints.close()
+    reader = Checkpoints(f"{path}/checkpoints", read_only=True)
+    assert (reader.latest_step(), reader.best_step()) == (20, 10)
+    reader.close()
+    assert_same(weights.load(path, step="best")[0], found)
 
 
 def test_another_size_and_other_classes_are_adapted():

@@ -1,20 +1,25 @@
-"""A data set in one file, for machines that have neither tfds nor ArrayRecord.
+"""A data set in one file: of your own images, or for machines without tfds and ArrayRecord.
 
-    python -m convstem_jax.data.packed --dataset fashion_mnist_10k --output FOLDER
+    python -m convstem_jax.data.packed --images photos --dataset photos --output data
+    python -m convstem_jax.data.packed --dataset fashion_mnist_10k --output data
 
-`FOLDER/fashion_mnist_10k.npz` then stands for the tfds directory where `config.data_dir=FOLDER`. It
-is read whole, so this is for data sets of some hundred megabytes.
+The first packs photos/train/CLASS/*.jpg (or .png) and photos/test/CLASS/*.jpg, the second a data
+set of tfds. `data/photos.npz` is then what `config.data_dir=data` and `config.dataset=photos` name.
+It is read whole, so this is for data sets of some hundred megabytes.
 """
 
 import argparse
 import dataclasses
 import os
+import pathlib
 import re
 import sys
 
 import numpy as np
 
 from convstem_jax.errors import ConfigError, DataError, UserError, first_line
+
+_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +107,32 @@ def pack(split) -> PackedRecords:
     return records([r["image"] for r in found], [int(r["label"]) for r in found])
 
 
+def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecords], list[str]]:
+    """Packs the images of `folder/SPLIT/CLASS/`, each class by the place of its name in order.
+
+    Returns:
+        The splits, and the names of the classes, which are those of the first split.
+
+    Raises:
+        ConfigError: a split has no images, or a class that the first one has not.
+    """
+    packed, classes = {}, []
+    for split in splits:
+        root = pathlib.Path(folder, split)
+        files = sorted(p for p in root.glob("*/*") if p.suffix.lower() in _SUFFIXES)
+        if not files:
+            raise ConfigError(f"{root} holds no CLASS/*{', '.join(_SUFFIXES)}: see --images")
+        classes = classes or sorted({file.parent.name for file in files})
+        for file in files:
+            if file.parent.name not in classes:
+                raise ConfigError(f"{file.parent} is of a class that {splits[0]} does not have")
+        labels = [classes.index(file.parent.name) for file in files]
+        packed[split] = records([file.read_bytes() for file in files], labels)
+    return packed, classes
+
+
 def main(argv: list[str]) -> int:
-    """Packs the splits of a tfds directory; returns the exit status."""
+    """Packs a data set of tfds, or folders of images; returns the exit status."""
     from convstem_jax.data import sources
 
     parser = argparse.ArgumentParser(
@@ -113,23 +142,31 @@ def main(argv: list[str]) -> int:
     )
     add = parser.add_argument
     add("--dataset", required=True, help="its name, such as fashion_mnist_10k")
+    add("--images", metavar="FOLDER", help="pack FOLDER/SPLIT/CLASS/*.jpg, not a data set of tfds")
     add("--data_dir", default="datasets", help="folder that holds it (default: %(default)s)")
     add("--splits", default="train,test", help="or parts: train[:1000],test (default: %(default)s)")
     add("--output", required=True, help="folder to write DATASET.npz in")
     args = parser.parse_args(argv)
     try:
-        splits = {
-            name.partition("[")[0]: sources.open_split(args.data_dir, args.dataset, name)
-            for name in args.splits.split(",")
-        }
+        names = args.splits.split(",")
+        if args.images:
+            splits, classes = pack_folders(args.images, names)
+            num_classes = len(classes)
+        else:
+            found = {
+                name.partition("[")[0]: sources.open_split(args.data_dir, args.dataset, name)
+                for name in names
+            }
+            splits = {name: pack(split) for name, split in found.items()}
+            num_classes = next(iter(found.values())).num_classes
         os.makedirs(args.output, exist_ok=True)
         path = os.path.join(args.output, f"{args.dataset}.npz")
-        num_classes = next(iter(splits.values())).num_classes
-        write(path, {name: pack(split) for name, split in splits.items()}, num_classes)
+        write(path, splits, num_classes)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_status", 2)
-    print(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB")
+    counts = ", ".join(f"{len(split):,} in {name}" for name, split in splits.items())
+    print(f"{path}: {num_classes} classes, {counts}, {os.path.getsize(path) / 1e6:.1f} MB")
     return 0
 
 

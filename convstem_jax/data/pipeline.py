@@ -12,6 +12,7 @@ import sys
 from absl import flags
 import grain
 import jax
+import ml_collections
 
 from convstem_jax import preemption
 from convstem_jax.data.examples import EvalExamples, TrainExamples
@@ -25,6 +26,11 @@ class Reading:
     num_threads: int  # batches that are made at the same time, in each worker
     read_ahead: int  # batches that are ready on the host, for each worker
     prefetch: int  # batches that are on the devices ahead of the step
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict) -> "Reading":
+        """As the configuration has it."""
+        return cls(*(config[field.name] for field in dataclasses.fields(cls)))
 
 
 def train_batches(
@@ -82,6 +88,10 @@ class EvalBatches:
         padded = grain.MapDataset.range(self._num_batches * batch_size).map(examples.__getitem__)
         self._batches = _to_devices(padded.repeat(), batch_size, sharding, reading)
         self._stream = None
+
+    def __len__(self) -> int:
+        """Batches of a pass."""
+        return self._num_batches
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         if self._stream is None:

@@ -19,9 +19,22 @@ def on_tpu() -> bool:
     return device_kind().startswith("TPU")
 
 
+def overflows_in_fused_gradients() -> bool:
+    """Whether it is one for which the compiler dies of the stem's fused gradients.
+
+    So libtpu 0.0.42 does for v6e: it fuses them into something that overflows its own stack.
+    """
+    return device_kind() == "TPU v6 lite"
+
+
 def num_devices() -> int:
-    """How many share the batch: the axis `data` of the mesh in use; 0 where it has no such axis."""
-    return jax.sharding.get_abstract_mesh().shape.get("data", 0)
+    """How many share the batch: the axis `data` of the mesh in use; 0 where it has no such axis.
+
+    Only where XLA's partitioner is to divide it ("Auto"): an explicit axis says of each array
+    whether it lies along it, and inside `jax.shard_map` an array is one device's part already.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape["data"] if "data" in mesh.auto_axes else 0
 
 
 def by_device(function: Callable) -> Callable:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import os
-import signal
 import sys
 import time
 
@@ -18,7 +17,7 @@ from flax import nnx
 import ml_collections
 import numpy as np
 
-from convstem_jax import build, command_line, preemption, run_folder
+from convstem_jax import build, command_line, files, preemption, provenance, run_folder
 from convstem_jax.complexity import complexity
 from convstem_jax.errors import ConfigError
 from convstem_jax.study import experiments
@@ -65,7 +64,7 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
     progress = _Progress(runs, planned)
     print(
         f"{len(planned)} populations, {sum(len(p.trials) for p in planned)} trials, "
-        f"{len(train_split):,} training images, on {run_folder.device()}",
+        f"{len(train_split):,} training images, on {provenance.device()}",
         flush=True,
     )
     records = []
@@ -74,9 +73,10 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
 
         @functools.cache
         def readers(image_size, eval_resize):
-            sizes = image_size, eval_resize
-            run = next(r for r in runs.values() if (r.image_size, r.eval_resize) == sizes)
-            return stack.enter_context(open_readers(run, config.host_memory_gb * 2**30))
+            # Each size has its own, so they share the memory.
+            sizes = {(run.image_size, run.eval_resize): run for run in runs.values()}
+            memory = config.host_memory_gb * 2**30 / len(sizes)
+            return stack.enter_context(open_readers(sizes[image_size, eval_resize], memory))
 
         @functools.cache
         def programs(model, optimizer, per_device):
@@ -109,7 +109,7 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
             train(population)
 
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    run_folder.write_text(os.path.join(workdir, "trials.jsonl"), lines)
+    files.write_text(os.path.join(workdir, "trials.jsonl"), lines)
     # An interrupted study may have gone on elsewhere.
     devices, commits = (sorted({str(r[name]) for r in records}) for name in ("device", "commit"))
     run_folder.write_result(
@@ -120,7 +120,7 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
             **data,
             "seconds": round(sum(record["seconds"] for record in records), 1),
             "device": " and ".join(devices),
-            "versions": run_folder.versions(),
+            "versions": provenance.versions(),
             "commit": " and ".join(commits),
         },
     )
@@ -166,12 +166,15 @@ class _Progress:
         self._population, self._index = population, self._index + 1
         self._is_trained = False
 
-    def show(self, num_done: int, num_trials: int, share: float, losses: np.ndarray) -> None:
+    def show(
+        self, num_done: int, num_trials: int, first_share: float, share: float, losses: np.ndarray
+    ) -> None:
+        """A line of `population.train_population`, which describes the arguments."""
         p = self._population
         each = self._work(p) / len(p.trials)
         if not self._is_trained:
             self._is_trained = True
-            self._before += each * num_done
+            self._before += each * (num_done + num_trials * first_share)
         done = self._done + each * (num_done + num_trials * share)
         left = self.seconds / (done - self._before) * (self._total - done)
         loss = f"loss {np.median(losses):.3f}" if len(losses) else "all diverged"
@@ -212,7 +215,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "--traceback" not in sys.argv:
         command_line.silence_libraries()
     sys.exit(main(sys.argv[1:]))

@@ -13,12 +13,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from convstem_jax import build, run_folder
+from convstem_jax import build, files, provenance
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.data import sources
 from convstem_jax.data.reader import Reader
 from convstem_jax.errors import DataError, Preempted
-from convstem_jax.evaluate import evaluation_sums, precise_batch_stats
+from convstem_jax.evaluation import evaluation_sums, precise_batch_stats
 from convstem_jax.study.programs import PopulationState, Programs, Trial, stack_hparams
 
 
@@ -65,7 +65,7 @@ def train_population(
     *,
     readers: tuple[Reader, Reader],
     new_programs: Callable[[int], Programs],
-    progress: Callable[[int, int, float, np.ndarray], None],
+    progress: Callable[[int, int, float, float, np.ndarray], None],
     stop_requested: Callable[[int], bool],
 ) -> list[dict]:
     """Trains all trials, or those that `folder` does not hold the results of.
@@ -77,7 +77,8 @@ def train_population(
         readers: of training and of evaluation.
         new_programs: gives `Programs` for a number of trials; called only if some are missing.
         progress: called at log points with the number of trials done, of those in training, the
-            share of their steps that is made, and the losses of those that have not diverged.
+            share of their steps that an earlier session made, the share that is made by now, and
+            the losses of those that have not diverged.
         stop_requested: of the step made, whether the machine asks to stop after it.
 
     Returns:
@@ -97,14 +98,14 @@ def train_population(
         name = f"{trials.index(part[0]):03}"
         part_folder = os.path.join(folder, name)
         os.makedirs(part_folder, exist_ok=True)
-        run_folder.write_text(os.path.join(part_folder, "trials.json"), json.dumps(part))
+        files.write_text(os.path.join(part_folder, "trials.json"), json.dumps(part))
         found = _train_part(
             config, part, part_folder, programs, readers,
             functools.partial(progress, len(trials) - len(missing), len(part)),
             stop_requested, start,
         )  # fmt: skip
         lines = "".join(json.dumps(result) + "\n" for result in found)
-        run_folder.write_text(os.path.join(folder, f"trials_{name}.jsonl"), lines)
+        files.write_text(os.path.join(folder, f"trials_{name}.jsonl"), lines)
         shutil.rmtree(part_folder, ignore_errors=True)
         missing = [trial for trial in missing if trial not in part]
         start = time.perf_counter()
@@ -154,6 +155,7 @@ def _train_part(
     state = programs.init(hparams.seed)
     steps_per_epoch = num_examples / config.batch_size
     num_steps = build.num_steps(config, num_examples)
+    num_precise = build.num_precise_batches(config)
 
     checkpoints = Checkpoints(os.path.join(folder, "checkpoints"), keep=1)
     curves, first_step = [], 0
@@ -165,12 +167,11 @@ def _train_part(
 
     @functools.cache
     def precise_batches():
-        num = max(1, config.precise_bn_examples // config.batch_size)
-        return list(train_reader.read(range(num), programs.replicated))
+        return list(train_reader.read(range(num_precise), programs.replicated))
 
     def evaluate_trials(step):
         ema = state.trials.ema
-        if config.precise_bn_examples and ema["batch_stats"]:
+        if num_precise and ema["batch_stats"]:
             precise = precise_batch_stats(programs.batch_statistics, ema, precise_batches())
             ema = ema | {"batch_stats": precise}
         batches = eval_reader.read(range(eval_reader.num_batches()), programs.replicated)
@@ -198,7 +199,8 @@ def _train_part(
                 evaluate_trials(step)
             if step % config.log_every_steps == 0 or is_last:
                 losses, updates = jax.device_get((metrics["loss"], state.updates))
-                progress(step / num_steps, losses[: len(trials)][updates[: len(trials)] == step])
+                losses = losses[: len(trials)][updates[: len(trials)] == step]
+                progress(first_step / num_steps, step / num_steps, losses)
             if stopping or is_last or step % config.checkpoint_every_steps == 0:
                 save(step)
             if stopping and not is_last:
@@ -209,8 +211,8 @@ def _train_part(
     updates = jax.device_get(state.updates)
     about = {
         "seconds": round((time.perf_counter() - start) / len(trials), 2),
-        "device": run_folder.device(),
-        "commit": run_folder.commit(),
+        "device": provenance.device(),
+        "commit": provenance.commit(),
     }
     return [
         trial._asdict()

@@ -1,7 +1,7 @@
 """Many trials of one model as one compiled program.
 
-Trials differ in learning rate, weight decay, seed and length of the schedule, which are arrays to
-`train_step`. They are mapped over and sharded over the devices; all see the same batches.
+Trials differ in learning rate, weight decay and seed, which are arrays to `train_step`. They are
+mapped over and sharded over the devices; all see the same batches.
 """
 
 from collections.abc import Sequence

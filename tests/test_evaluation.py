@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from convstem_jax import mixing
-from convstem_jax.evaluate import evaluate, precise_batch_stats
+from convstem_jax.evaluation import evaluate, precise_batch_stats
 from convstem_jax.step import Recipe, batch_statistics, split
 from tests.networks import random_model
 

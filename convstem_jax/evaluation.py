@@ -1,0 +1,69 @@
+"""Evaluation: precise BatchNorm statistics, then every example exactly once."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from convstem_jax.step import PyTree
+
+
+def evaluate(
+    eval_step: Callable, weights: dict[str, PyTree], batches: Iterable
+) -> dict[str, dict[str, float]]:
+    """Evaluates one or several sets of weights in one pass over the data.
+
+    Args:
+        eval_step: `step.eval_step`, jitted, with its first two arguments bound.
+        weights: name -> {"params", "batch_stats"}.
+        batches: `pipeline.EvalBatches`, or dicts like its own; at least one example in all.
+
+    Returns:
+        For each name: `top1_error` and `top5_error` in percent, the mean cross-entropy `loss`, and
+        the number of `examples`.
+    """
+    sums = evaluation_sums(eval_step, weights, batches)
+    return {name: _means(s) for name, s in sums.items()}
+
+
+def evaluation_sums(
+    eval_step: Callable, weights: dict[str, PyTree], batches: Iterable
+) -> dict[str, dict]:
+    """What `evaluate` divides: for each name the sums that `eval_step` gives."""
+    # The sums stay on the device until the end, so that no batch waits for the host.
+    sums = {}
+    for batch in batches:
+        new = {name: eval_step(w["params"], w["batch_stats"], batch) for name, w in weights.items()}
+        sums = jax.tree.map(jnp.add, sums, new) if sums else new
+    return jax.device_get(sums)
+
+
+def precise_batch_stats(
+    batch_statistics: Callable, weights: PyTree, batches: Sequence[PyTree]
+) -> PyTree:
+    """Means of the BatchNorm statistics of several training batches ("precise" BatchNorm).
+
+    Args:
+        batch_statistics: `step.batch_statistics`, jitted, with its first two arguments bound.
+        weights: {"params", "batch_stats"}.
+        batches: of the training split, of equal size.
+
+    Returns:
+        Statistics to evaluate `weights["params"]` with.
+    """
+    sums = jax.tree.map(jnp.zeros_like, weights["batch_stats"])
+    for i, batch in enumerate(batches):
+        params, batch_stats = weights["params"], weights["batch_stats"]
+        new = batch_statistics(params, batch_stats, batch, jax.random.key(i))
+        sums = jax.tree.map(jnp.add, sums, new)
+    return jax.tree.map(lambda x: x / len(batches), sums)
+
+
+def _means(sums: dict) -> dict[str, float]:
+    examples = int(sums["examples"])
+    return {
+        "top1_error": 100 * float(sums["top1_errors"]) / examples,
+        "top5_error": 100 * float(sums["top5_errors"]) / examples,
+        "loss": float(sums["loss_sum"]) / examples,
+        "examples": examples,
+    }

@@ -1,0 +1,31 @@
+"""Files that are whole or not there at all."""
+
+import argparse
+import json
+import os
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file so that a machine that dies leaves the old one or the new one, and whole."""
+    with open(path + ".tmp", "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def write_json(path: str, content: dict | list) -> None:
+    """`write_text` of `content`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def writable(path: str) -> str:
+    """The path, if a file can be written there: a `type` of argparse, so that none works in vain.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot.
+    """
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: name a file in another folder")
+    return path

@@ -1,0 +1,139 @@
+"""Classifies images with trained weights: the most probable classes of each.
+
+WEIGHTS is a run's folder, or a file of convstem_jax.convert. A run's own configuration says how
+images are prepared; for a file --config names one.
+"""
+
+import argparse
+from collections.abc import Iterable
+import itertools
+import json
+import sys
+
+import cv2
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from convstem_jax import command_line, weights
+from convstem_jax.config import load_config, load_run_config
+from convstem_jax.data.augment import center_crop
+from convstem_jax.errors import ConfigError, DataError, UserError
+from convstem_jax.sharding import Sharding
+
+_EPILOG = """\
+examples:
+  python -m convstem_jax.predict runs/vitc_18gf photo.jpg --top 3
+  python -m convstem_jax.predict vitp_18gf.safetensors *.jpg --config configs/vitp.py:18gf \\
+      --names classes.txt --format json
+
+exit status:
+  0 done · 2 wrong arguments · 3 a file that is no image · 4 weights that cannot be read
+"""
+BATCH_SIZE = 64
+
+
+def load_image(path: str, config: ml_collections.ConfigDict) -> np.ndarray:
+    """Reads an image and prepares it as evaluation does: float32 `[H, W, 3]`.
+
+    Args:
+        path: a file that OpenCV can read.
+        config: its `eval_resize`, `image_size`, `mean` and `std` are used.
+
+    Raises:
+        DataError: it is not an image.
+    """
+    image = cv2.imread(path, cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise DataError(f"{path} is not there, or is not an image")
+    image = center_crop(image, resize=config.eval_resize, size=config.image_size)
+    return ((image / 255 - config.mean) / config.std).astype(np.float32)
+
+
+def predict(model: nnx.Module, images: Iterable[np.ndarray]) -> np.ndarray:
+    """Probabilities of the classes, float32 `[N, num_classes]`, on this process's first device.
+
+    Args:
+        model: as `weights.load_model` gives it.
+        images: N of them, at least one, all `[H, W, 3]` as `load_image` gives them.
+    """
+    graphdef, state = nnx.split(model)
+
+    def probabilities(state, images):
+        return jax.nn.softmax(nnx.merge(graphdef, state)(images).astype(jnp.float32))
+
+    probabilities = Sharding(jax.local_devices()[:1]).jit(probabilities)
+    found, images = [], iter(images)
+    while batch := list(itertools.islice(images, BATCH_SIZE)):
+        # The last of several is filled up, for the same program.
+        filled = batch + batch[-1:] * (BATCH_SIZE - len(batch) if found else 0)
+        found.append(np.asarray(probabilities(state, np.stack(filled)))[: len(batch)])
+    return np.concatenate(found)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Classifies and prints; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m convstem_jax.predict",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("weights", metavar="WEIGHTS")
+    parser.add_argument("images", metavar="IMAGE", nargs="+")
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", help="configuration file (default: the run's own)"
+    )
+    parser.add_argument("--names", metavar="FILE", help="names of the classes, one a line")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="default: %(default)s")
+    parser.add_argument(
+        "--format", choices=("text", "json"), default="text",
+        help="json: a list of objects with image and classes, each a name and a probability "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        config = load_config(args.config) if args.config else load_run_config(args.weights)
+        loaded, architecture = weights.load(args.weights)
+        architecture.check(config, args.weights)
+        names = _names(args.names, architecture.num_classes)
+        model = architecture.with_weights(loaded, jnp.dtype(config.dtype))
+        found = predict(model, (load_image(path, config) for path in args.images))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    rows = [
+        {
+            "image": path,
+            "classes": [[names[i], float(row[i])] for i in np.argsort(-row)[: args.top]],
+        }
+        for path, row in zip(args.images, found, strict=True)
+    ]
+    if args.format == "json":
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            print(row["image"])
+            for name, probability in row["classes"]:
+                print(f"  {probability:6.1%}  {name}")
+    return 0
+
+
+def _names(path: str | None, num_classes: int) -> list[str]:
+    if path is None:
+        return [str(i) for i in range(num_classes)]
+    try:
+        with open(path) as file:
+            names = file.read().splitlines()
+    except OSError as error:
+        raise ConfigError(f"--names {path} cannot be read: {error}") from error
+    if len(names) != num_classes:
+        raise ConfigError(f"--names {path} has {len(names)} lines for {num_classes} classes")
+    return names
+
+
+if __name__ == "__main__":
+    command_line.silence_libraries()
+    sys.exit(main())

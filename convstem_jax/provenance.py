@@ -1,0 +1,39 @@
+"""What made a result: the device, the versions, the commit."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+
+import jax
+
+
+def device() -> str:
+    """The number of devices and their kind."""
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the study needs few
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def commit() -> str | None:
+    """Commit of the code that runs, with "-dirty" where files differ from it; None if unknown.
+
+    Outside git it is what $CONVSTEM_COMMIT says, as launch/Dockerfile sets it.
+    """
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("CONVSTEM_COMMIT") or None
+    return done.stdout.strip()
