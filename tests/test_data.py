@@ -76,6 +76,7 @@ def same(a, b):
 
 def test_embedded_data(train_split, test_split):
     assert (len(train_split), len(test_split)) == (10_000, 2_000)
+    assert len(list(sources.open_split("datasets", NAME, "test[:3]"))) == 3  # and then it ends
     assert train_split.num_classes == 10
     record = train_split[7]
     assert record["image"].shape == (28, 28, 3) and record["image"].dtype == np.uint8

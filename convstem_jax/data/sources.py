@@ -16,7 +16,7 @@ class Split:
     """A split of an image classification data set: a sequence of decoded records.
 
     `split[i]` is `{"image": uint8 [h, w, 3], "label": int32}` and raises `DataError` where record
-    i cannot be decoded or its label is outside the classes.
+    i cannot be decoded or its label is outside the classes, `IndexError` where there is none.
     """
 
     name: str
@@ -28,6 +28,8 @@ class Split:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         where = f"split {self.name}, record {index}"
+        if not 0 <= index < len(self):
+            raise IndexError(f"{where}: it has {len(self)}")
         try:
             record = self.records[index]
         except Exception as error:  # ArrayRecord raises a bare RuntimeError
