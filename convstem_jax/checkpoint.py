@@ -61,7 +61,7 @@ class Checkpoints:
                 create=not read_only,
             ),
         )
-        self.directory = directory
+        self.directory, self._read_only = directory, read_only
 
     def latest_step(self) -> int | None:
         """Number of updates made at the latest checkpoint; None without one."""
@@ -167,11 +167,12 @@ class Checkpoints:
             if processes.is_lost_peer(error):
                 raise
             older = [s for s in self._manager.all_steps() if s < step]
-            remedy = (
-                f"delete that folder to go on from step {max(older)}"
-                if older
-                else "delete that folder to start again"
-            )
+            if self._read_only:  # the run may have deleted it just now
+                remedy = "name another step"
+            elif older:
+                remedy = f"delete that folder to go on from step {max(older)}"
+            else:
+                remedy = "delete that folder to start again"
             raise CheckpointError(
                 f"checkpoint {self.directory}/{step} is damaged: {remedy} ({first_line(error)})"
             ) from error

@@ -129,6 +129,24 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds --step and --raw, which are `step` and `raw` of `weights.load`."""
+
+    def step(text):
+        if text != "best" and not text.isdecimal():
+            raise argparse.ArgumentTypeError(f"{text} is neither the number of a step nor best")
+        return text if text == "best" else int(text)
+
+    parser.add_argument(
+        "--step", type=step, metavar="N",
+        help='checkpoint of a run, or "best" (default: the latest)',
+    )  # fmt: skip
+    parser.add_argument(
+        "--raw", action="store_true",
+        help="the weights of the last update, not their moving average (EMA)",
+    )  # fmt: skip
+
+
 def read_overrides(parser: argparse.ArgumentParser, rest: list[str]) -> dict[str, str]:
     """Fields and their values as text, of the arguments that the parser did not know."""
     overrides = {}
@@ -166,3 +184,6 @@ def silence_libraries() -> None:
     logging.set_verbosity(logging.FATAL)
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
+    # Python's own process that frees shared memory, such as Grain leaves of its last batches. It is
+    # started with these options.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")

@@ -55,6 +55,8 @@ def load_run_config(workdir: str) -> ml_collections.ConfigDict:
         ConfigError: it has none that can be read.
     """
     workdir = os.path.expanduser(workdir)
+    if not os.path.exists(workdir):
+        raise ConfigError(f"{workdir} is not there")
     if not os.path.isdir(workdir):
         raise ConfigError(f"{workdir} is no run's folder: give --config, for what the images are")
     try:
@@ -67,7 +69,9 @@ def load_run_config(workdir: str) -> ml_collections.ConfigDict:
         ) from error
     # JSON has lists alone.
     fields = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
-    return ml_collections.ConfigDict(fields).lock()
+    config = ml_collections.ConfigDict(fields).lock()
+    validate(config)
+    return config
 
 
 def split_argument(arg: str) -> list[str]:

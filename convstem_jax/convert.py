@@ -13,8 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from convstem_jax import layouts, weights
-from convstem_jax.command_line import silence_libraries
+from convstem_jax import command_line, layouts, weights
 from convstem_jax.errors import CheckpointError, ConfigError, UserError, first_line
 from convstem_jax.models import MODELS
 
@@ -145,13 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--num_classes", type=int, help="likewise; default: 1000")
     parser.add_argument("--image_size", type=int, help="likewise; default: the model's own")
-    parser.add_argument(
-        "--step", type=weights.step_from_text, metavar="N",
-        help='checkpoint of a run, or "best" (default: the latest)',
-    )  # fmt: skip
-    parser.add_argument(
-        "--raw", action="store_true", help="the weights of the last update, not their average (EMA)"
-    )
+    command_line.add_checkpoint(parser)
     args = parser.parse_args(argv)
     try:
         _check(args)
@@ -179,5 +172,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    silence_libraries()
+    command_line.silence_libraries()
     sys.exit(main())

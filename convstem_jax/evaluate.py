@@ -5,6 +5,7 @@ images are read and how they are prepared; for a file, or for other data, --conf
 """
 
 import argparse
+import contextlib
 import json
 import sys
 
@@ -73,8 +74,9 @@ def evaluate_weights(
     recipe = build.recipe(config, split.num_classes)
     jit_eval_step = sharding.jit(eval_step, graphdef, recipe, out_shardings=sharding.replicated)
     found = jax.device_put(found, sharding.replicated)
-    progress = tqdm(batches, desc=f"{config.dataset}/{config.eval_split}", unit="batch")
-    return evaluate(jit_eval_step, {path: found}, progress)[path]
+    with contextlib.closing(batches):
+        progress = tqdm(batches, desc=f"{config.dataset}/{config.eval_split}", unit="batch")
+        return evaluate(jit_eval_step, {"these": found}, progress)["these"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,13 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         "--config", metavar="FILE[:ARG]", help="configuration file (default: the run's own)"
     )
     command_line.add_overrides(parser)
-    parser.add_argument(
-        "--step", type=weights.step_from_text, metavar="N",
-        help='checkpoint of a run, or "best" (default: the latest)',
-    )  # fmt: skip
-    parser.add_argument(
-        "--raw", action="store_true", help="a run's last weights, not their moving average"
-    )
+    command_line.add_checkpoint(parser)
     parser.add_argument(
         "--format", choices=("text", "json"), default="text", help="default: %(default)s"
     )

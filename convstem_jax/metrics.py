@@ -45,6 +45,7 @@ class Records:
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._pending = None
         self._num_batches = self._num_starved = 0
+        self._paused = False
         self._clock = _Clock(*speed)
         self._not_finite = None
         if self._main:
@@ -139,17 +140,22 @@ class Records:
             with self._writing():  # a checkpoint must not outlive the records before it
                 os.fsync(self._file.fileno())
         jax.block_until_ready(state)
+        self._paused = True  # the devices had nothing more to do, whatever the input
         with self._clock.pause(step):
             yield
 
     def batch_arrived(self, metrics: dict[str, jax.Array] | None) -> None:
         """Counts a step as starved if its batch came after the device had finished the one before.
 
+        Of this process: where another one waits, all devices wait for it in the next collective.
+
         Args:
             metrics: of the step before; None for the first.
         """
-        self._num_batches += 1
-        self._num_starved += metrics is not None and metrics["loss"].is_ready()
+        if metrics is not None and not self._paused:
+            self._num_batches += 1
+            self._num_starved += metrics["loss"].is_ready()
+        self._paused = False
 
     @property
     def speed(self) -> tuple[int, float]:

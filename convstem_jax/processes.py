@@ -50,10 +50,12 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
             return
         raise ConfigError(f"--coordinator {coordinator}: {first_line(error)}") from error
     except RuntimeError as error:
-        # In a notebook that has used JAX already; or a configuration file did.
+        # By the configuration file, say: alone, each process would train a run of its own.
         if coordinator is None and "must be called before" in str(error):
-            print("JAX was used before: this process looks for no others", file=sys.stderr)
-            return
+            raise ConfigError(
+                "JAX was used before the processes could meet: let the configuration file not use "
+                "it, or give --processes=1 to look for no others"
+            ) from error
         raise ConfigError(
             f"the other processes cannot be reached ({first_line(error)}): see that all run and "
             "that --coordinator names process 0; --processes=1 looks for no others"

@@ -145,7 +145,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         batch_stats = precise_batch_stats(jit_batch_statistics, found, precise_batches())
         return {"params": found["params"], "batch_stats": batch_stats}
 
-    def evaluate_weights(step):
+    def evaluate_at(step):
         nonlocal state
         with records.pause(step, state):
             raw = {"params": state.params, "batch_stats": state.batch_stats}
@@ -168,6 +168,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     with (
         contextlib.closing(records),
         contextlib.closing(checkpoints),
+        contextlib.closing(batches),
+        contextlib.closing(eval_batches),
         preemption.stop_requested() as stop_requested,
     ):
         for step in range(first_step + 1, num_steps + 1):  # `step` updates made, after this one
@@ -181,7 +183,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             if step == 1 or step % config.log_every_steps == 0 or is_last:
                 records.train(step, step_metrics)
             if build.is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last:
-                results = evaluate_weights(step)
+                results = evaluate_at(step)
                 save(step, results)
             elif step % config.checkpoint_every_steps == 0 or stopping:
                 save(step)
@@ -191,7 +193,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
                     "the same command goes on from there"
                 )
 
-        results = results or evaluate_weights(num_steps)  # stopped after the last step
+        results = results or evaluate_at(num_steps)  # stopped after the last step
 
     # -------------------------------------------------------------------------------- result
 

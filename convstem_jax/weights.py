@@ -1,6 +1,5 @@
 """Weights of a trained model, from a run's folder or a file, and back into a model."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -77,6 +76,7 @@ def load_model(
 
     Raises:
         CheckpointError: there is none, or it is damaged.
+        ConfigError: `raw` or `step` of a file.
     """
     weights, architecture = load(path, raw=raw, step=step)
     return architecture.with_weights(weights, dtype)
@@ -89,6 +89,8 @@ def load(
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         return _load_run(path, raw, step)
+    if raw or step is not None:
+        raise ConfigError(f"raw and step are for a run's folder: {path} is one state")
     convert = "convert it first, with python -m convstem_jax.convert"
     import safetensors  # here, since a study does without
 
@@ -146,13 +148,6 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
             _save_run(path, weights, architecture)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
-
-
-def step_from_text(text: str) -> int | str:
-    """`step` of `load_model` from a command line: a `type` of argparse."""
-    if not (text == "best" or text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text} is neither the number of a step nor best")
-    return text if text == "best" else int(text)
 
 
 def _key(text: str) -> int | str:

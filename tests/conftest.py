@@ -1,5 +1,7 @@
 """Gives every test 8 CPU devices, and torchvision beside a CPU build of PyTorch."""
 
+import contextlib
+import importlib
 import os
 import tempfile
 
@@ -19,3 +21,6 @@ jax.config.update("jax_compilation_cache_dir", _compiled.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 torch_contenders.declare_torchvision()
+# PyTorch's CUDA build loads it late, and after TensorFlow that is a segmentation fault.
+with contextlib.suppress(ImportError):
+    importlib.import_module("triton")

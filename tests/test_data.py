@@ -379,15 +379,21 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
         put(split, name, grey)
     assert packed.main(flags) == 0
     assert "2 classes, 2 in train, 1 in test" in capsys.readouterr().out
+    assert (tmp_path / "data/photos.txt").read_text() == "a\nb\n"
     split = sources.open_split(str(tmp_path / "data"), "photos", "train")
     assert split.num_classes == 2
     found = [(int(x["label"]), int(x["image"][0, 0, 0])) for x in map(split.__getitem__, range(2))]
     assert found == [(0, 20), (1, 10)], "classes are numbered in the order of their names"
     put("test", "c", 40)
-    assert packed.main(flags) == 2
-    assert "c is of a class that train does not have" in capsys.readouterr().err
-    assert packed.main([*flags, "--splits", "train,validation"]) == 2
-    assert "validation holds no CLASS/*.jpg" in capsys.readouterr().err
+    (tmp_path / "photos/train/b/notes.txt").write_text("x")
+    for splits, message in (
+        ("test,train", "a is of a class that test does not have"),
+        ("train", "notes.txt is none of *.jpg, *.jpeg, *.png"),
+        ("validation", "validation holds no CLASS/*.jpg"),
+        ("test[:1]", "letters and digits"),
+    ):
+        assert packed.main([*flags, "--splits", splits]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_damaged_packed_file(packed_dir, tmp_path, capsys):

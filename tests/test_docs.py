@@ -12,19 +12,28 @@ from benchmarks import tpu_cycles, train_step
 from convstem_jax import preflight
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_committed_files(page):
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     files = {ROOT / name for name in listed}
     folders = {folder for file in files for folder in file.parents}
-    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
-    missing = [x for x in links if (page.parent / x).resolve() not in files | folders]
+    links = re.findall(r"\]\(([^):#]*)(?:#([^)]*))?\)", page.read_text())
+    targets = [(page.parent / path if path else page, anchor) for path, anchor in links]
+    missing = [path for path, _ in targets if path.resolve() not in files | folders]
     assert not missing
+    assert not [
+        (path, anchor) for path, anchor in targets if anchor and anchor not in anchors(path)
+    ]
+
+
+def anchors(page):
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
 def test_the_table_of_preflight_is_made_of_its_records():

@@ -90,9 +90,15 @@ def test_steps_that_wait_for_input_are_told(tmp_path, capsys, clock_at):
     for before in (step_metrics(2.0), {"loss": Running()}, {"loss": Running()}):
         records.batch_arrived(before)
     records.train(4, step_metrics(2.0))
-    records.flush()
+    with records.pause(4, {}):
+        pass
     assert metrics.read_jsonl(records.path)[-1]["starved"] == pytest.approx(1 / 3)
     assert "33% of the steps waited for input" in capsys.readouterr().out
+    for before in (step_metrics(2.0), {"loss": Running()}):  # the first comes after a pause
+        records.batch_arrived(before)
+    records.train(6, step_metrics(2.0))
+    records.flush()
+    assert metrics.read_jsonl(records.path)[-1]["starved"] == 0
     records.close()
 
 

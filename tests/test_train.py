@@ -133,22 +133,19 @@ def test_a_run_is_evaluated_as_it_was_in_training(uninterrupted, capsys):
     flags = ["--raw", "--step", "16", f"--config.eval_split={PART[:-4]}100]"]
     assert evaluate.main([str(workdir), *flags]) == 0
     assert f"on the 100 images of {result['dataset'][:-4]}100]" in capsys.readouterr().out
-    for flags, message in (
-        (["--step", "17"], "has no checkpoint 17"),
-        (
-            ["--config", "configs/quickstart.py:vitp"],
-            "the configuration of a vitp_tiny",
-        ),
-        (["--config.eval_split=absent"], "absent"),
+    for path, flags, status, message in (
+        (workdir, ["--step", "17"], 4, "has no checkpoint 17"),
+        (workdir, ["--config", "configs/quickstart.py:vitp"], 2, "of a vitp_tiny"),
+        (workdir, ["--config.eval_split=absent"], 2, "absent"),
+        (workdir / "config.json", [], 2, "give --config"),
+        (workdir / "nothing", [], 2, "nothing is not there"),
     ):
-        assert evaluate.main([str(workdir), *flags]) in (2, 4)
+        assert evaluate.main([str(path), *flags]) == status
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
-    assert evaluate.main([str(workdir / "config.json")]) == 2
-    assert "give --config" in capsys.readouterr().err
 
 
-def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capsys, monkeypatch):
+def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capfd, monkeypatch):
     workdir, result, _ = uninterrupted
     split = sources.open_split("datasets", "fashion_mnist_10k", PART)
     paths = [str(tmp_path / f"{i}.png") for i in range(len(split))]
@@ -156,7 +153,7 @@ def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capsys,
         cv2.imwrite(path, split[i]["image"][:, :, ::-1])
     monkeypatch.setattr(predict, "BATCH_SIZE", 200)  # the last batch is filled up
     assert predict.main([str(workdir), *paths, "--top", "5", "--format", "json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capfd.readouterr().out)
     assert [row["image"] for row in rows] == paths
     assert all(row["classes"] == sorted(row["classes"], key=lambda x: -x[1]) for row in rows)
     for top, error in ((1, "top1_error"), (5, "top5_error")):
@@ -169,14 +166,15 @@ def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capsys,
     names = tmp_path / "names.txt"
     names.write_text("".join(f"class {i}\n" for i in range(10)))
     assert predict.main([str(workdir), paths[0], "--names", str(names), "--top", "1"]) == 0
-    assert f"class {rows[0]['classes'][0][0]}" in capsys.readouterr().out
+    assert f"class {rows[0]['classes'][0][0]}" in capfd.readouterr().out
     for argv, status, message in (
-        ([paths[0], str(names)], 3, "names.txt is not there, or is not an image"),
+        ([paths[0], str(names)], 3, "names.txt is not an image"),
+        ([paths[0], str(tmp_path / "0.jpg")], 3, "0.jpg cannot be read"),
         ([paths[0], "--names", paths[0] + "x"], 2, "cannot be read"),
         ([paths[0], "--config", "configs/quickstart.py:vitp"], 2, "of a vitp_tiny"),
     ):
         assert predict.main([str(workdir), *argv]) == status
-        said = capsys.readouterr().err
+        said = capfd.readouterr().err
         assert message in said and said.count("\n") == 1
 
 

@@ -4,8 +4,9 @@
     python -m convstem_jax.data.packed --dataset fashion_mnist_10k --output data
 
 The first packs photos/train/CLASS/*.jpg (or .png) and photos/test/CLASS/*.jpg, the second a data
-set of tfds. `data/photos.npz` is then what `config.data_dir=data` and `config.dataset=photos` name.
-It is read whole, so this is for data sets of some hundred megabytes.
+set of tfds. `data/photos.npz` is then what `config.data_dir=data` and `config.dataset=photos` name,
+and `data/photos.txt` has the names of the classes, for `convstem_jax.predict --names`. It is read
+whole, so this is for data sets of some hundred megabytes.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import numpy as np
 
 from convstem_jax.errors import ConfigError, DataError, UserError, first_line
+from convstem_jax.files import write_text
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -114,16 +116,20 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
         The splits, and the names of the classes, which are those of the first split.
 
     Raises:
-        ConfigError: a split has no images, or a class that the first one has not.
+        ConfigError: a split has no images, other files, or a class that the first one has not.
     """
     packed, classes = {}, []
     for split in splits:
+        if not re.fullmatch(r"\w+", split):
+            raise ConfigError(f"--splits {split}: a folder's name must be of letters and digits")
         root = pathlib.Path(folder, split)
-        files = sorted(p for p in root.glob("*/*") if p.suffix.lower() in _SUFFIXES)
+        files = sorted(root.glob("*/*"))
         if not files:
-            raise ConfigError(f"{root} holds no CLASS/*{', '.join(_SUFFIXES)}: see --images")
+            raise ConfigError(f"{root} holds no CLASS/*{', *'.join(_SUFFIXES)}: see --images")
         classes = classes or sorted({file.parent.name for file in files})
         for file in files:
+            if file.suffix.lower() not in _SUFFIXES:
+                raise ConfigError(f"{file} is none of *{', *'.join(_SUFFIXES)}: take it away")
             if file.parent.name not in classes:
                 raise ConfigError(f"{file.parent} is of a class that {splits[0]} does not have")
         labels = [classes.index(file.parent.name) for file in files]
@@ -144,7 +150,8 @@ def main(argv: list[str]) -> int:
     add("--dataset", required=True, help="its name, such as fashion_mnist_10k")
     add("--images", metavar="FOLDER", help="pack FOLDER/SPLIT/CLASS/*.jpg, not a data set of tfds")
     add("--data_dir", default="datasets", help="folder that holds it (default: %(default)s)")
-    add("--splits", default="train,test", help="or parts: train[:1000],test (default: %(default)s)")
+    add("--splits", default="train,test",
+        help="of tfds also parts: train[:1000],test (default: %(default)s)")  # fmt: skip
     add("--output", required=True, help="folder to write DATASET.npz in")
     args = parser.parse_args(argv)
     try:
@@ -160,6 +167,9 @@ def main(argv: list[str]) -> int:
             splits = {name: pack(split) for name, split in found.items()}
             num_classes = next(iter(found.values())).num_classes
         os.makedirs(args.output, exist_ok=True)
+        if args.images:
+            text = "".join(f"{name}\n" for name in classes)
+            write_text(os.path.join(args.output, f"{args.dataset}.txt"), text)
         path = os.path.join(args.output, f"{args.dataset}.npz")
         write(path, splits, num_classes)
     except (UserError, OSError) as error:

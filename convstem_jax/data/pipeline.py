@@ -98,6 +98,11 @@ class EvalBatches:
             self._stream = iter(self._batches)
         return itertools.islice(self._stream, self._num_batches)
 
+    def close(self) -> None:
+        """Ends the worker processes, which have begun with the next pass."""
+        if self._stream is not None:
+            self._stream.close()
+
 
 def local_batches(
     examples: grain.MapDataset, batch_size: int, *, process: int, num_processes: int

@@ -42,12 +42,19 @@ class Split:
                 f"{where}: label {label} is outside the {self.num_classes} classes 0 to "
                 f"{self.num_classes - 1}; build the data anew"
             )
-        # OpenCV turns the image as EXIF says, as it does for the authors.
-        encoded = np.frombuffer(record["image"], np.uint8)
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if encoded.size else None
+        image = decode(record["image"])
         if image is None:
             raise DataError(f"{where}: the image cannot be decoded; build the data anew")
         return {"image": image, "label": np.int32(label)}
+
+
+def decode(encoded: bytes) -> np.ndarray | None:
+    """The image in a file's bytes, uint8 `[h, w, 3]`; None where they are none.
+
+    OpenCV turns it as EXIF says, as it does for the authors.
+    """
+    array = np.frombuffer(encoded, np.uint8)
+    return cv2.imdecode(array, cv2.IMREAD_COLOR_RGB) if array.size else None
 
 
 def open_split(data_dir: str, dataset: str, split: str) -> Split:

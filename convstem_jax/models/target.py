@@ -41,7 +41,7 @@ def by_device(function: Callable) -> Callable:
     """`function` of each device's part of its first argument, and of the others as they are.
 
     To be used where XLA's partitioner would else gather the batch on every device. The batch must
-    divide by the devices. Where the mesh in use has no axis `data`, it is `function`.
+    divide by the devices. Where `num_devices` is 0, it is `function`.
     """
     if not num_devices():
         return function
