@@ -48,13 +48,13 @@ def run(
     """
     args, overrides = _parse(argv, name, description, epilog, default_config, several_processes)
     try:
+        if several_processes:  # first, since a configuration file may use JAX
+            processes.start(args.coordinator, args.processes, args.process)
         config = load_config(args.config)
         set_fields(config, overrides)
         if args.compilation_cache:
             cache = os.path.expanduser(args.compilation_cache)
             jax.config.update("jax_compilation_cache_dir", cache)
-        if several_processes:
-            processes.start(args.coordinator, args.processes, args.process)
         program(config, args.workdir or default_workdir(args.config, overrides))
     except UserError as error:
         if args.traceback:

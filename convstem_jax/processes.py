@@ -50,12 +50,9 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
             return
         raise ConfigError(f"--coordinator {coordinator}: {first_line(error)}") from error
     except RuntimeError as error:
-        # By the configuration file, say: alone, each process would train a run of its own.
+        # In a notebook that has used JAX already.
         if coordinator is None and "must be called before" in str(error):
-            raise ConfigError(
-                "JAX was used before the processes could meet: let the configuration file not use "
-                "it, or give --processes=1 to look for no others"
-            ) from error
+            return
         raise ConfigError(
             f"the other processes cannot be reached ({first_line(error)}): see that all run and "
             "that --coordinator names process 0; --processes=1 looks for no others"

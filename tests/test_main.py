@@ -90,6 +90,19 @@ def test_an_image_size_that_does_not_fit_the_model(no_compilation, capsys, tmp_p
     assert "image size 30 is not a multiple of patch size 8" in one_error(capsys)
 
 
+def test_processes_meet_before_a_configuration_file_may_use_jax(monkeypatch, capsys):
+    calls = []
+
+    def load_config(spec):
+        calls.append(spec)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(command_line.processes, "start", lambda *args: calls.append(args))
+    monkeypatch.setattr(command_line, "load_config", load_config)
+    assert main(["--config", "configs/quickstart.py", "--processes=1"]) == 2
+    assert calls == [(None, 1, None), "configs/quickstart.py"]
+
+
 def test_damaged_data_has_status_3(no_compilation, capsys, tmp_path):
     shutil.copytree("datasets/fashion_mnist_10k", tmp_path / "fashion_mnist_10k")
     file = next(tmp_path.rglob("*test.array_record*"))
