@@ -1,5 +1,6 @@
 """The TPU compiler runs on the step that would be trained, and what it says is read rightly."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from convstem_jax import preflight, tpu
+from convstem_jax import preflight, provenance, tpu
 from convstem_jax.complexity import float32_products
 from convstem_jax.config import load_config
 from convstem_jax.errors import ConfigError
@@ -44,6 +45,9 @@ SLICES = {
     "v5p:4x4x4": (64, 16, 96),
     "v6e:4x4": (16, 4, 31),
 }
+if "DRILL" not in os.environ:
+    for name in ("v4:2x2x4", "v6e:4x4"):
+        del SLICES[name]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +109,39 @@ def test_speed_memory_and_the_fields_that_change_them(tmp_path):
     kept = pathlib.Path(records).read_text().splitlines()
     assert status == 0 and table.count("vitc_tiny") == 3 and "v5e:4x4" in table
     assert [json.loads(line)["compile_seconds"] for line in kept] == seconds
+
+
+class Lowered:
+    """A program that nobody compiles."""
+
+    def lower(self):
+        return self
+
+    def as_text(self):
+        return "program"
+
+    def compile(self, compiler_options):
+        raise AssertionError("compiled")
+
+
+def test_only_what_the_compiler_said_of_the_same_is_known(monkeypatch):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    sha256 = hashlib.sha256(b"program").hexdigest()
+    known = {"sha256": sha256, "quick": False, "versions": provenance.versions(), "cycles": 7}
+    for same in (known, known | {"flags": {}}):
+        assert tpu.compile_step(Lowered(), None, False, same) == same
+    flags = {"LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=16384"}
+    for other in (
+        {"sha256": "of an older step"}, {"quick": True}, {"versions": {"jax": "0"}},
+        {"flags": flags},
+    ):  # fmt: skip
+        with pytest.raises(AssertionError, match="compiled"):
+            tpu.compile_step(Lowered(), None, False, known | other)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", flags["LIBTPU_INIT_ARGS"])
+    assert tpu.compile_step(Lowered(), None, False, known | {"flags": flags})["cycles"] == 7
+    with pytest.raises(AssertionError, match="compiled"):
+        tpu.compile_step(Lowered(), None, False, known)
 
 
 @needs_compiler
