@@ -46,7 +46,7 @@ SLICES = {
     "v6e:4x4": (16, 4, 31),
 }
 if "DRILL" not in os.environ:
-    for name in ("v4:2x2x4", "v6e:4x4"):
+    for name in ("v4:2x2x4", "v5p:4x4x4", "v6e:4x4"):
         del SLICES[name]
 
 
