@@ -139,7 +139,7 @@ def train_step(
         every=recipe.ema_every,
         warmup_steps=hparams.warmup_steps,
     )
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "lr": lr}
+    metrics = {"loss": loss, "grad_norm": optim.norm(grads), "lr": lr}
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
 

@@ -11,7 +11,7 @@ import pytest
 from convstem_jax import sharding, xla_options
 from convstem_jax.complexity import float32_products
 from convstem_jax.config import load_config
-from convstem_jax.models import attention, create_model, target, vit
+from convstem_jax.models import attention, create_model, packed_attention, target, vit
 from convstem_jax.study import programs
 from convstem_jax.study.experiments import Population, run_config
 from convstem_jax.study.programs import Trial
@@ -101,9 +101,52 @@ def test_fused_attention_of_an_odd_number_of_tokens(monkeypatch, name, cudnns_nu
     choose(monkeypatch, gpu=False)
     elsewhere = logits_gradients_and_statistics(name)
     choose(monkeypatch, gpu=True)
-    monkeypatch.setattr(vit, "is_fused", lambda dtype: True)
+    monkeypatch.setattr(attention, "form", lambda *_: "cudnn")
     assert_the_same(logits_gradients_and_statistics(name, num_devices=2), elsewhere)
     assert set(cudnns_numbers_of_tokens) == {18}
+
+
+@pytest.mark.parametrize("name", ["vitc_tiny", "vitp_tiny"])
+def test_packed_attention(monkeypatch, name):
+    """17 tokens are less than a block of queries, and fill the keys' up to 32."""
+    choose(monkeypatch, gpu=False)
+    elsewhere = logits_gradients_and_statistics(name)
+    choose(monkeypatch, gpu=True)
+    monkeypatch.setattr(attention, "form", lambda *_: "packed")
+    assert_the_same(logits_gradients_and_statistics(name, num_devices=2), elsewhere)
+
+
+def test_packed_attention_over_several_blocks_of_queries():
+    """150 tokens: some blocks have all their queries, the last one has not, and keys are missing."""
+    n, t, h, d = 2, 150, 2, 32
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (n, t, h * d), (h * d, 3 * h * d), (3 * h * d,), (n, t, h * d)
+    *args, grad = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    args[1] *= (h * d) ** -0.5
+
+    def reference(x, kernel, bias):
+        q, k, v = jnp.moveaxis((x @ kernel + bias).reshape(n, t, 3, h, d), (2, 1), (0, 4))
+        return attention.attend(q, k, v).transpose(0, 3, 1, 2).reshape(n, t, h * d)
+
+    with jax.default_matmul_precision("highest"):
+        expected, expected_vjp = jax.vjp(reference, *args)
+        found, vjp = jax.vjp(lambda *args: packed_attention.project_and_attend(*args, h), *args)
+        pairs = zip((found, *vjp(grad)), (expected, *expected_vjp(grad)), strict=True)
+    for x, y in pairs:
+        assert jnp.abs(x - y).max() <= 2e-5 * jnp.abs(y).max()
+
+
+def test_gelu_is_as_exact_in_either_form(monkeypatch):
+    x = jnp.linspace(-10, 10, 10_001)
+    exact = (
+        jax.nn.gelu(x, approximate=False),
+        jax.vmap(jax.grad(functools.partial(jax.nn.gelu, approximate=False)))(x),
+    )
+    for gpu in (False, True):
+        choose(monkeypatch, gpu=gpu)
+        found, vjp = jax.vjp(vit.gelu, x)
+        for y, z in zip((found, *vjp(jnp.ones_like(x))), exact, strict=True):
+            assert jnp.abs(y - z).max() < 2e-6
 
 
 def test_all_forms_in_bfloat16(monkeypatch, cudnns_numbers_of_tokens):
@@ -167,8 +210,10 @@ def test_the_forms_are_chosen_by_the_device_that_is_traced_for(monkeypatch, kind
     monkeypatch.setattr(target, "device_kind", lambda: kind)
     if not expected:  # A program for other devices takes hold of none.
         monkeypatch.delattr(jax, "local_devices")
-    assert target.on_gpu() == attention.is_fused(jnp.bfloat16) == expected
-    assert not attention.is_fused(jnp.float32)
+    assert target.on_gpu() == expected
+    assert attention.form(jnp.float32, 197, 64) == attention.form(jnp.float32, 17, 32) == "own"
+    assert attention.form(jnp.bfloat16, 17, 32) == ("cudnn" if expected else "own")
+    assert attention.form(jnp.bfloat16, 197, 64) == ("packed" if expected else "own")
 
 
 def test_steps_are_compiled_with_the_options(monkeypatch):

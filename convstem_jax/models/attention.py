@@ -11,12 +11,19 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
+from convstem_jax.models import packed_attention
 from convstem_jax.models.target import by_device, has_fused_attention, on_tpu
 
 
-def is_fused(dtype: jnp.dtype) -> bool:
-    """Whether `attend_fused` is to be used: cuDNN has it for 16 bits, on GPUs."""
-    return dtype == jnp.bfloat16 and has_fused_attention()
+def form(dtype: jnp.dtype, num_tokens: int, head_width: int) -> str:
+    """Which form is to be used on the device that is traced for.
+
+    "packed" for `packed_attention`, "cudnn" for `attend_fused`, which cuDNN has for 16 bits, and
+    "own" for `attend`.
+    """
+    if packed_attention.fits(dtype, num_tokens, head_width):
+        return "packed"
+    return "cudnn" if dtype == jnp.bfloat16 and has_fused_attention() else "own"
 
 
 def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int) -> jax.Array:

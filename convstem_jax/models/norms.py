@@ -43,8 +43,8 @@ def before_linear(
 
     On GPUs the norm's gain and bias are made a part of the layer's. Their gradients are then sums
     over the layer's, which are small, and in place of four passes over the tokens and their
-    gradients two are left: XLA makes one kernel of the normalisation and one of its gradient. The
-    norm's bias has its gradient from the layer's, which is rounded to the type of `x` before.
+    gradients two are left, each one kernel. The norm's bias has its gradient from the layer's,
+    which is rounded to the type of `x` before.
 
     Args:
         norm: over the channels.
@@ -57,10 +57,32 @@ def before_linear(
     kernel, bias = linear.kernel[...], linear.bias[...]
     if not on_gpu():
         return norm(x), kernel, bias
+    y = _normalize(x, norm.epsilon)
+    return y, norm.scale[...][:, None] * kernel, bias + norm.bias[...] @ kernel
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _normalize(x, epsilon):
+    return _normalized_and_rate(x, epsilon)[0].astype(x.dtype)
+
+
+def _normalized_and_rate(x, epsilon):
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     y -= y.mean(axis=-1, keepdims=True)
-    y *= jax.lax.rsqrt((y**2).mean(axis=-1, keepdims=True) + norm.epsilon)
-    return y.astype(x.dtype), norm.scale[...][:, None] * kernel, bias + norm.bias[...] @ kernel
+    rate = jax.lax.rsqrt((y**2).mean(axis=-1, keepdims=True) + epsilon)
+    return y * rate, rate
+
+
+def _normalize_backward(epsilon, x, grad):
+    # Computed anew: to keep the rate, XLA would write it in a kernel of its own, which reads `x`.
+    y, rate = _normalized_and_rate(jax.lax.optimization_barrier(x), epsilon)
+    grad_y = grad.astype(y.dtype)
+    shift = grad_y.mean(axis=-1, keepdims=True)
+    slope = (grad_y * y).mean(axis=-1, keepdims=True)
+    return ((rate * (grad_y - shift - slope * y)).astype(x.dtype),)
+
+
+_normalize.defvjp(lambda x, epsilon: (_normalize(x, epsilon), x), _normalize_backward)
 
 
 NORMS = {"batch": batch_norm, "layer": layer_norm}

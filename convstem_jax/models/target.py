@@ -1,6 +1,7 @@
 """What a model is being traced for."""
 
 from collections.abc import Callable
+import re
 
 import jax
 
@@ -37,18 +38,21 @@ def num_devices() -> int:
     return mesh.shape["data"] if "data" in mesh.auto_axes else 0
 
 
-def by_device(function: Callable) -> Callable:
+def by_device(function: Callable, *, check_vma: bool = True) -> Callable:
     """`function` of each device's part of its first argument, and of the others as they are.
 
     To be used where XLA's partitioner would else gather the batch on every device. The batch must
-    divide by the devices. Where `num_devices` is 0, it is `function`.
+    divide by the devices. Where `num_devices` is 0, it is `function`. `check_vma` is of
+    `jax.shard_map`.
     """
     if not num_devices():
         return function
 
     def mapped(x, *others):
         specs = jax.P("data"), *[jax.P()] * len(others)
-        return jax.shard_map(function, in_specs=specs, out_specs=jax.P("data"))(x, *others)
+        return jax.shard_map(
+            function, in_specs=specs, out_specs=jax.P("data"), check_vma=check_vma
+        )(x, *others)
 
     return mapped
 
@@ -61,6 +65,11 @@ def is_gpu(kind: str) -> bool:
 def on_gpu() -> bool:
     """Whether the kind that is traced for is one."""
     return is_gpu(device_kind())
+
+
+def on_hopper() -> bool:
+    """Whether that kind is an H100, an H200 or another of their generation."""
+    return re.match(r"NVIDIA G?H\d", device_kind()) is not None
 
 
 def has_fused_attention() -> bool:

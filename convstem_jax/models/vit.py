@@ -8,15 +8,11 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from convstem_jax.models import stems
-from convstem_jax.models.attention import (
-    attend,
-    attend_from_one,
-    attend_fused,
-    in_order,
-    is_fused,
-)
+from convstem_jax.models import attention, stems
+from convstem_jax.models.attention import attend, attend_from_one, attend_fused, in_order
 from convstem_jax.models.norms import NORMS, before_linear, layer_norm
+from convstem_jax.models.packed_attention import project_and_attend
+from convstem_jax.models.target import on_gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +103,14 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         n, _, d = x.shape
         heads = self.num_heads, d // self.num_heads
+        form = attention.form(x.dtype, num_tokens, heads[1])
         x, kernels, biases = before_linear(norm, self.qkv, x)
+        kernels, biases = kernels.astype(x.dtype), biases.astype(x.dtype)
+        if form == "packed" and not class_token_only:
+            return self.out(project_and_attend(x, kernels, biases, self.num_heads))
         # cuBLAS adds a bias that is a vector; TPUs write `[h, d / h]` from the product.
-        shape = (d,) if is_fused(x.dtype) else heads
-        kernels = kernels.astype(x.dtype).reshape(d, 3, *shape)
-        biases = biases.astype(x.dtype).reshape(3, *shape)
+        shape = heads if form == "own" else (d,)
+        kernels, biases = kernels.reshape(d, 3, *shape), biases.reshape(3, *shape)
         # One parameter and three products: the gradient of a single product would have to be
         # concatenated, which takes TPUs as long as the product.
         q, k, v = (
@@ -123,7 +122,7 @@ class Attention(nnx.Module):
                 strict=True,
             )
         )
-        if is_fused(x.dtype) and not class_token_only:
+        if form == "cudnn" and not class_token_only:
             return self.out(attend_fused(q, k, v, num_tokens).reshape(n, -1, d))
         q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))  # [N, h, d / h, T]
         if class_token_only:
@@ -156,18 +155,37 @@ class MLP(nnx.Module):
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact (erf) GELU, computed in float32; its gradient anew from `x`, by one erf more."""
+    """Exact (erf) GELU, computed in float32; its gradient is computed from `x` anew."""
     return _gelu_and_slope(x)[0]
 
 
 def _gelu_and_slope(x):
     y = x.astype(jnp.float32)
-    cdf = 0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5)))
+    cdf = _normal_cdf(y)
     slope = cdf + y * jnp.exp(-0.5 * y**2) / math.sqrt(2 * math.pi)
     return (y * cdf).astype(x.dtype), slope.astype(x.dtype)
 
 
-gelu.defvjp(lambda x: (gelu(x), x), lambda x, grad: (grad * _gelu_and_slope(x)[1],))
+def _normal_cdf(y):
+    if not on_gpu():
+        return 0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5)))
+    # Abramowitz and Stegun's 7.1.26, as near as float32: less arithmetic than XLA's erf, and the
+    # exponential is the slope's.
+    t = 1 / (1 + 0.3275911 * math.sqrt(0.5) * jnp.abs(y))
+    polynomial = 0.0
+    for a in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        polynomial = (polynomial + 0.5 * a) * t
+    tail = polynomial * jnp.exp(-0.5 * y**2)
+    return jnp.where(y < 0, tail, 1 - tail)
+
+
+def _gelu_backward(x, grad):
+    if on_gpu():  # Else XLA would keep the forward pass's float32 numbers to save their arithmetic.
+        x = jax.lax.optimization_barrier(x)
+    return (grad * _gelu_and_slope(x)[1],)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class Block(nnx.Module):
@@ -251,7 +269,7 @@ class ViT(nnx.Module):
         x = jnp.concatenate([class_token, x], axis=1)  # [N, T, d]
         x = x + self.position_embedding[...].astype(x.dtype)
         num_tokens = x.shape[1]
-        if is_fused(x.dtype):
+        if attention.form(x.dtype, num_tokens, d // self.spec.num_heads) == "cudnn":
             x = jnp.pad(x, ((0, 0), (0, num_tokens % 2), (0, 0)))  # see `attend_fused`
         x = in_order(x)
         for i, block in enumerate(self.blocks, 1):
