@@ -13,9 +13,9 @@ _GPU = {
     # Query, key and value would become one product, and three copies out of it.
     "xla_gpu_dot_merger_threshold_mb": 0,
     # XLA's own choice, and loops: the host would wait for the outcome of each, eight times a step
-    # where mixing draws from a beta distribution.
+    # where mixing draws from a beta distribution. And convolutions, each of which would end a graph.
     "xla_gpu_enable_command_buffer": (
-        "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
+        "CONDITIONAL,CONVOLUTION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
     ),
     # Conditions too where little stands beside them, as the EMA's at the end of a step.
     "xla_gpu_graph_min_graph_size": 1,

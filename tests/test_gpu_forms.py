@@ -1,6 +1,5 @@
 """What the models and the step do in another form on GPUs: the same."""
 
-import functools
 import re
 
 from flax import nnx
@@ -11,7 +10,8 @@ import pytest
 from convstem_jax import sharding, xla_options
 from convstem_jax.complexity import float32_products
 from convstem_jax.config import load_config
-from convstem_jax.models import attention, create_model, packed_attention, target, vit
+from convstem_jax.models import MODELS, attention, create_model, kernels, packed_attention, target
+from convstem_jax.models.gelu import gelu
 from convstem_jax.study import programs
 from convstem_jax.study.experiments import Population, run_config
 from convstem_jax.study.programs import Trial
@@ -106,18 +106,37 @@ def test_fused_attention_of_an_odd_number_of_tokens(monkeypatch, name, cudnns_nu
     assert set(cudnns_numbers_of_tokens) == {18}
 
 
+interpreted = pytest.mark.skipif(
+    jax.default_backend() == "gpu", reason="only the interpreter has the kernels in float32"
+)
+
+
+@interpreted
 @pytest.mark.parametrize("name", ["vitc_tiny", "vitp_tiny"])
-def test_packed_attention(monkeypatch, name):
-    """17 tokens are less than a block of queries, and fill the keys' up to 32."""
+def test_kernels(monkeypatch, name):
+    """17 tokens are fewer than the queries of a block, and the keys' block has 32."""
     choose(monkeypatch, gpu=False)
     elsewhere = logits_gradients_and_statistics(name)
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(kwargs)
+        return by_pallas(*args, **kwargs)
+
+    by_pallas = kernels.call
     choose(monkeypatch, gpu=True)
     monkeypatch.setattr(attention, "form", lambda *_: "packed")
+    monkeypatch.setattr(kernels, "are_used", lambda _: True)
+    monkeypatch.setattr(kernels, "call", call)
     assert_the_same(logits_gradients_and_statistics(name, num_devices=2), elsewhere)
+    # In each block one of either, and the gradients', but no attention in the last one.
+    depth = MODELS[name].depth
+    assert len(calls) == 4 * depth - 2
 
 
+@interpreted
 def test_packed_attention_over_several_blocks_of_queries():
-    """150 tokens: some blocks have all their queries, the last one has not, and keys are missing."""
+    """150 tokens: the last block has fewer queries than the others, and the keys are filled up."""
     n, t, h, d = 2, 150, 2, 32
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = (n, t, h * d), (h * d, 3 * h * d), (3 * h * d,), (n, t, h * d)
@@ -136,17 +155,21 @@ def test_packed_attention_over_several_blocks_of_queries():
         assert jnp.abs(x - y).max() <= 2e-5 * jnp.abs(y).max()
 
 
-def test_gelu_is_as_exact_in_either_form(monkeypatch):
-    x = jnp.linspace(-10, 10, 10_001)
-    exact = (
-        jax.nn.gelu(x, approximate=False),
-        jax.vmap(jax.grad(functools.partial(jax.nn.gelu, approximate=False)))(x),
-    )
-    for gpu in (False, True):
-        choose(monkeypatch, gpu=gpu)
-        found, vjp = jax.vjp(vit.gelu, x)
-        for y, z in zip((found, *vjp(jnp.ones_like(x))), exact, strict=True):
-            assert jnp.abs(y - z).max() < 2e-6
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_gelu(monkeypatch, gpu, by_kernel):
+    """Of rows and columns that fill no whole number of the kernel's programs."""
+    if by_kernel and jax.default_backend() == "gpu":
+        pytest.skip("only the interpreter has the kernel in float32")
+    choose(monkeypatch, gpu=gpu)
+    monkeypatch.setattr(kernels, "are_used", lambda _: by_kernel)
+    x = jnp.linspace(-10, 10, 3 * 197 * 128).reshape(3, 197, 128)
+    bias = jnp.linspace(-1, 1, 128)
+    grad = jax.random.normal(jax.random.key(0), x.shape)
+    expected, expected_vjp = jax.vjp(lambda x, b: jax.nn.gelu(x + b, approximate=False), x, bias)
+    found, vjp = jax.vjp(gelu, x, bias)
+    for y, z in zip((found, *vjp(grad)), (expected, *expected_vjp(grad)), strict=True):
+        assert jnp.abs(y - z).max() < 2e-6 * max(1, jnp.abs(z).max())
 
 
 def test_all_forms_in_bfloat16(monkeypatch, cudnns_numbers_of_tokens):
@@ -164,23 +187,61 @@ def test_all_forms_in_bfloat16(monkeypatch, cudnns_numbers_of_tokens):
     assert cudnns_numbers_of_tokens
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
-def test_cudnns_attention_is_near_that_in_float32():
-    keys = jax.random.split(jax.random.key(0), 4)
-    *qkv, grad = (jax.random.normal(key, (4, 198, 3, 64), jnp.bfloat16) for key in keys)
-    grad = grad.at[:, 197:].set(0)
-    fused = functools.partial(attention.attend_fused, num_tokens=197)
-    found, vjp = jax.vjp(jax.jit(fused), *qkv)
+needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
 
-    def reference(*qkv):
-        out = attention.attend(*(x[:, :197].transpose(0, 2, 3, 1) for x in qkv))
-        return jnp.pad(out.transpose(0, 3, 1, 2), ((0, 0), (0, 1), (0, 0), (0, 0)))
 
+def assert_near(found, exact):
+    """bfloat16 and float32."""
+    for x, y in zip(found, exact, strict=True):
+        assert jnp.linalg.norm(x - y) < 0.01 * jnp.linalg.norm(y)
+
+
+@needs_gpu
+@pytest.mark.parametrize("form", ["cudnn", "packed"])
+def test_attention_on_a_gpu_is_near_that_in_float32(form):
+    n, t, h, d = 4, 197, 3, 64
+    qkv = jax.random.normal(jax.random.key(0), (n, t, 3, h, d), jnp.bfloat16)
+    grad = jax.random.normal(jax.random.key(1), (n, t, h, d), jnp.bfloat16)
+
+    def cudnn(qkv):
+        qkv = jnp.pad(qkv, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))
+        return attention.attend_fused(*jnp.moveaxis(qkv, 2, 0), num_tokens=t)[:, :t]
+
+    def packed(qkv):
+        # The product with the identity is exact.
+        out = packed_attention.project_and_attend(
+            qkv.reshape(n, t, -1),
+            jnp.eye(3 * h * d, dtype=qkv.dtype),
+            jnp.zeros(3 * h * d, qkv.dtype),
+            h,
+        )
+        return out.reshape(grad.shape)
+
+    def reference(qkv):
+        q, k, v = jnp.moveaxis(qkv, (2, 1), (0, 4))
+        return attention.attend(q, k, v).transpose(0, 3, 1, 2)
+
+    found, vjp = jax.vjp(jax.jit(cudnn if form == "cudnn" else packed), qkv)
     with jax.default_matmul_precision("highest"):
-        expected, exact_vjp = jax.vjp(reference, *(x.astype(jnp.float32) for x in qkv))
-        exact = expected, *exact_vjp(grad.astype(jnp.float32))
-    for half, full in zip((found, *vjp(grad)), exact, strict=True):
-        assert jnp.linalg.norm(half - full) < 0.01 * jnp.linalg.norm(full)
+        exact, exact_vjp = jax.vjp(reference, qkv.astype(jnp.float32))
+        exact_grad = exact_vjp(grad.astype(jnp.float32))[0]
+    # Of queries, keys and values one by one: they differ in size.
+    grads = (jnp.moveaxis(x, 2, 0) for x in (vjp(grad)[0], exact_grad))
+    assert_near([found, *next(grads)], [exact, *next(grads)])
+
+
+@needs_gpu
+def test_gelu_on_a_gpu_is_near_that_in_float32(monkeypatch):
+    choose(monkeypatch, gpu=True)
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (5, 197, 192), (192,), (5, 197, 192)
+    *args, grad = (
+        jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
+    )
+    found, vjp = jax.vjp(jax.jit(gelu), *args)
+    full = [x.astype(jnp.float32) for x in args]
+    exact, exact_vjp = jax.vjp(lambda x, b: jax.nn.gelu(x + b, approximate=False), *full)
+    assert_near([found, *vjp(grad)], [exact, *exact_vjp(grad.astype(jnp.float32))])
 
 
 def test_flags_of_the_environment_come_first(monkeypatch):

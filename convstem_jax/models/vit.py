@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from convstem_jax.models import attention, stems
 from convstem_jax.models.attention import attend, attend_from_one, attend_fused, in_order
+from convstem_jax.models.gelu import gelu
 from convstem_jax.models.norms import NORMS, before_linear, layer_norm
 from convstem_jax.models.packed_attention import project_and_attend
-from convstem_jax.models.target import on_gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +105,13 @@ class Attention(nnx.Module):
         heads = self.num_heads, d // self.num_heads
         form = attention.form(x.dtype, num_tokens, heads[1])
         x, kernels, biases = before_linear(norm, self.qkv, x)
-        kernels, biases = kernels.astype(x.dtype), biases.astype(x.dtype)
         if form == "packed" and not class_token_only:
+            kernels, biases = kernels.astype(x.dtype), biases.astype(x.dtype)
             return self.out(project_and_attend(x, kernels, biases, self.num_heads))
         # cuBLAS adds a bias that is a vector; TPUs write `[h, d / h]` from the product.
         shape = heads if form == "own" else (d,)
-        kernels, biases = kernels.reshape(d, 3, *shape), biases.reshape(3, *shape)
+        kernels = kernels.astype(x.dtype).reshape(d, 3, *shape)
+        biases = biases.astype(x.dtype).reshape(3, *shape)
         # One parameter and three products: the gradient of a single product would have to be
         # concatenated, which takes TPUs as long as the product.
         q, k, v = (
@@ -149,43 +150,7 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:
         x, kernel, bias = before_linear(norm, self.fc1, x)
         kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
-        # `reshape` as in nnx.Linear, so that programs for TPUs stay those that were estimated.
-        return self.fc2(gelu(in_order(x @ kernel + bias.reshape(1, 1, -1))))
-
-
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact (erf) GELU, computed in float32; its gradient is computed from `x` anew."""
-    return _gelu_and_slope(x)[0]
-
-
-def _gelu_and_slope(x):
-    y = x.astype(jnp.float32)
-    cdf = _normal_cdf(y)
-    slope = cdf + y * jnp.exp(-0.5 * y**2) / math.sqrt(2 * math.pi)
-    return (y * cdf).astype(x.dtype), slope.astype(x.dtype)
-
-
-def _normal_cdf(y):
-    if not on_gpu():
-        return 0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5)))
-    # Abramowitz and Stegun's 7.1.26, as near as float32: less arithmetic than XLA's erf, and the
-    # exponential is the slope's.
-    t = 1 / (1 + 0.3275911 * math.sqrt(0.5) * jnp.abs(y))
-    polynomial = 0.0
-    for a in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        polynomial = (polynomial + 0.5 * a) * t
-    tail = polynomial * jnp.exp(-0.5 * y**2)
-    return jnp.where(y < 0, tail, 1 - tail)
-
-
-def _gelu_backward(x, grad):
-    if on_gpu():  # Else XLA would keep the forward pass's float32 numbers to save their arithmetic.
-        x = jax.lax.optimization_barrier(x)
-    return (grad * _gelu_and_slope(x)[1],)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+        return self.fc2(gelu(x @ kernel, bias))
 
 
 class Block(nnx.Module):
