@@ -116,33 +116,34 @@ def _serve(pipe: connection.Connection, case: Case) -> None:
 
 
 def all_compiled(
-    cases: Sequence[Case], overlap: bool, limit: float | None, leave_out: Callable
+    cases: Sequence[Case], overlap: int, limit: float | None, leave_out: Callable
 ) -> list[Contender]:
     """The contenders that compile, ready to be timed.
 
     Args:
         cases: of the contenders.
-        overlap: compile one of PyTorch's beside each of JAX's, in place of one at a time.
+        overlap: how many of JAX's to compile at once, and as many of PyTorch's beside them; with 0
+            one at a time.
         limit: seconds after which those that are not compiled are left out.
         leave_out: is told of the case of each of them, and why.
     """
-    start, found, busy = time.perf_counter(), [], {}
+    start, found, busy = time.perf_counter(), [], []
     beside = [case for case in cases if overlap and case.implementation in TORCH]
-    queues = [case for case in cases if case not in beside], beside
+    queues = [[case for case in cases if case not in beside], beside]
     while busy or any(queues):
-        for i, queue in enumerate(queues):
-            if i not in busy and queue:
-                busy[i] = Contender(queue.pop(0))
+        for queue in queues:
+            while queue and sum(queue is x for x, _ in busy) < max(1, overlap):
+                busy.append((queue, Contender(queue.pop(0))))
         left = limit and max(0, limit - time.perf_counter() + start)
-        ready = connection.wait([contender.pipe for contender in busy.values()], left)
+        ready = connection.wait([contender.pipe for _, contender in busy], left)
         if not ready:
-            for contender in busy.values():
+            for _, contender in busy:
                 contender.end()
-            for case in [*(contender.case for contender in busy.values()), *queues[0], *queues[1]]:
+            for case in [*(contender.case for _, contender in busy), *queues[0], *queues[1]]:
                 leave_out(case, "it was not compiled in time")
             break
-        for i in [i for i, contender in busy.items() if contender.pipe in ready]:
-            contender = busy.pop(i)
+        for contender in [contender for _, contender in busy if contender.pipe in ready]:
+            busy = [x for x in busy if x[1] is not contender]
             try:
                 contender.compiled()
             except RuntimeError as error:

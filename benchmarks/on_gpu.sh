@@ -5,7 +5,7 @@
 #     PYTHON=.venv/bin/python TORCH_MODE=max-autotune benchmarks/on_gpu.sh      default: python3, reduce-overhead
 #     PARTS="vitc_4gf regnety_4gf around" benchmarks/on_gpu.sh                  default: all, in the order
 #         forms vitc_4gf vitc_1gf regnety_4gf vitc_18gf vitc_36gf roofline options around population
-#     FLAGS="--implementations convstem_jax torchvision --overlap" benchmarks/on_gpu.sh    more for train_step
+#     FLAGS="--implementations convstem_jax torchvision --overlap 1" benchmarks/on_gpu.sh    more for train_step
 #
 # It needs JAX for CUDA, PyTorch, pytest, pytest-xdist and pytest-timeout; of torchvision and timm what
 # is missing is left out. What fails is named at the end, and the exit status is 1 then.

@@ -125,8 +125,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--steps", type=arguments.positive, default=20, help="of each turn (default: %(default)s)")
     add("--repeats", type=arguments.positive, default=5, help="default: %(default)s")
     add("--torch_mode", default="max-autotune", help="of torch.compile, or eager (%(default)s)")
-    add("--overlap", action="store_true", help="compile PyTorch's beside JAX's, which is sooner "
-        "done, but disturbs what both measure of their kernels")  # fmt: skip
+    add("--overlap", type=arguments.positive, default=0, metavar="N", help="compile N of JAX's "
+        "at once, and N of PyTorch's beside them, which is sooner done, but disturbs what they "
+        "measure of their kernels (default: one at a time)")  # fmt: skip
     add("--compile_limit", type=float, metavar="SECONDS",
         help="leave out what is not compiled by then (default: wait)")  # fmt: skip
     add("--matmul_size", type=arguments.positive, default=8192,

@@ -13,7 +13,7 @@ _GPU = {
     # Query, key and value would become one product, and three copies out of it.
     "xla_gpu_dot_merger_threshold_mb": 0,
     # XLA's own choice, and loops: the host would wait for the outcome of each, eight times a step
-    # where mixing draws from a beta distribution. And convolutions, each of which would end a graph.
+    # where mixing draws from a beta distribution. And convolutions, which would each end a graph.
     "xla_gpu_enable_command_buffer": (
         "CONDITIONAL,CONVOLUTION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
     ),

@@ -120,7 +120,7 @@ def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(train_step, "missing", lambda *_: None)
     file = tmp_path / "train_step.json"
     flags = ["--models", "vitp_tiny", "vitc_tiny", "--batch", "4", "2", "--repeats=2"]
-    flags += ["--matmul_size=64", "--overlap", f"--json={file}"]
+    flags += ["--matmul_size=64", "--overlap=1", f"--json={file}"]
     assert train_step.main([*flags, "--skip", "*:torchvision", "vitc_*:[!c]*"]) == 1
     rows = json.loads(file.read_text())
     assert [(row["model"], row["batch"]) for row in rows] == [("vitp_tiny", 4), ("vitc_tiny", 2)]
@@ -134,8 +134,8 @@ def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsy
         assert f"left out: {name}, vitp_tiny: {reason}" in error
 
 
-@pytest.mark.parametrize(("overlap", "most"), [(False, 1), (True, 2)])
-def test_at_most_one_of_each_framework_compiles(monkeypatch, overlap, most):
+@pytest.mark.parametrize(("overlap", "most"), [(0, 1), (1, 2), (2, 4)])
+def test_so_many_of_each_framework_compile_at_once(monkeypatch, overlap, most):
     busy, peak = [], 0
 
     class Watched(contenders.Contender):
@@ -143,7 +143,8 @@ def test_at_most_one_of_each_framework_compiles(monkeypatch, overlap, most):
             nonlocal peak
             busy.append(case.implementation)
             peak = max(peak, len(busy))
-            assert len({name in contenders.TORCH for name in busy}) == len(busy)
+            num_torch = sum(name in contenders.TORCH for name in busy)
+            assert max(num_torch, len(busy) - num_torch) <= max(1, overlap)
             super().__init__(case)
 
         def compiled(self):

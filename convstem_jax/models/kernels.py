@@ -64,10 +64,15 @@ def call(
 
 
 def load(ref, exists: jax.Array) -> jax.Array:
-    """The rows that exist, `[rows]` bool, and zeros for the others."""
-    return triton.load(ref, mask=exists[:, None], other=0.0)
+    """What exists, and zeros elsewhere.
+
+    Args:
+        ref: of a block.
+        exists: bool, to be broadcast to it.
+    """
+    return triton.load(ref, mask=exists, other=0.0)
 
 
 def store(ref, x: jax.Array, exists: jax.Array) -> None:
-    """Writes the rows that exist, in the type of `ref`."""
-    triton.store(ref, x.astype(ref.dtype), mask=exists[:, None])
+    """Writes what exists, likewise, in the type of `ref`."""
+    triton.store(ref, x.astype(ref.dtype), mask=exists)

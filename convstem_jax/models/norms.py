@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from convstem_jax.models import kernels, layer_norm_kernels
 from convstem_jax.models.target import on_gpu
 
 
@@ -38,13 +39,13 @@ def _at_least_float32(arrays, dtype):
 
 def before_linear(
     norm: nnx.LayerNorm, linear: nnx.Linear, x: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Takes `linear(norm(x))` apart, up to the product `y @ kernel + bias`.
 
     On GPUs the norm's gain and bias are made a part of the layer's. Their gradients are then sums
     over the layer's, which are small, and in place of four passes over the tokens and their
-    gradients two are left, each one kernel. The norm's bias has its gradient from the layer's,
-    which is rounded to the type of `x` before.
+    gradients two are left: one kernel makes the normalisation and one its gradient. The norm's bias
+    has its gradient from the layer's, which is rounded to the type of `x` before.
 
     Args:
         norm: over the channels.
@@ -52,37 +53,20 @@ def before_linear(
         x: `[..., C]`.
 
     Returns:
-        y in the type of `x`, kernel and bias in their own.
+        x, for what else reads it, so that one kernel can sum the gradients; y in the type of `x`;
+        kernel and bias in their own.
     """
     kernel, bias = linear.kernel[...], linear.bias[...]
     if not on_gpu():
-        return norm(x), kernel, bias
-    y = _normalize(x, norm.epsilon)
-    return y, norm.scale[...][:, None] * kernel, bias + norm.bias[...] @ kernel
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _normalize(x, epsilon):
-    return _normalized_and_rate(x, epsilon)[0].astype(x.dtype)
-
-
-def _normalized_and_rate(x, epsilon):
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    y -= y.mean(axis=-1, keepdims=True)
-    rate = jax.lax.rsqrt((y**2).mean(axis=-1, keepdims=True) + epsilon)
-    return y * rate, rate
-
-
-def _normalize_backward(epsilon, x, grad):
-    # Computed anew: to keep the rate, XLA would write it in a kernel of its own, which reads `x`.
-    y, rate = _normalized_and_rate(jax.lax.optimization_barrier(x), epsilon)
-    grad_y = grad.astype(y.dtype)
-    shift = grad_y.mean(axis=-1, keepdims=True)
-    slope = (grad_y * y).mean(axis=-1, keepdims=True)
-    return ((rate * (grad_y - shift - slope * y)).astype(x.dtype),)
-
-
-_normalize.defvjp(lambda x, epsilon: (_normalize(x, epsilon), x), _normalize_backward)
+        return x, norm(x), kernel, bias
+    if kernels.are_used(x.dtype):
+        x, y = layer_norm_kernels.normalize(x, norm.epsilon)
+    else:
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y -= y.mean(axis=-1, keepdims=True)
+        y *= jax.lax.rsqrt((y**2).mean(axis=-1, keepdims=True) + norm.epsilon)
+        y = y.astype(x.dtype)
+    return x, y, norm.scale[...][:, None] * kernel, bias + norm.bias[...] @ kernel
 
 
 NORMS = {"batch": batch_norm, "layer": layer_norm}

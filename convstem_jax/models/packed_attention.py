@@ -92,7 +92,7 @@ def _gradients(qkv_out_lse_grad):
         [blocks.packed, blocks.bias],
         grid=(n, h),
         num_warps=8,
-        num_stages=2,
+        num_stages=3,
     )
 
 
@@ -112,20 +112,20 @@ class _Blocks:
 
 
 def _attend_kernel(num_tokens, q_ref, k_ref, v_ref, out_ref, lse_ref):
-    exists = jnp.arange(len(k_ref)) < num_tokens
+    exists = (jnp.arange(len(k_ref)) < num_tokens)[:, None]
     k, v = load(k_ref, exists), load(v_ref, exists)
     scale = math.log2(math.e) / math.sqrt(k.shape[1])
 
     def of_queries(i, carry):
         rows, row_exists = _rows(i, _QUERIES, num_tokens)
         q = load(q_ref.at[rows], row_exists)
-        scores = jnp.where(exists, scale * triton.dot(q, k.T), -jnp.inf)
+        scores = jnp.where(exists.T, scale * triton.dot(q, k.T), -jnp.inf)
         largest = scores.max(1)
         weights = jnp.exp2(scores - largest[:, None])
         total = weights.sum(1)
         out = triton.dot(weights.astype(v.dtype), v) / total[:, None]
         store(out_ref.at[rows], out, row_exists)
-        triton.store(lse_ref.at[rows], largest + jnp.log2(total), mask=row_exists)
+        store(lse_ref.at[rows], largest + jnp.log2(total), row_exists[:, 0])
         return carry
 
     jax.lax.fori_loop(0, pl.cdiv(num_tokens, _QUERIES), of_queries, 0)
@@ -142,40 +142,46 @@ def _gradient_kernel(
     grad_qkv_ref,
     grad_bias_ref,
 ):
-    # What does not exist is loaded as zeros. Such queries have gradients of zero; such keys and
-    # values have others, which are left out at the end.
-    exists = jnp.arange(len(k_ref)) < num_tokens
+    # What does not exist is loaded as zeros. Such queries have gradients of zero; those of such
+    # keys and values are not stored.
+    exists = (jnp.arange(len(k_ref)) < num_tokens)[:, None]
     k, v = load(k_ref, exists), load(v_ref, exists)
     scale = 1 / math.sqrt(k.shape[1])
 
     def of_queries(i, sums):
-        grad_k, grad_v, total = sums
+        grad_k, grad_v, sum_q, sum_v = sums
         rows, row_exists = _rows(i, _QUERIES_OF_GRADIENT, num_tokens)
         q, out, grad = (load(ref.at[rows], row_exists) for ref in (q_ref, out_ref, grad_ref))
-        lse = triton.load(lse_ref.at[rows], mask=row_exists, other=0.0)
-        shift = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(1)
+        lse = load(lse_ref.at[rows], row_exists[:, 0])
+        grad_32 = grad.astype(jnp.float32)
+        shift = (out.astype(jnp.float32) * grad_32).sum(1)
         # Keys first: of all tokens there are enough for the tensor cores' large tiles.
         weights = jnp.exp2(scale * math.log2(math.e) * triton.dot(k, q.T) - lse)
         grad_v += triton.dot(weights.astype(v.dtype), grad)
         grad_scores = weights * (triton.dot(v, grad.T) - shift)
-        total += grad_scores.sum(1)
         grad_scores = grad_scores.astype(q.dtype)
         grad_k += triton.dot(grad_scores, q)
-        grad_q = scale * triton.dot(k.T, grad_scores).T
-        store(grad_qkv_ref.at[rows, jnp.int32(0)], grad_q, row_exists)
-        return grad_k, grad_v, total
+        grad_q = scale * triton.dot(k.T, grad_scores)  # [d, queries]
+        store(grad_qkv_ref.at[rows, jnp.int32(0)], grad_q.T, row_exists)
+        return grad_k, grad_v, sum_q + grad_q, sum_v + grad_32
 
-    zeros = jnp.zeros(k.shape, jnp.float32)
-    sums = zeros, zeros, jnp.zeros(len(k), jnp.float32)
+    shapes = (
+        k.shape,
+        k.shape,
+        (k.shape[1], _QUERIES_OF_GRADIENT),
+        (_QUERIES_OF_GRADIENT, k.shape[1]),
+    )
+    sums = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
     num_blocks = pl.cdiv(num_tokens, _QUERIES_OF_GRADIENT)
-    grad_k, grad_v, total = jax.lax.fori_loop(0, num_blocks, of_queries, sums)
-    grad_k *= scale
-    for i, grad in ((1, grad_k), (2, grad_v)):
-        store(grad_qkv_ref.at[:, jnp.int32(i)], grad, exists)
-        grad_bias_ref[i] = jnp.where(exists[:, None], grad, 0).sum(0)
-    grad_bias_ref[0] = scale * (total[:, None] * k.astype(jnp.float32)).sum(0)
+    grad_k, grad_v, sum_q, sum_v = jax.lax.fori_loop(0, num_blocks, of_queries, sums)
+    store(grad_qkv_ref.at[:, jnp.int32(1)], scale * grad_k, exists)
+    store(grad_qkv_ref.at[:, jnp.int32(2)], grad_v, exists)
+    # A shift of all keys changes no weight, and the weights of all values sum to 1.
+    grad_bias_ref[0] = sum_q.sum(1)
+    grad_bias_ref[1] = jnp.zeros(k.shape[1], jnp.float32)
+    grad_bias_ref[2] = sum_v.sum(0)
 
 
 def _rows(i, num, num_tokens):
-    """The i-th `num` tokens, and which of them exist."""
-    return pl.ds(i * num, num), i * num + jnp.arange(num) < num_tokens
+    """The i-th `num` tokens, and which of them exist: `[num, 1]`."""
+    return pl.ds(i * num, num), (i * num + jnp.arange(num) < num_tokens)[:, None]

@@ -85,9 +85,9 @@ for size in ("4gf", "tiny"):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention; query, key and value share a parameter.
+    """Adds multi-head self-attention of the tokens' norm; query, key and value share a parameter.
 
-    Takes tokens `[N, T, width]`, the norm before it, and how many of the T are attended to. Gives
+    Takes tokens `[N, T, width]`, the norm, and how many of the T are attended to. Gives
     `[N, T, width]`, or `[N, 1, width]` if only the class token, the first, is to attend.
     """
 
@@ -104,10 +104,10 @@ class Attention(nnx.Module):
         n, _, d = x.shape
         heads = self.num_heads, d // self.num_heads
         form = attention.form(x.dtype, num_tokens, heads[1])
-        x, kernels, biases = before_linear(norm, self.qkv, x)
+        x, y, kernels, biases = before_linear(norm, self.qkv, x)
         if form == "packed" and not class_token_only:
             kernels, biases = kernels.astype(x.dtype), biases.astype(x.dtype)
-            return self.out(project_and_attend(x, kernels, biases, self.num_heads))
+            return x + self.out(project_and_attend(y, kernels, biases, self.num_heads))
         # cuBLAS adds a bias that is a vector; TPUs write `[h, d / h]` from the product.
         shape = heads if form == "own" else (d,)
         kernels = kernels.astype(x.dtype).reshape(d, 3, *shape)
@@ -115,28 +115,29 @@ class Attention(nnx.Module):
         # One parameter and three products: the gradient of a single product would have to be
         # concatenated, which takes TPUs as long as the product.
         q, k, v = (
-            (jnp.tensordot(y, kernel, axes=1) + bias).reshape(n, -1, *heads)
-            for y, kernel, bias in zip(
-                (x[:, :1] if class_token_only else x, x, x),
+            (jnp.tensordot(tokens, kernel, axes=1) + bias).reshape(n, -1, *heads)
+            for tokens, kernel, bias in zip(
+                (y[:, :1] if class_token_only else y, y, y),
                 jnp.unstack(kernels, axis=1),
                 biases,
                 strict=True,
             )
         )
         if form == "cudnn" and not class_token_only:
-            return self.out(attend_fused(q, k, v, num_tokens).reshape(n, -1, d))
+            return x + self.out(attend_fused(q, k, v, num_tokens).reshape(n, -1, d))
         q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))  # [N, h, d / h, T]
         if class_token_only:
-            x = attend_from_one(q[..., 0], k, v, num_tokens)
+            y = attend_from_one(q[..., 0], k, v, num_tokens)
         else:
-            x = attend(q, k, v).transpose(0, 3, 1, 2)
-        return self.out(x.reshape(n, -1, d))
+            y = attend(q, k, v).transpose(0, 3, 1, 2)
+        y = self.out(y.reshape(n, -1, d))
+        return (x[:, :1] if class_token_only else x) + y
 
 
 class MLP(nnx.Module):
-    """Two layers with the exact (erf) GELU between them.
+    """Adds two layers of the tokens' norm, with the exact (erf) GELU between them.
 
-    Takes tokens `[N, T, width]` and the norm before it.
+    Takes tokens `[N, T, width]` and the norm.
     """
 
     def __init__(self, width: int, mlp_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -148,9 +149,10 @@ class MLP(nnx.Module):
         self.fc2 = nnx.Linear(mlp_dim, width, dtype=dtype, rngs=rngs, **inits)
 
     def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:
-        x, kernel, bias = before_linear(norm, self.fc1, x)
+        x, y, kernel, bias = before_linear(norm, self.fc1, x)
         kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
-        return self.fc2(gelu(x @ kernel, bias))
+        # `reshape` as in nnx.Linear, so that programs for TPUs stay those that were estimated.
+        return x + self.fc2(gelu(in_order(y @ kernel + bias.reshape(1, 1, -1))))
 
 
 class Block(nnx.Module):
@@ -168,9 +170,9 @@ class Block(nnx.Module):
         self.mlp = MLP(width, mlp_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, num_tokens: int, *, class_token_only: bool) -> jax.Array:
-        attended = self.attention(x, self.norm1, num_tokens, class_token_only=class_token_only)
-        x = in_order((x[:, :1] if class_token_only else x) + attended)
-        return in_order(x + self.mlp(x, self.norm2))
+        x = self.attention(x, self.norm1, num_tokens, class_token_only=class_token_only)
+        x = in_order(x)
+        return in_order(self.mlp(x, self.norm2))
 
 
 class ViT(nnx.Module):
