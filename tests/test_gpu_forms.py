@@ -10,7 +10,15 @@ import pytest
 from convstem_jax import sharding, xla_options
 from convstem_jax.complexity import float32_products
 from convstem_jax.config import load_config
-from convstem_jax.models import MODELS, attention, create_model, kernels, packed_attention, target
+from convstem_jax.models import (
+    MODELS,
+    attention,
+    create_model,
+    kernels,
+    layer_norm_kernels,
+    packed_attention,
+    target,
+)
 from convstem_jax.models.gelu import gelu
 from convstem_jax.study import programs
 from convstem_jax.study.experiments import Population, run_config
