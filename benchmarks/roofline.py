@@ -10,8 +10,8 @@ by element between them is fused, reductions included: a kernel reads each array
 and writes what a product or another reduction needs, and sums of two arrays that are read twice.
 Where it alone reads a product's result, it is one kernel with the product. A kernel takes the
 longer of its operations at the one ceiling and its bytes at the other; kernels do not overlap.
-On GPUs, where attention is cuDNN's, its weights never leave the chip. Better fusion than that can
-beat the bound.
+On GPUs attention is counted as cuDNN's, whose weights never leave the chip, and this project's own
+kernels as what XLA would make in their place. Better fusion than that can beat the bound.
 """
 
 from collections import Counter
@@ -35,6 +35,7 @@ from benchmarks import arguments, jax_contenders
 from convstem_jax import files
 from convstem_jax.complexity import inner_programs
 from convstem_jax.models import MODELS
+from convstem_jax.models import kernels as kernels_for_gpus
 from convstem_jax.models.attention import attend
 from convstem_jax.models.target import is_gpu
 from convstem_jax.models.vit import ViTSpec
@@ -222,7 +223,8 @@ def _traced_for(device_kind: str) -> Iterator[None]:
         return attend(*(x.transpose(0, 2, 3, 1) for x in (q, k, v))).transpose(0, 3, 1, 2)
 
     attention = mock.patch.object(jax.nn, "dot_product_attention", cudnns)
-    with jax.sharding.use_abstract_mesh(mesh), attention:
+    no_kernels = mock.patch.object(kernels_for_gpus, "are_used", lambda dtype: False)
+    with jax.sharding.use_abstract_mesh(mesh), attention, no_kernels:
         yield
 
 

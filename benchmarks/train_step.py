@@ -7,7 +7,7 @@
 
 A step is what training makes: normalisation of uint8 images, lighting, mixing, forward, backward,
 optimiser, EMA; the batch waits on the device. Each implementation has a process of its own. When
-all are compiled, those of a model take turns --repeats times; medians are printed, of ratios too.
+all of a model are compiled, they take turns --repeats times; medians are printed, of ratios too.
 What is not installed is named and left out. MFU is the share that the paper's network would take of
 what this device reaches with products of large bfloat16 matrices, measured in the same run.
 """
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         "at once, and N of PyTorch's beside them, which is sooner done, but disturbs what they "
         "measure of their kernels (default: one at a time)")  # fmt: skip
     add("--compile_limit", type=float, metavar="SECONDS",
-        help="leave out what is not compiled by then (default: wait)")  # fmt: skip
+        help="leave out what of a model is not compiled by then (default: wait)")  # fmt: skip
     add("--matmul_size", type=arguments.positive, default=8192,
         help="for the peak (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
@@ -162,8 +162,6 @@ def main(argv: list[str] | None = None) -> int:
                 cases.append(case)
     if not cases:
         parser.error("nothing is left to be timed: see --models, --implementations and --skip")
-    contenders = all_compiled(cases, args.overlap, args.compile_limit, leave_out)
-    contenders.sort(key=lambda contender: cases.index(contender.case))
     print("measuring what products of matrices reach", file=sys.stderr)
     peak = jax_contenders.matmul_flops(args.matmul_size)
     print(
@@ -178,10 +176,13 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     about["versions"] |= torch_contenders.versions()
     rows = []
+    # One model after the other: all together would not fit in the device's memory.
     for model in args.models:
-        of_model = [contender for contender in contenders if contender.case.model == model]
-        rows += rows_of(take_turns(of_model, args.steps, args.repeats, leave_out), peak)
-        for contender in of_model:
+        of_model = [case for case in cases if case.model == model]
+        contenders = all_compiled(of_model, args.overlap, args.compile_limit, leave_out)
+        contenders.sort(key=lambda contender: cases.index(contender.case))
+        rows += rows_of(take_turns(contenders, args.steps, args.repeats, leave_out), peak)
+        for contender in contenders:
             contender.end()
         if args.json:
             files.write_json(args.json, [row | about for row in rows])
