@@ -61,13 +61,11 @@ done <<END
 END
 run roofline "$python" -m benchmarks.roofline --measured "$folder"/train_step_*gf.json \
   --json "$folder/roofline_gpu.json"
-# Options that promise something, and are not used yet: see docs/performance.md.
-regions=xla_gpu_command_buffer_scheduling_mode=CONCURRENT_REGIONS
-graphs=xla_gpu_enable_command_buffer=CONDITIONAL,CONVOLUTION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL
-graphs+=,DYNAMIC_SLICE_FUSION,FUSION,WHILE
+# Options that may be better: see docs/performance.md.
 run options "$python" -m benchmarks.train_step --models vitc_4gf vitc_1gf regnety_4gf \
   --batch 256 256 128 --implementations convstem_jax --json "$folder/xla_options_gpu.json" \
-  --xla_options $regions $graphs "$regions $graphs"
+  --xla_options xla_gpu_enable_command_buffer=CONDITIONAL,WHILE \
+  xla_gpu_command_buffer_scheduling_mode=CONCURRENT_REGIONS
 run around "$python" -m benchmarks.around_step --models vitc_4gf vitc_1gf --json "$folder/around_step_gpu.json"
 run population "$python" -m benchmarks.population --json "$folder/population_gpu.json"
 if ((${#failed[@]})); then

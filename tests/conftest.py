@@ -1,4 +1,4 @@
-"""Gives every test 8 CPU devices, and torchvision beside a CPU build of PyTorch."""
+"""8 CPU devices for every test, torchvision beside a CPU build of PyTorch, slow files first."""
 
 import contextlib
 import importlib
@@ -24,3 +24,12 @@ torch_contenders.declare_torchvision()
 # PyTorch's CUDA build loads it late, and after TensorFlow that is a segmentation fault.
 with contextlib.suppress(ImportError):
     importlib.import_module("triton")
+
+# Each worker of pytest-xdist takes the next file; a slow one must not be the last.
+SLOWEST = ("processes", "preflight", "train", "benchmarks", "gpu_forms", "tpu_forms", "docs")
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts them, with files whole."""
+    slowest = [f"test_{name}" for name in SLOWEST]
+    items.sort(key=lambda item: slowest.index(name) if (name := item.path.stem) in slowest else 99)
