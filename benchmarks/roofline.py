@@ -223,7 +223,7 @@ def _traced_for(device_kind: str) -> Iterator[None]:
         return attend(*(x.transpose(0, 2, 3, 1) for x in (q, k, v))).transpose(0, 3, 1, 2)
 
     attention = mock.patch.object(jax.nn, "dot_product_attention", cudnns)
-    no_kernels = mock.patch.object(kernels_for_gpus, "are_used", lambda dtype: False)
+    no_kernels = mock.patch.object(kernels_for_gpus, "are_used", lambda x: False)
     with jax.sharding.use_abstract_mesh(mesh), attention, no_kernels:
         yield
 

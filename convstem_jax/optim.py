@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from convstem_jax.models.target import on_gpu
+from convstem_jax.models.target import num_devices, on_gpu
 
 WARMUP_FACTOR = 0.1  # first learning rate of the warm-up, as a fraction of the base
 FINAL_FACTOR = 0.005  # last learning rate of the cosine, likewise
@@ -88,10 +88,10 @@ def update_ema(ema, new, step, *, rate, every: int, warmup_steps):
 
 def norm(tree) -> jax.Array:
     """Square root of the sum of all squares."""
-    if not on_gpu():
+    if not on_gpu() or num_devices() > 1:  # where an array may be divided, it would be gathered
         return optax.tree.norm(tree)
-    # A sum for each array would take GPUs one to three small kernels each. XLA would make these
-    # sums again of the one that is wanted, were it not for the barrier.
+    # A sum for each array would take one to three small kernels each. Without the barrier XLA would
+    # make them again of the one sum.
     squares = [jnp.square(x).reshape(-1, x.shape[-1]) for x in jax.tree.leaves(tree)]
     rows = [x.sum(-1) if len(x) > 1 else x[0] for x in squares]
     return jnp.sqrt(jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(rows))))

@@ -1,4 +1,4 @@
-"""8 CPU devices for every test, torchvision beside a CPU build of PyTorch, slow files first."""
+"""8 CPU devices and torchvision, beside a CPU build of PyTorch, for all tests, in a good order."""
 
 import contextlib
 import importlib
@@ -26,10 +26,13 @@ with contextlib.suppress(ImportError):
     importlib.import_module("triton")
 
 # Each worker of pytest-xdist takes the next file; a slow one must not be the last.
-SLOWEST = ("processes", "preflight", "train", "benchmarks", "gpu_forms", "tpu_forms", "docs")
+SLOWEST = (
+    *("benchmarks", "processes", "step", "train", "preflight", "models", "program", "study"),
+    *("population", "gpu_forms", "tpu_forms", "kernels", "docs", "weights"),
+)
 
 
 def pytest_collection_modifyitems(items):
     """Sorts them, with files whole."""
-    slowest = [f"test_{name}" for name in SLOWEST]
-    items.sort(key=lambda item: slowest.index(name) if (name := item.path.stem) in slowest else 99)
+    place = {f"test_{name}": i for i, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))

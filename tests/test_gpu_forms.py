@@ -7,19 +7,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from convstem_jax import sharding, xla_options
+from convstem_jax import optim, sharding, xla_options
 from convstem_jax.complexity import float32_products
 from convstem_jax.config import load_config
 from convstem_jax.models import (
-    MODELS,
     attention,
     create_model,
     kernels,
-    layer_norm_kernels,
-    packed_attention,
     target,
 )
-from convstem_jax.models.gelu import gelu
 from convstem_jax.study import programs
 from convstem_jax.study.experiments import Population, run_config
 from convstem_jax.study.programs import Trial
@@ -53,6 +49,7 @@ def logits_gradients_and_statistics(name, num_devices=1, dtype=jnp.float32):
 def choose(monkeypatch, gpu):
     """Which forms are taken, whatever device is here."""
     monkeypatch.setattr(target, "device_kind", lambda: "NVIDIA H200" if gpu else "")
+    monkeypatch.setattr(kernels, "INTERPRET", jax.default_backend() == "cpu")
 
 
 def assert_the_same(found, expected):
@@ -114,68 +111,13 @@ def test_fused_attention_of_an_odd_number_of_tokens(monkeypatch, name, cudnns_nu
     assert set(cudnns_numbers_of_tokens) == {18}
 
 
-interpreted = pytest.mark.skipif(
-    jax.default_backend() == "gpu", reason="only the interpreter has the kernels in float32"
-)
-
-
-@interpreted
-@pytest.mark.parametrize("name", ["vitc_tiny", "vitp_tiny"])
-def test_kernels(monkeypatch, name):
-    """17 tokens are fewer than the queries of a block, and the keys' block has 32."""
-    choose(monkeypatch, gpu=False)
-    elsewhere = logits_gradients_and_statistics(name)
-    calls = []
-
-    def call(*args, **kwargs):
-        calls.append(kwargs)
-        return by_pallas(*args, **kwargs)
-
-    by_pallas = kernels.call
+def test_the_norm_of_a_tree(monkeypatch):
+    shapes = [(3,), (1, 5), (1, 1, 4), (2, 3), (2, 2, 3, 4)]
+    tree = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    expected = optim.norm(tree)
+    assert expected == pytest.approx(sum(float((x**2).sum()) for x in tree) ** 0.5)
     choose(monkeypatch, gpu=True)
-    monkeypatch.setattr(attention, "form", lambda *_: "packed")
-    monkeypatch.setattr(kernels, "are_used", lambda _: True)
-    monkeypatch.setattr(kernels, "call", call)
-    assert_the_same(logits_gradients_and_statistics(name, num_devices=2), elsewhere)
-    # Two norms, GELU and attention, but the last block has attention for the class token alone.
-    forward, gradients = 4 * MODELS[name].depth - 1, 3 * MODELS[name].depth - 1
-    assert len(calls) == forward + gradients
-
-
-@interpreted
-def test_packed_attention_over_several_blocks_of_queries():
-    """150 tokens: the last block has fewer queries than the others, and the keys are filled up."""
-    n, t, h, d = 2, 150, 2, 32
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = (n, t, h * d), (h * d, 3 * h * d), (3 * h * d,), (n, t, h * d)
-    *args, grad = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-    args[1] *= (h * d) ** -0.5
-
-    def reference(x, kernel, bias):
-        q, k, v = jnp.moveaxis((x @ kernel + bias).reshape(n, t, 3, h, d), (2, 1), (0, 4))
-        return attention.attend(q, k, v).transpose(0, 3, 1, 2).reshape(n, t, h * d)
-
-    with jax.default_matmul_precision("highest"):
-        expected, expected_vjp = jax.vjp(reference, *args)
-        found, vjp = jax.vjp(lambda *args: packed_attention.project_and_attend(*args, h), *args)
-        pairs = zip((found, *vjp(grad)), (expected, *expected_vjp(grad)), strict=True)
-    for x, y in pairs:
-        assert jnp.abs(x - y).max() <= 2e-5 * jnp.abs(y).max()
-
-
-@pytest.mark.parametrize(("gpu", "by_kernel"), [(False, False), (True, False), (True, True)])
-def test_gelu(monkeypatch, gpu, by_kernel):
-    """Of numbers that fill no whole number of the kernel's programs."""
-    if by_kernel and jax.default_backend() == "gpu":
-        pytest.skip("only the interpreter has the kernel in float32")
-    choose(monkeypatch, gpu=gpu)
-    monkeypatch.setattr(kernels, "are_used", lambda _: by_kernel)
-    x = jnp.linspace(-10, 10, 3 * 1234).reshape(3, 1, 1234)
-    grad = jax.random.normal(jax.random.key(0), x.shape)
-    expected, expected_vjp = jax.vjp(lambda x: jax.nn.gelu(x, approximate=False), x)
-    found, vjp = jax.vjp(gelu, x)
-    assert jnp.abs(found - expected).max() < 2e-6
-    assert jnp.abs(vjp(grad)[0] - expected_vjp(grad)[0]).max() < 2e-6
+    assert optim.norm(tree) == pytest.approx(float(expected))
 
 
 def test_all_forms_in_bfloat16(monkeypatch, cudnns_numbers_of_tokens):
@@ -191,69 +133,6 @@ def test_all_forms_in_bfloat16(monkeypatch, cudnns_numbers_of_tokens):
         errors.append((square / sum(float(jnp.sum(y**2)) for y in exact)) ** 0.5)
     assert 1e-3 < errors[1] < 1.3 * errors[0] < 0.1
     assert cudnns_numbers_of_tokens
-
-
-needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
-
-
-def assert_near(found, exact):
-    """bfloat16 and float32."""
-    for x, y in zip(found, exact, strict=True):
-        assert jnp.linalg.norm(x - y) < 0.01 * jnp.linalg.norm(y)
-
-
-@needs_gpu
-@pytest.mark.parametrize("form", ["cudnn", "packed"])
-def test_attention_on_a_gpu_is_near_that_in_float32(form):
-    n, t, h, d = 4, 197, 3, 64
-    qkv = jax.random.normal(jax.random.key(0), (n, t, 3, h, d), jnp.bfloat16)
-    grad = jax.random.normal(jax.random.key(1), (n, t, h, d), jnp.bfloat16)
-
-    def cudnn(qkv):
-        qkv = jnp.pad(qkv, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))
-        return attention.attend_fused(*jnp.moveaxis(qkv, 2, 0), num_tokens=t)[:, :t]
-
-    def packed(qkv):
-        # The product with the identity is exact.
-        out = packed_attention.project_and_attend(
-            qkv.reshape(n, t, -1),
-            jnp.eye(3 * h * d, dtype=qkv.dtype),
-            jnp.zeros(3 * h * d, qkv.dtype),
-            h,
-        )
-        return out.reshape(grad.shape)
-
-    def reference(qkv):
-        q, k, v = jnp.moveaxis(qkv, (2, 1), (0, 4))
-        return attention.attend(q, k, v).transpose(0, 3, 1, 2)
-
-    found, vjp = jax.vjp(jax.jit(cudnn if form == "cudnn" else packed), qkv)
-    with jax.default_matmul_precision("highest"):
-        exact, exact_vjp = jax.vjp(reference, qkv.astype(jnp.float32))
-        exact_grad = exact_vjp(grad.astype(jnp.float32))[0]
-    # Of queries, keys and values one by one: they differ in size.
-    grads = (jnp.moveaxis(x, 2, 0) for x in (vjp(grad)[0], exact_grad))
-    assert_near([found, *next(grads)], [exact, *next(grads)])
-
-
-@needs_gpu
-def test_gelu_and_norm_on_a_gpu_are_near_those_in_float32(monkeypatch):
-    choose(monkeypatch, gpu=True)
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, *grads = (jax.random.normal(key, (5, 197, 192), jnp.bfloat16) for key in keys)
-    full = x.astype(jnp.float32), *(grad.astype(jnp.float32) for grad in grads)
-
-    found, vjp = jax.vjp(jax.jit(gelu), x)
-    exact, exact_vjp = jax.vjp(lambda x: jax.nn.gelu(x, approximate=False), full[0])
-    assert_near([found, *vjp(grads[0])], [exact, *exact_vjp(full[1])])
-
-    def normalize(x):
-        y = x - x.mean(-1, keepdims=True)
-        return x, y / jnp.sqrt((y**2).mean(-1, keepdims=True) + 1e-6)
-
-    found, vjp = jax.vjp(jax.jit(lambda x: layer_norm_kernels.normalize(x, 1e-6)), x)
-    exact, exact_vjp = jax.vjp(normalize, full[0])
-    assert_near([*found, *vjp(tuple(grads))], [*exact, *exact_vjp(full[1:])])
 
 
 def test_flags_of_the_environment_come_first(monkeypatch):
@@ -277,16 +156,34 @@ class GpuDevice:
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("NVIDIA H200", True), ("TPU v5 lite", False), ("Tesla T4", False), ("", False)],
+    [
+        ("NVIDIA H200", "packed"),
+        ("NVIDIA H100 80GB HBM3", "packed"),
+        ("NVIDIA GH200 480GB", "packed"),
+        ("NVIDIA A100-SXM4-40GB", "cudnn"),
+        ("NVIDIA B200", "cudnn"),
+        ("NVIDIA L4", "cudnn"),
+        ("TPU v5 lite", "own"),
+        ("Tesla T4", "own"),
+        ("", "own"),
+    ],
 )
 def test_the_forms_are_chosen_by_the_device_that_is_traced_for(monkeypatch, kind, expected):
     monkeypatch.setattr(target, "device_kind", lambda: kind)
-    if not expected:  # A program for other devices takes hold of none.
+    on_gpu = kind.startswith("NVIDIA")
+    if not on_gpu:  # A program for other devices takes hold of none.
         monkeypatch.delattr(jax, "local_devices")
-    assert target.on_gpu() == expected
-    assert attention.form(jnp.float32, 197, 64) == attention.form(jnp.float32, 17, 32) == "own"
-    assert attention.form(jnp.bfloat16, 17, 32) == ("cudnn" if expected else "own")
-    assert attention.form(jnp.bfloat16, 197, 64) == ("packed" if expected else "own")
+    assert target.on_gpu() == on_gpu
+
+    def form(num_tokens, head_width, dtype=jnp.bfloat16):
+        return attention.form(jnp.zeros((2, 1, 1), dtype), num_tokens, head_width)
+
+    assert form(197, 64, jnp.float32) == form(17, 32, jnp.float32) == "own"
+    by_xla_or_cudnn = "cudnn" if on_gpu else "own"
+    assert {form(17, 32), form(197, 32), form(128, 64), form(257, 64)} == {by_xla_or_cudnn}
+    assert form(129, 64) == form(197, 64) == form(256, 64) == expected
+    monkeypatch.setattr(kernels, "triton", None)
+    assert form(197, 64) == by_xla_or_cudnn
 
 
 def test_steps_are_compiled_with_the_options(monkeypatch):

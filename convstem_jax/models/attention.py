@@ -15,15 +15,15 @@ from convstem_jax.models import packed_attention
 from convstem_jax.models.target import by_device, has_fused_attention, on_tpu
 
 
-def form(dtype: jnp.dtype, num_tokens: int, head_width: int) -> str:
-    """Which form is to be used on the device that is traced for.
+def form(x: jax.Array, num_tokens: int, head_width: int) -> str:
+    """Which form is to be used for tokens `x`, on the device that is traced for.
 
     "packed" for `packed_attention`, "cudnn" for `attend_fused`, which cuDNN has for 16 bits, and
     "own" for `attend`.
     """
-    if packed_attention.fits(dtype, num_tokens, head_width):
+    if packed_attention.fits(x, num_tokens, head_width):
         return "packed"
-    return "cudnn" if dtype == jnp.bfloat16 and has_fused_attention() else "own"
+    return "cudnn" if x.dtype == jnp.bfloat16 and has_fused_attention() else "own"
 
 
 def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int) -> jax.Array:

@@ -14,8 +14,8 @@ _BLOCK = 4096  # numbers of a program
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact (erf) GELU, computed in float32; its gradient is computed from `x` anew."""
-    if kernels.are_used(x.dtype):
+    """Exact (erf) GELU of `[N, ...]`, computed in float32; its gradient from `x` anew."""
+    if kernels.are_used(x) and x.size < 2**31:  # which the kernel counts in 32 bits
         return kernels.by_device(_by_kernel)(x)
     return _gelu_and_slope(x)[0]
 
@@ -52,7 +52,7 @@ def _cdf_and_exponential(y):
 
 
 def _by_kernel(x):
-    """XLA's own kernel has 8 bytes in flight a thread, which are too few."""
+    """The same by a kernel. XLA's has 8 bytes in flight a thread, which are too few."""
 
     def kernel(x_ref, y_ref):
         exists = pl.program_id(0) * _BLOCK + jnp.arange(_BLOCK) < x.size
@@ -65,6 +65,7 @@ def _by_kernel(x):
         [block],
         [((x.size,), x.dtype)],
         [block],
+        name="gelu",
         grid=(pl.cdiv(x.size, _BLOCK),),
         num_warps=4,
     )

@@ -1,46 +1,52 @@
 """What this project's own kernels for GPUs share: they are written in Pallas, for Triton."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 
 import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from convstem_jax.models.target import by_device, on_hopper
+from convstem_jax.models import target
 
 try:
     from jax.experimental.pallas import triton
 except ImportError:  # JAX announces its end. What XLA and cuDNN have takes their place then.
     triton = None
 
+INTERPRET = False  # for tests, where no GPU is
 
-def are_used(dtype: jnp.dtype) -> bool:
-    """Whether they are to be used: for 16 bits, on the GPUs that they were measured on.
 
-    Where a mesh has explicit axes, XLA cannot divide them.
+def are_used(x: jax.Array) -> bool:
+    """Whether they are to be used for such an array, which has the batch first.
+
+    They are for 16 bits and one generation of GPUs. XLA cannot divide them: `by_device` must, which
+    it does along the axis `data`, if there is one.
     """
-    has_explicit_axes = bool(jax.sharding.get_abstract_mesh().explicit_axes)
-    is_here = dtype == jnp.bfloat16 and on_hopper() and triton is not None
-    return is_here and not has_explicit_axes
+    mesh = jax.sharding.get_abstract_mesh()
+    is_divided = set(mesh.axis_names) == set(mesh.auto_axes) <= {"data"}
+    divides = len(x) % max(1, target.num_devices()) == 0
+    is_one_of_ours = x.dtype == jnp.bfloat16 and target.on_hopper()
+    return is_one_of_ours and is_divided and divides and triton is not None
 
 
-# Each device's part of a batch; what a kernel returns does not say along which axes it differs.
-by_device = functools.partial(by_device, check_vma=False)
+# What a kernel returns does not say along which axes it differs, which would be checked.
+by_device = functools.partial(target.by_device, check_vma=False)
 
 
 def call(
-    kernel: functools.partial,
+    kernel: Callable[..., None],
     inputs: Sequence[jax.Array],
     in_specs: Sequence[pl.BlockSpec],
     outputs: Sequence[tuple[tuple[int, ...], jnp.dtype]],
     out_specs: Sequence[pl.BlockSpec],
     *,
+    name: str,
     grid: tuple[int, ...],
     num_warps: int,
     num_stages: int = 1,
 ) -> list[jax.Array]:
-    """`pallas_call` with `num_warps` warps to a program; on CPUs interpreted, for tests.
+    """`pallas_call` of Triton.
 
     Args:
         kernel: takes references to the blocks of inputs and outputs.
@@ -48,9 +54,13 @@ def call(
         in_specs: their blocks.
         outputs: shapes and types.
         out_specs: their blocks.
+        name: in profiles.
         grid: how many programs.
         num_warps: of a program.
         num_stages: how many rounds of a loop are under way at once, for their loads.
+
+    Returns:
+        The outputs.
     """
     return pl.pallas_call(
         kernel,
@@ -59,7 +69,8 @@ def call(
         out_shape=[jax.ShapeDtypeStruct(*output) for output in outputs],
         out_specs=out_specs,
         compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-        interpret=jax.default_backend() == "cpu",
+        interpret=INTERPRET,
+        name=name,
     )(*inputs)
 
 

@@ -15,6 +15,11 @@ from convstem_jax.models import kernels
 _ROWS = 4  # of a program, which has whole ones: one for each warp
 
 
+def fit(x: jax.Array) -> bool:
+    """Whether they are to be used for `x`: wider rows would not fit in a program's registers."""
+    return kernels.are_used(x) and x.shape[-1] <= 1024
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def normalize(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
     """`x`, and `x` less its mean, divided by its standard deviation, over the last axis.
@@ -38,7 +43,7 @@ def _values(epsilon, x):
         y, _ = _normalized(kernels.load(x_ref, exists), num_columns, epsilon)
         kernels.store(y_ref, y, exists)
 
-    return _call(kernel, [x])
+    return _call(kernel, [x], "layer_norm")
 
 
 def _gradient(epsilon, x_and_grads):
@@ -51,7 +56,7 @@ def _gradient(epsilon, x_and_grads):
         slope = (grad_y * y).sum(1, keepdims=True) / num_columns
         kernels.store(out_ref, grad_x + rate * (grad_y - shift - slope * y), exists)
 
-    return _call(kernel, x_and_grads)
+    return _call(kernel, x_and_grads, "layer_norm_gradient")
 
 
 def _normalized(x, num_columns, epsilon):
@@ -63,7 +68,7 @@ def _normalized(x, num_columns, epsilon):
     return x * rate, rate
 
 
-def _call(kernel, inputs):
+def _call(kernel, inputs, name):
     """Of arrays of one shape, one more."""
     shape = inputs[0].shape
     inputs = [x.reshape(-1, shape[-1]) for x in inputs]
@@ -81,6 +86,7 @@ def _call(kernel, inputs):
         [block] * len(inputs),
         [((num_rows, num_columns), inputs[0].dtype)],
         [block],
+        name=name,
         grid=(pl.cdiv(num_rows, _ROWS),),
         num_warps=_ROWS,
     )

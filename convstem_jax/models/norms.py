@@ -6,7 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from convstem_jax.models import kernels, layer_norm_kernels
+from convstem_jax.models import layer_norm_kernels
 from convstem_jax.models.target import on_gpu
 
 
@@ -59,7 +59,7 @@ def before_linear(
     kernel, bias = linear.kernel[...], linear.bias[...]
     if not on_gpu():
         return x, norm(x), kernel, bias
-    if kernels.are_used(x.dtype):
+    if layer_norm_kernels.fit(x):
         x, y = layer_norm_kernels.normalize(x, norm.epsilon)
     else:
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))

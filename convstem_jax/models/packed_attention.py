@@ -9,21 +9,25 @@ once, with no sums in the memory and with the bias's gradient beside it.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
+import numpy as np
 
 from convstem_jax.models import kernels
 from convstem_jax.models.kernels import load, store, triton
 
+# Pallas' interpreter takes no Python numbers as indices beside slices.
+_Q, _K, _V = map(np.int32, range(3))
 # How many queries a program has at once. Other numbers, and other ones of warps, were slower.
 _QUERIES, _QUERIES_OF_GRADIENT = 64, 32
 
 
-def fits(dtype: jnp.dtype, num_tokens: int, head_width: int) -> bool:
-    """Whether `project_and_attend` is to be used: for the shapes that it was measured for."""
-    return kernels.are_used(dtype) and 128 < num_tokens <= 256 and head_width == 64
+def fits(x: jax.Array, num_tokens: int, head_width: int) -> bool:
+    """Whether `project_and_attend` is to be used for `x`: a head must fill a multiprocessor."""
+    return kernels.are_used(x) and 128 < num_tokens <= 256 and head_width == 64
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -31,6 +35,9 @@ def project_and_attend(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int
 ) -> jax.Array:
     """Multi-head self-attention up to its output layer.
+
+    A program has all T keys and values of a head, filled up to a power of 2: above 256 they would
+    not fit in its registers.
 
     Args:
         x: tokens, `[N, T, C]`.
@@ -66,13 +73,14 @@ project_and_attend.defvjp(_forward, _backward)
 def _attend(qkv):
     """`[N, T, h, d]`, and the logarithm to base 2 of the sums of exponentials, `[N, h, T]`."""
     n, t, _, h, d = qkv.shape
-    blocks = _Blocks(t, d)
+    blocks = _blocks(t, d)
     return kernels.call(
         functools.partial(_attend_kernel, t),
         [qkv] * 3,
         blocks.of_qkv,
         [((n, t, h, d), qkv.dtype), ((n, h, t), jnp.float32)],
         [blocks.out, blocks.lse],
+        name="attention",
         grid=(n, h),
         num_warps=4,
         num_stages=2,
@@ -83,32 +91,42 @@ def _gradients(qkv_out_lse_grad):
     """Of the packed array, and of the bias for each image: `[N, 3, h, d]` in float32."""
     qkv, out, lse, grad = qkv_out_lse_grad
     n, t, _, h, d = qkv.shape
-    blocks = _Blocks(t, d)
+    blocks = _blocks(t, d)
     return kernels.call(
         functools.partial(_gradient_kernel, t),
         [qkv, qkv, qkv, out, lse, grad],
         [*blocks.of_qkv, blocks.out, blocks.lse, blocks.out],
         [(qkv.shape, qkv.dtype), ((n, 3, h, d), jnp.float32)],
         [blocks.packed, blocks.bias],
+        name="attention_gradient",
         grid=(n, h),
         num_warps=8,
         num_stages=3,
     )
 
 
-class _Blocks:
-    """What a program has of each array: head h of image n, tokens filled up to a power of 2."""
+class _Blocks(NamedTuple):
+    """What a program has of each array: head h of image n."""
 
-    def __init__(self, t, d):
-        t = pl.next_power_of_2(t)
-        self.of_qkv = [
+    of_qkv: list[pl.BlockSpec]  # queries, keys and values apart
+    packed: pl.BlockSpec
+    out: pl.BlockSpec
+    lse: pl.BlockSpec
+    bias: pl.BlockSpec
+
+
+def _blocks(t, d):
+    t = pl.next_power_of_2(t)
+    return _Blocks(
+        [
             pl.BlockSpec((None, t, None, None, d), lambda n, h, i=i: (n, 0, i, h, 0))
             for i in range(3)
-        ]
-        self.packed = pl.BlockSpec((None, t, 3, None, d), lambda n, h: (n, 0, 0, h, 0))
-        self.out = pl.BlockSpec((None, t, None, d), lambda n, h: (n, 0, h, 0))
-        self.lse = pl.BlockSpec((None, None, t), lambda n, h: (n, h, 0))
-        self.bias = pl.BlockSpec((None, 3, None, d), lambda n, h: (n, 0, h, 0))
+        ],
+        pl.BlockSpec((None, t, 3, None, d), lambda n, h: (n, 0, 0, h, 0)),
+        pl.BlockSpec((None, t, None, d), lambda n, h: (n, 0, h, 0)),
+        pl.BlockSpec((None, None, t), lambda n, h: (n, h, 0)),
+        pl.BlockSpec((None, 3, None, d), lambda n, h: (n, 0, h, 0)),
+    )
 
 
 def _attend_kernel(num_tokens, q_ref, k_ref, v_ref, out_ref, lse_ref):
@@ -143,7 +161,7 @@ def _gradient_kernel(
     grad_bias_ref,
 ):
     # What does not exist is loaded as zeros. Such queries have gradients of zero; those of such
-    # keys and values are not stored.
+    # keys and values are not stored, and add zeros to the queries'.
     exists = (jnp.arange(len(k_ref)) < num_tokens)[:, None]
     k, v = load(k_ref, exists), load(v_ref, exists)
     scale = 1 / math.sqrt(k.shape[1])
@@ -156,13 +174,15 @@ def _gradient_kernel(
         grad_32 = grad.astype(jnp.float32)
         shift = (out.astype(jnp.float32) * grad_32).sum(1)
         # Keys first: of all tokens there are enough for the tensor cores' large tiles.
-        weights = jnp.exp2(scale * math.log2(math.e) * triton.dot(k, q.T) - lse)
+        scores = scale * math.log2(math.e) * triton.dot(k, q.T)
+        # None is above 1, but for keys that do not exist, where infinity times zero would be NaN.
+        weights = jnp.exp2(jnp.minimum(scores - lse, 0))
         grad_v += triton.dot(weights.astype(v.dtype), grad)
         grad_scores = weights * (triton.dot(v, grad.T) - shift)
         grad_scores = grad_scores.astype(q.dtype)
         grad_k += triton.dot(grad_scores, q)
         grad_q = scale * triton.dot(k.T, grad_scores)  # [d, queries]
-        store(grad_qkv_ref.at[rows, jnp.int32(0)], grad_q.T, row_exists)
+        store(grad_qkv_ref.at[rows, _Q], grad_q.T, row_exists)
         return grad_k, grad_v, sum_q + grad_q, sum_v + grad_32
 
     shapes = (
@@ -174,8 +194,8 @@ def _gradient_kernel(
     sums = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
     num_blocks = pl.cdiv(num_tokens, _QUERIES_OF_GRADIENT)
     grad_k, grad_v, sum_q, sum_v = jax.lax.fori_loop(0, num_blocks, of_queries, sums)
-    store(grad_qkv_ref.at[:, jnp.int32(1)], scale * grad_k, exists)
-    store(grad_qkv_ref.at[:, jnp.int32(2)], grad_v, exists)
+    store(grad_qkv_ref.at[:, _K], scale * grad_k, exists)
+    store(grad_qkv_ref.at[:, _V], grad_v, exists)
     # A shift of all keys changes no weight, and the weights of all values sum to 1.
     grad_bias_ref[0] = sum_q.sum(1)
     grad_bias_ref[1] = jnp.zeros(k.shape[1], jnp.float32)

@@ -42,8 +42,8 @@ def by_device(function: Callable, *, check_vma: bool = True) -> Callable:
     """`function` of each device's part of its first argument, and of the others as they are.
 
     To be used where XLA's partitioner would else gather the batch on every device. The batch must
-    divide by the devices. Where `num_devices` is 0, it is `function`. `check_vma` is of
-    `jax.shard_map`.
+    divide by the devices. Where `num_devices` is 0, it is `function`. With `check_vma` JAX checks
+    what results say of the devices on which they differ.
     """
     if not num_devices():
         return function

@@ -103,7 +103,7 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         n, _, d = x.shape
         heads = self.num_heads, d // self.num_heads
-        form = attention.form(x.dtype, num_tokens, heads[1])
+        form = attention.form(x, num_tokens, heads[1])
         x, y, kernels, biases = before_linear(norm, self.qkv, x)
         if form == "packed" and not class_token_only:
             kernels, biases = kernels.astype(x.dtype), biases.astype(x.dtype)
@@ -236,7 +236,7 @@ class ViT(nnx.Module):
         x = jnp.concatenate([class_token, x], axis=1)  # [N, T, d]
         x = x + self.position_embedding[...].astype(x.dtype)
         num_tokens = x.shape[1]
-        if attention.form(x.dtype, num_tokens, d // self.spec.num_heads) == "cudnn":
+        if attention.form(x, num_tokens, d // self.spec.num_heads) == "cudnn":
             x = jnp.pad(x, ((0, 0), (0, num_tokens % 2), (0, 0)))  # see `attend_fused`
         x = in_order(x)
         for i, block in enumerate(self.blocks, 1):
