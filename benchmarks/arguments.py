@@ -1,6 +1,7 @@
 """Arguments that the benchmarks share, and what their results tell of how they were made."""
 
 import argparse
+import os
 import sys
 
 from convstem_jax import files, provenance
@@ -39,6 +40,7 @@ def made_by(argv: list[str] | None) -> dict:
     """Fields of a result: the command, of `argv` or else of this process, commit and versions."""
     return {
         "command": sys.argv[1:] if argv is None else argv,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "commit": provenance.commit(),
         "versions": provenance.versions(),
     }
