@@ -1,4 +1,4 @@
-"""8 CPU devices and torchvision, beside a CPU build of PyTorch, for all tests, in a good order."""
+"""Gives every test 8 CPU devices and torchvision beside a CPU build of PyTorch; orders them."""
 
 import contextlib
 import importlib

@@ -10,12 +10,7 @@ import pytest
 from convstem_jax import optim, sharding, xla_options
 from convstem_jax.complexity import float32_products
 from convstem_jax.config import load_config
-from convstem_jax.models import (
-    attention,
-    create_model,
-    kernels,
-    target,
-)
+from convstem_jax.models import attention, create_model, kernels, target
 from convstem_jax.study import programs
 from convstem_jax.study.experiments import Population, run_config
 from convstem_jax.study.programs import Trial

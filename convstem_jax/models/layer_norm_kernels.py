@@ -15,8 +15,8 @@ from convstem_jax.models import kernels
 _ROWS = 4  # of a program, which has whole ones: one for each warp
 
 
-def fit(x: jax.Array) -> bool:
-    """Whether they are to be used for `x`: wider rows would not fit in a program's registers."""
+def fits(x: jax.Array) -> bool:
+    """Whether `normalize` is to be used for `x`: wider rows would not fit in the registers."""
     return kernels.are_used(x) and x.shape[-1] <= 1024
 
 

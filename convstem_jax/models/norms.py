@@ -59,7 +59,7 @@ def before_linear(
     kernel, bias = linear.kernel[...], linear.bias[...]
     if not on_gpu():
         return x, norm(x), kernel, bias
-    if layer_norm_kernels.fit(x):
+    if layer_norm_kernels.fits(x):
         x, y = layer_norm_kernels.normalize(x, norm.epsilon)
     else:
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
