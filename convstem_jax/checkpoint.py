@@ -5,6 +5,7 @@ of the input, whose batches are numbered. Saving is asynchronous and atomic. Orb
 bits without a word, so a checksum of each array travels in the JSON record.
 """
 
+from concurrent import futures
 import os
 import shutil
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convstem_jax import processes
-from convstem_jax.errors import CheckpointError, NotFiniteError, first_line
+from convstem_jax.errors import CheckpointError, NotFiniteError, UserError, first_line
 from convstem_jax.step import PyTree, TrainState
 
 
@@ -62,6 +63,9 @@ class Checkpoints:
             ),
         )
         self.directory, self._read_only = directory, read_only
+        # Even an asynchronous save of Orbax's returns only when all arrays are on the host.
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._saving = None
 
     def latest_step(self) -> int | None:
         """Number of updates made at the latest checkpoint; None without one."""
@@ -81,6 +85,10 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, loop: dict, metrics: dict | None = None) -> None:
         """Starts to save `state` and the JSON-serialisable `loop`.
 
+        One process alone copies the state on its devices, and a thread of its own does the rest.
+        Of several processes Orbax lets the devices meet, which no thread may do beside the training
+        loop: there it returns when the state is on the hosts.
+
         Args:
             step: number of updates made.
             state: read before this returns, so that the next step may donate it.
@@ -89,8 +97,15 @@ class Checkpoints:
 
         Raises:
             CheckpointError: this save, or the one before it, failed.
-            NotFiniteError: a number of the state is NaN or infinite; nothing is saved.
+            NotFiniteError: a number of that state is NaN or infinite; it is not saved.
         """
+        if jax.process_count() > 1:
+            self._save(step, state, loop, metrics)
+            return
+        self._finish()
+        self._saving = self._thread.submit(self._save, step, _copy(state), loop, metrics)
+
+    def _save(self, step: int, state: TrainState, loop: dict, metrics: dict | None) -> None:
         checksums, finite = _inspect(state)
         if not finite:
             raise NotFiniteError(
@@ -108,6 +123,12 @@ class Checkpoints:
             if processes.is_lost_peer(error):
                 raise
             raise self._failed(error) from error
+
+    def _finish(self) -> None:
+        """Waits for the thread, and raises what the save in it raised, once."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
         """Restores a checkpoint onto the devices and shardings of `like`.
@@ -179,14 +200,22 @@ class Checkpoints:
         return state, loop
 
     def close(self) -> None:
-        """Waits until everything is on the disk."""
+        """Waits until everything is on the disk.
+
+        Raises:
+            CheckpointError, NotFiniteError: as from `save`.
+        """
         try:
+            self._finish()
             self._manager.wait_until_finished()
+        except UserError:
+            raise
         except Exception as error:
             if processes.is_lost_peer(error):
                 raise
             raise self._failed(error) from error
         finally:
+            self._thread.shutdown()
             self._manager.close()
 
     def _failed(self, error: Exception) -> CheckpointError:
@@ -227,6 +256,12 @@ def _with_int_keys(tree: PyTree) -> PyTree:
         return tree
     items = ((int(key) if key.isdigit() else key, x) for key, x in tree.items())
     return {key: _with_int_keys(x) for key, x in items}
+
+
+@jax.jit
+def _copy(state: PyTree) -> PyTree:
+    """The state in memory of its own, since the next step overwrites it."""
+    return jax.tree.map(jnp.copy, state)
 
 
 def _inspect(state: PyTree) -> tuple[dict[str, int], bool]:

@@ -69,6 +69,8 @@ def test_vitc_1gf_compiles_for_every_generation(topology, vitc_1gf):
     assert record["chip_bytes"] / 2**30 == pytest.approx(gib, abs=1)
     assert record["bytes_per_chip"] == sum(record["parts"].values()) < record["chip_bytes"]
     assert record["largest_batch"] > 2048
+    state = sum(record["parts"][name] for name in ("params", "batch_stats", "opt_state", "ema"))
+    assert record["parts"]["checkpoint"] == (state if hosts == 1 else 0)
     # 1.077 Gflop of the paper forward, twice that backward, two operations each.
     assert record["flops_per_chip"] == pytest.approx(6 * 1.077e9 * 2048 / chips, rel=0.1)
     # The gradients of 4.57 million parameters, in bfloat16 or float32, and little else.

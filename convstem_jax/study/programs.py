@@ -167,7 +167,8 @@ class Programs:
             self.step = step.lower(*shapes).compile()
             self.eval_step = evaluate.lower(ema["params"], ema["batch_stats"], eval_batch).compile()
             state = self.step.memory_analysis().alias_size_in_bytes
-            self.need = need = max(_need(self.step), _need(self.eval_step) + state)
+            # With the copy of the state that a checkpoint is written from.
+            self.need = need = max(_need(self.step), _need(self.eval_step) + state) + state
             if need <= memory:
                 return
             if per_device == 1:
