@@ -281,7 +281,7 @@ def test_the_remedy_changes_the_numbers_as_little_as_it_can(
     config = load_config("configs/vitc.py")
     config.batch_size, config.accumulate = 16 * images, accumulate
     config.state_sharding = sharding
-    parts = {"params": 2, "opt_state": 4, "ema": 2, "input": 1}
+    parts = {"params": 2, "opt_state": 4, "ema": 2, "checkpoint": 0, "input": 1}
     assert preflight._remedy(config, 16, rest, 12, parts) == remedy
 
 
