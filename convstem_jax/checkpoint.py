@@ -6,6 +6,8 @@ bits without a word, so a checksum of each array travels in the JSON record.
 """
 
 from concurrent import futures
+import copy
+import math
 import os
 import shutil
 from typing import Any
@@ -16,7 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convstem_jax import processes
-from convstem_jax.errors import CheckpointError, NotFiniteError, UserError, first_line
+from convstem_jax.errors import CheckpointError, NotFiniteError, first_line
+from convstem_jax.sharding import bytes_on_device
 from convstem_jax.step import PyTree, TrainState
 
 
@@ -65,7 +68,7 @@ class Checkpoints:
         self.directory, self._read_only = directory, read_only
         # Even an asynchronous save of Orbax's returns only when all arrays are on the host.
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
-        self._saving = None
+        self._saving = self._has_room = None
 
     def latest_step(self) -> int | None:
         """Number of updates made at the latest checkpoint; None without one."""
@@ -85,25 +88,29 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, loop: dict, metrics: dict | None = None) -> None:
         """Starts to save `state` and the JSON-serialisable `loop`.
 
-        One process alone copies the state on its devices, and a thread of its own does the rest.
-        Of several processes Orbax lets the devices meet, which no thread may do beside the training
-        loop: there it returns when the state is on the hosts.
+        A process alone copies the state on its devices, and a thread does the rest. Where they have
+        no room for it this returns when the state is on the host; and where there are several
+        processes, since Orbax lets their devices meet, which no thread may do beside a training
+        step.
 
         Args:
             step: number of updates made.
-            state: read before this returns, so that the next step may donate it.
+            state: the next step may donate it when this returns.
             loop: what to give back at resuming.
             metrics: holds `top1_error`, by which the best checkpoint is chosen.
 
         Raises:
-            CheckpointError: this save, or the one before it, failed.
+            CheckpointError: an earlier save failed, or this one.
             NotFiniteError: a number of that state is NaN or infinite; it is not saved.
         """
-        if jax.process_count() > 1:
-            self._save(step, state, loop, metrics)
-            return
         self._finish()
-        self._saving = self._thread.submit(self._save, step, _copy(state), loop, metrics)
+        loop = copy.deepcopy(loop)
+        if self._has_room is None:
+            self._has_room = jax.process_count() == 1 and _has_room(state)
+        if self._has_room:
+            self._saving = self._thread.submit(self._save, step, _copy(state), loop, metrics)
+        else:
+            self._save(step, state, loop, metrics)
 
     def _save(self, step: int, state: TrainState, loop: dict, metrics: dict | None) -> None:
         checksums, finite = _inspect(state)
@@ -126,9 +133,12 @@ class Checkpoints:
 
     def _finish(self) -> None:
         """Waits for the thread, and raises what the save in it raised, once."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        if self._saving is not None:
+            try:
+                self._saving.result()
+            finally:
+                if self._saving.done():  # else Ctrl-C ended the wait
+                    self._saving = None
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
         """Restores a checkpoint onto the devices and shardings of `like`.
@@ -207,16 +217,18 @@ class Checkpoints:
         """
         try:
             self._finish()
+            self._wait_until_written()
+        finally:
+            self._thread.shutdown()
+            self._manager.close()
+
+    def _wait_until_written(self) -> None:
+        try:
             self._manager.wait_until_finished()
-        except UserError:
-            raise
         except Exception as error:
             if processes.is_lost_peer(error):
                 raise
             raise self._failed(error) from error
-        finally:
-            self._thread.shutdown()
-            self._manager.close()
 
     def _failed(self, error: Exception) -> CheckpointError:
         free = shutil.disk_usage(os.path.dirname(self.directory)).free / 2**20
@@ -256,6 +268,23 @@ def _with_int_keys(tree: PyTree) -> PyTree:
         return tree
     items = ((int(key) if key.isdigit() else key, x) for key, x in tree.items())
     return {key: _with_int_keys(x) for key, x in items}
+
+
+def _has_room(state: PyTree) -> bool:
+    """Whether a copy of the state fits on the devices, beside the most that they held so far."""
+    need = bytes_on_device(state)
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]  # CPUs have none
+    has_room = all(
+        found.get("peak_bytes_in_use", 0) + need <= found.get("bytes_limit", math.inf)
+        for found in stats
+    )
+    if not has_room:
+        print(
+            f"the devices have no room for a copy of the state, {need / 2**20:,.0f} MiB: training "
+            "waits until a checkpoint has left them",
+            flush=True,
+        )
+    return has_room
 
 
 @jax.jit

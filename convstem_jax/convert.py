@@ -1,8 +1,8 @@
 """Converts weights between this project's and PyTorch's.
 
-SOURCE and TARGET are each a run's folder or a .safetensors file of this project, or a PyTorch state
-dict (.pt, .pth, .pyth, .bin, or .safetensors with --from or --to) in the layout of torchvision,
-pycls or timm.
+SOURCE is a run's folder or a .safetensors file of this project, TARGET such a file. Each may be a
+PyTorch state dict too (.pt, .pth, .pyth, .bin, or .safetensors with --from or --to) in the layout
+of torchvision, pycls or timm.
 """
 
 import argparse
@@ -118,6 +118,8 @@ def _check(args: argparse.Namespace) -> None:
     ):
         if path.endswith(TORCH_SUFFIXES) and not layout:
             raise ConfigError(f"{path} is a PyTorch file: say its layout with {flag}")
+    if not (args.target_layout or args.target.endswith(".safetensors")):
+        raise ConfigError(f"{args.target} must end with .safetensors, or be given a layout by --to")
 
 
 def main(argv: list[str] | None = None) -> int:

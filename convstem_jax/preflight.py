@@ -83,13 +83,11 @@ def preflight(
         name: _bytes_on_device(getattr(state, name), getattr(shardings, name))
         for name in ("params", "batch_stats", "opt_state", "ema")
     }
-    # The copy of the state that one process alone saves, see `Checkpoints.save`.
-    parts["checkpoint"] = sum(parts.values()) if slice_.num_hosts == 1 else 0
     # What the loop keeps on the devices beside the batch of the step.
     ahead = config.prefetch * (n + config.eval_batch_size)
     precise = n * build.num_precise_batches(config) if state.batch_stats else 0
     parts["input"] = math.ceil((n + ahead + precise) / num_devices) * size**2 * 3
-    beside = parts["checkpoint"] + parts["input"] - images * size**2 * 3
+    beside = parts["input"] - images * size**2 * 3
     counts = complexity(nnx.eval_shape(lambda: build.new_model(config, num_classes, 0)))
     acts = jnp.dtype(config.dtype).itemsize * images // config.accumulate * counts.acts
     if compiled["bytes"]:
@@ -195,7 +193,7 @@ def _remedy(config, num_devices: int, rest: int, free: float, parts: dict[str, i
         parts: bytes of the rest.
     """
     images, together = config.batch_size // num_devices, build.images_together(config)
-    state = sum(parts[name] for name in ("params", "opt_state", "ema", "checkpoint"))
+    state = parts["params"] + parts["opt_state"] + parts["ema"]
     rooms = {"": free}
     if config.state_sharding == "replicated" and num_devices > 1:
         rooms["config.state_sharding=fsdp"] = free + state * (1 - 1 / num_devices)

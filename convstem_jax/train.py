@@ -166,11 +166,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     results = step_metrics = None
     batches = new_train_batches(first_step=first_step)
     with (
+        preemption.stop_requested() as stop_requested,  # until the last checkpoint is written
         contextlib.closing(records),
         contextlib.closing(checkpoints),
         contextlib.closing(batches),
         contextlib.closing(eval_batches),
-        preemption.stop_requested() as stop_requested,
     ):
         for step in range(first_step + 1, num_steps + 1):  # `step` updates made, after this one
             batch = next(batches)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from convstem_jax import optim, run_folder
+from convstem_jax import run_folder
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError, ConfigError
 from convstem_jax.models import create_model
-from convstem_jax.step import PyTree, TrainState, split
+from convstem_jax.step import PyTree, split
 
 Weights = dict[str, PyTree]  # {"params", "batch_stats"}: nested dicts of arrays
 
@@ -130,7 +130,7 @@ def load(
 
 
 def save(path: str, weights: Weights, architecture: Architecture) -> None:
-    """Writes weights to a safetensors file, or else to a new folder, as a checkpoint.
+    """Writes weights to a safetensors file.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -138,14 +138,11 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
     import safetensors.numpy
 
     try:
-        if path.endswith(".safetensors"):
-            flat = traverse_util.flatten_dict(weights)
-            # safetensors writes memory as it lies, also of a transposed view.
-            arrays = {"/".join(map(str, key)): np.ascontiguousarray(x) for key, x in flat.items()}
-            metadata = {"convstem_jax": json.dumps(dataclasses.asdict(architecture))}
-            safetensors.numpy.save_file(arrays, path, metadata)
-        else:
-            _save_run(path, weights, architecture)
+        flat = traverse_util.flatten_dict(weights)
+        # safetensors writes memory as it lies, also of a transposed view.
+        arrays = {"/".join(map(str, key)): np.ascontiguousarray(x) for key, x in flat.items()}
+        metadata = {"convstem_jax": json.dumps(dataclasses.asdict(architecture))}
+        safetensors.numpy.save_file(arrays, path, metadata)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
@@ -174,21 +171,3 @@ def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Ar
         raise CheckpointError(f"{path}/config.json cannot be read: {error}") from error
     num_classes = len(weights["params"]["head"]["bias"])
     return weights, Architecture(model, num_classes, image_size)
-
-
-def _save_run(path: str, weights: Weights, architecture: Architecture) -> None:
-    os.makedirs(path)
-    checkpoints = Checkpoints(os.path.abspath(os.path.join(path, "checkpoints")))
-    checkpoints.save(0, _state_of(weights), {"seconds": 0.0, "speed": ()})
-    checkpoints.close()
-    config = {"model": architecture.model, "image_size": architecture.image_size}
-    with open(os.path.join(path, "config.json"), "w") as file:
-        json.dump(config, file, indent=2)
-
-
-def _state_of(weights: Weights) -> TrainState:
-    """Of a run that ends with these weights."""
-    params, batch_stats = jax.tree.map(jnp.asarray, (weights["params"], weights["batch_stats"]))
-    ema = {"params": params, "batch_stats": batch_stats}
-    opt_state = optim.adamw(0.0, 0.0).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state, ema)

@@ -91,14 +91,44 @@ def test_a_save_does_not_wait_for_the_arrays(tmp_path, monkeypatch):
         return inspect(state)
 
     monkeypatch.setattr(checkpoint, "_inspect", inspect_later)
-    checkpoints = Checkpoints(str(tmp_path / "c"))
-    checkpoints.save(1, make_state(1), {})
+    checkpoints, curve = Checkpoints(str(tmp_path / "c")), [1]
+    checkpoints.save(1, make_state(1), {"curve": curve})
+    curve.append(2)
     assert checkpoints.latest_step() is None
     go_on.set()
     checkpoints.close()
     checkpoints = Checkpoints(str(tmp_path / "c"))
-    assert same(checkpoints.restore(make_state(0))[0], make_state(1))
+    state, loop = checkpoints.restore(make_state(0))
+    assert same(state, make_state(1)) and loop == {"curve": [1]}
     checkpoints.close()
+
+
+@pytest.mark.parametrize("num_bytes", [20_000, 10_000])
+def test_without_room_for_a_copy_a_save_waits_for_the_arrays(
+    tmp_path, monkeypatch, capsys, num_bytes
+):
+    """Otherwise a step that fitted would fail at the first checkpoint."""
+
+    class Device:
+        def memory_stats(self):
+            return {"peak_bytes_in_use": 8000, "bytes_limit": num_bytes}
+
+    devices = jax.local_devices()
+    has_room, threads, inspect = num_bytes == 20_000, [], checkpoint._inspect
+    monkeypatch.setattr(
+        checkpoint,
+        "_inspect",
+        lambda state: (threads.append(threading.current_thread()), inspect(state))[1],
+    )
+    checkpoints, state = Checkpoints(str(tmp_path / "c")), make_state(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: [*devices, Device()])
+        checkpoints.save(1, state, {})
+    checkpoints.save(2, state, {})
+    checkpoints.close()
+    assert checkpoints.latest_step() == 2
+    assert all((t is threading.main_thread()) is not has_room for t in threads)
+    assert ("no room" in capsys.readouterr().out) is not has_room
 
 
 @pytest.mark.parametrize("then", ["save", "close"])

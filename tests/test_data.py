@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import pickle
 import shutil
 import signal
 import subprocess
@@ -350,6 +351,9 @@ def test_a_packed_file_is_the_data_set(packed_dir, test_split):
     part = sources.open_split(str(packed_dir), NAME, "test[50%:1005]")
     assert len(part) == 5 and same(part[0], test_split[1000])
     assert len(sources.open_split(str(packed_dir), NAME, "train")) == 100
+    pickled = pickle.dumps(split.records)  # for each worker process
+    assert len(pickled) < 0.2 * split.records.content.size
+    assert pickle.loads(pickled)[1999] == split.records[1999]
 
 
 @pytest.mark.parametrize(
@@ -398,9 +402,12 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
 
 def test_a_damaged_packed_file(packed_dir, tmp_path, capsys):
     content = (packed_dir / f"{NAME}.npz").read_bytes()
-    (tmp_path / f"{NAME}.npz").write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match="cannot be read.*pack it again"):
-        sources.open_split(str(tmp_path), NAME, "test")
+    flipped = bytearray(content)
+    flipped[len(content) // 4] ^= 1
+    for damaged in (content[: len(content) // 2], flipped):
+        (tmp_path / f"{NAME}.npz").write_bytes(damaged)
+        with pytest.raises(DataError, match="cannot be read.*pack it again"):
+            sources.open_split(str(tmp_path), NAME, "test")
     assert packed.main(["--dataset", "none", "--output", str(tmp_path)]) == 2
     assert "data set 'none' is not in datasets" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 import threading
 
 import jax
@@ -157,23 +158,25 @@ def test_an_interrupted_population_goes_on(tmp_path):
     assert len(progress.losses) > 1, "the new trial is not trained"
 
 
-def test_it_goes_on_where_there_is_room_for_another_number_of_trials(tmp_path):
-    """Two at a time before, of which one may only fill up the devices, and one afterwards."""
-    c, trials = config(epochs=0.03), [Trial(0.1, 1e-4, 5), Trial(0.1, 1e-4, 6)]
+def test_a_part_begins_again_where_another_number_is_trained_together(tmp_path, capsys):
+    """Two before, of which one only fills up the devices, and one afterwards."""
+    c, trials, asked = config(epochs=0.03), [Trial(0.1, 1e-4, 5)], []
     one = new_programs(1, 1)
-    interrupt(c, trials[:1], tmp_path / "filled up")
+
+    def remember(programs):
+        return lambda num: asked.append(num) or programs
+
+    interrupt(c, trials, tmp_path / "run", new_programs=remember(programs()))
+    folder = shutil.copytree(tmp_path / "run", tmp_path / "elsewhere")
     progress = Progress()
-    expected = run(
-        c, trials[:1], tmp_path / "filled up", progress=progress, new_programs=lambda n: one
+    [result] = run(
+        c, trials, tmp_path / "run", progress=progress, new_programs=remember(programs())
     )
     assert list(progress.losses) == [1.0], "it began again"
-    [result] = run(c, trials[:1], tmp_path / "whole", new_programs=lambda n: one)
-    assert expected[0]["top1_error"] == pytest.approx(result["top1_error"], abs=1)
-
-    interrupt(c, trials, tmp_path / "too many")
-    progress = Progress()
-    again = run(c, trials, tmp_path / "too many", progress=progress, new_programs=lambda n: one)
-    assert again[0] == result, "a part too large for the machine does not start again"
+    assert asked == [1, 2], "as many are to be trained together as before"
+    [other] = run(c, trials, folder, progress=progress, new_programs=remember(one))
+    assert len(progress.losses) > 1 and "2 trials were trained together" in capsys.readouterr().out
+    assert other["top1_error"] == pytest.approx(result["top1_error"], abs=1)
 
 
 def test_a_damaged_result_is_named(tmp_path):

@@ -298,11 +298,21 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path):
     "log_every_steps, message",
     [("4", "the training loss is nan at step 4"), ("100", "not finite after step 5")],
 )
-def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, log_every_steps, message):
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(
+    tmp_path, log_every_steps, message, monkeypatch
+):
+    before, at_end, close = signal.getsignal(signal.SIGTERM), [], Checkpoints.close
+
+    def note_and_close(checkpoints):
+        at_end.append(signal.getsignal(signal.SIGTERM))
+        close(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "close", note_and_close)
     fields = {"lr": "1e20", "optimizer": "sgd", "log_every_steps": log_every_steps}
     with pytest.raises(NotFiniteError, match=f"{message}.*: lower config.lr"):
         train_module.train(config(**fields), str(tmp_path))
     assert not list((tmp_path / "checkpoints").glob("[0-9]*")), "a broken state was saved"
+    assert len(at_end) == 1 and before not in at_end, "SIGTERM would kill the last save"
 
 
 def test_the_loop_fetches_nothing_between_log_points(tmp_path, monkeypatch):

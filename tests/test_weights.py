@@ -16,7 +16,7 @@ import convstem_jax
 from convstem_jax import convert, layouts, weights
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError
-from convstem_jax.step import split
+from convstem_jax.step import TrainState, split
 from convstem_jax.transfer import resize_position_embedding, transfer
 from tests import networks
 
@@ -28,6 +28,19 @@ def random_weights(name, num_classes=10, image_size=32):
     _, params, batch_stats = split(model)
     found = jax.device_get({"params": params, "batch_stats": batch_stats})
     return found, weights.Architecture(name, num_classes, image_size)
+
+
+def write_run(folder, found, architecture, errors):
+    """A run with these weights at each step, and the error there."""
+    params, batch_stats = jax.tree.map(jnp.asarray, (found["params"], found["batch_stats"]))
+    ema = {"params": params, "batch_stats": batch_stats}
+    checkpoints = Checkpoints(str(folder / "checkpoints"))
+    for step, error in errors.items():
+        state = TrainState(jnp.int32(step), params, batch_stats, {}, ema)
+        checkpoints.save(step, state, {}, error and {"top1_error": error})
+    checkpoints.close()
+    config = {"model": architecture.model, "image_size": architecture.image_size}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def assert_same(a, b):
@@ -43,21 +56,18 @@ def run(*args):
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_way_round_is_bit_exact(name, tmp_path, capsys):
-    """File, folder, and each layout in each container, one after the other."""
+    """Each layout in each container, one after the other."""
     original, architecture = random_weights(name)
     weights.save(str(tmp_path / "a.safetensors"), original, architecture)
     model = ["--model", name, "--num_classes", 10]
-    ways = [["run"]]
+    source = tmp_path / "a.safetensors"
     for layout in ("torchvision", "pycls", "timm")[: 3 if name == "vitp_tiny" else 2]:
-        ways += [[f"{layout}.pt", layout], [f"{layout}.safetensors", layout]]
-    source, back = tmp_path / "a.safetensors", []
-    for i, (target, *layout) in enumerate(ways):
-        to = ["--to", *layout] if layout else []
-        assert run(source, tmp_path / target, *to, *back) == 0, capsys.readouterr().err
-        back = ["--from", *layout, *model] if layout else []
-        source = tmp_path / f"{i}.safetensors"
-        assert run(tmp_path / target, source, *back) == 0, capsys.readouterr().err
-        back = []
+        for suffix in ("pt", "safetensors"):
+            target = tmp_path / f"{layout}.{suffix}"
+            assert run(source, target, "--to", layout) == 0, capsys.readouterr().err
+            source = tmp_path / f"from_{layout}_{suffix}.safetensors"
+            back = run(target, source, "--from", layout, *model)
+            assert back == 0, capsys.readouterr().err
     got, got_architecture = weights.load(str(source))
     assert_same(got, original)
     assert got_architecture == architecture
@@ -242,6 +252,7 @@ def test_wrong_files_have_one_line_and_status_4(tmp_path, capsys):
         (["a.safetensors", "folder"], "is there already"),
         (["list.pt", "out.safetensors"], "say its layout with --from"),
         (["a.safetensors", "out.pth"], "say its layout with --to"),
+        (["a.safetensors", "out.npz"], "must end with .safetensors"),
         (["a.safetensors", "out.safetensors", "--model", "vitp_tiny"], "--model is for a source"),
         (["a.safetensors", "out.safetensors", "--raw"], "is one state"),
         (["list.pt", "out.safetensors", *flags, "--num_classes", 0], "num_classes is 0"),
@@ -259,28 +270,24 @@ def test_a_model_is_loaded_with_its_weights(tmp_path):
     model = networks.random_model("vitc_tiny", num_classes=10)
     _, params, batch_stats = split(model)
     architecture = weights.Architecture("vitc_tiny", 10, 32)
-    path = str(tmp_path / "run")
-    weights.save(path, {"params": params, "batch_stats": batch_stats}, architecture)
+    write_run(tmp_path, {"params": params, "batch_stats": batch_stats}, architecture, {1: None})
+    weights.save(str(tmp_path / "file.safetensors"), *weights.load(str(tmp_path)))
     images = networks.images_of(2, 32)
-    np.testing.assert_array_equal(convstem_jax.load_model(path)(images), nnx.clone(model)(images))
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == "vitc_tiny"
+    expected = nnx.clone(model)(images)
+    for path in (tmp_path, tmp_path / "file.safetensors"):
+        np.testing.assert_array_equal(convstem_jax.load_model(str(path))(images), expected)
 
 
 def test_the_best_checkpoint_is_loaded_by_that_name(tmp_path):
     found, architecture = random_weights("vitc_tiny")
-    path = str(tmp_path / "run")
-    weights.save(path, found, architecture)
+    write_run(tmp_path, found, architecture, {5: None})
     with pytest.raises(CheckpointError, match="no checkpoint in .* was evaluated"):
-        weights.load(path, step="best")
-    checkpoints = Checkpoints(f"{path}/checkpoints")
-    state = weights._state_of(found)
-    for step, error in ((10, 20.0), (20, 30.0)):
-        checkpoints.save(step, state._replace(step=jnp.int32(step)), {}, {"top1_error": error})
-    checkpoints.close()
-    reader = Checkpoints(f"{path}/checkpoints", read_only=True)
+        weights.load(str(tmp_path), step="best")
+    write_run(tmp_path, found, architecture, {10: 20.0, 20: 30.0})
+    reader = Checkpoints(str(tmp_path / "checkpoints"), read_only=True)
     assert (reader.latest_step(), reader.best_step()) == (20, 10)
     reader.close()
-    assert_same(weights.load(path, step="best")[0], found)
+    assert_same(weights.load(str(tmp_path), step="best")[0], found)
 
 
 def test_another_size_and_other_classes_are_adapted():

@@ -5,8 +5,8 @@
 
 The first packs photos/train/CLASS/*.jpg (or .png) and photos/test/CLASS/*.jpg, the second a data
 set of tfds. `data/photos.npz` is then what `config.data_dir=data` and `config.dataset=photos` name,
-and `data/photos.txt` has the names of the classes, for `convstem_jax.predict --names`. It is read
-whole, so this is for data sets of some hundred megabytes.
+and `data/photos.txt` has the names of the classes, for `convstem_jax.predict --names`. Packing
+holds all images in memory, and each start reads them once: this is for some gigabytes at most.
 """
 
 import argparse
@@ -14,7 +14,9 @@ import dataclasses
 import os
 import pathlib
 import re
+import struct
 import sys
+import zipfile
 
 import numpy as np
 
@@ -36,9 +38,20 @@ class PackedRecords:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __reduce__(self):
+        """For worker processes: a file is mapped there too, so that all share its memory."""
+        rest = self.starts, self.ends, self.labels
+        if isinstance(self.content, np.memmap):
+            return _map, (self.content.filename, self.content.offset, self.content.size, *rest)
+        return PackedRecords, (self.content, *rest)
+
     def __getitem__(self, i: int) -> dict:
         image = self.content[self.starts[i] : self.ends[i]]
         return {"image": image.tobytes(), "label": self.labels[i]}
+
+
+def _map(path: str, offset: int, size: int, *rest: np.ndarray) -> PackedRecords:
+    return PackedRecords(np.memmap(path, np.uint8, "r", offset, (size,)), *rest)
 
 
 def write(path: str, splits: dict[str, PackedRecords], num_classes: int) -> None:
@@ -72,8 +85,8 @@ def read(path: str, split: str) -> tuple[PackedRecords, int]:
             if f"{name}/labels" not in arrays:
                 known = sorted(key.partition("/")[0] for key in arrays if key.endswith("/labels"))
                 raise ConfigError(f"{path} has no split '{name}': it has {', '.join(known)}")
-            fields = [field.name for field in dataclasses.fields(PackedRecords)]
-            whole = PackedRecords(*(arrays[f"{name}/{field}"] for field in fields))
+            rest = (arrays[f"{name}/{field}"] for field in ("starts", "ends", "labels"))
+            whole = _map(path, *_place(path, f"{name}/content"), *rest)
             num_classes = int(arrays["num_classes"])
     except ConfigError:
         raise
@@ -90,6 +103,25 @@ def read(path: str, split: str) -> tuple[PackedRecords, int]:
     part = slice(first, last)
     arrays = whole.starts[part], whole.ends[part], whole.labels[part]
     return PackedRecords(whole.content, *arrays), num_classes
+
+
+def _place(path: str, name: str) -> tuple[int, int]:
+    """Where the bytes of an array of an npz file lie, which is not compressed, and how many.
+
+    Raises:
+        zipfile.BadZipFile: they differ from their checksum.
+    """
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        member = archive.getinfo(f"{name}.npy")
+        with archive.open(member) as content:
+            while content.read(2**20):
+                pass
+        # The local header has 30 bytes and two lengths, of a name and of extra fields behind it.
+        file.seek(member.header_offset + 26)
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        np.lib.format.read_magic(file)
+        (size,), _, _ = np.lib.format.read_array_header_1_0(file)
+        return file.tell(), size
 
 
 def records(images: list[bytes], labels: list[int]) -> PackedRecords:

@@ -19,7 +19,9 @@ from convstem_jax.data import sources
 from convstem_jax.data.reader import Reader
 from convstem_jax.errors import DataError, Preempted
 from convstem_jax.evaluation import evaluation_sums, precise_batch_stats
-from convstem_jax.study.programs import PopulationState, Programs, Trial, stack_hparams
+from convstem_jax.study.programs import Programs, Trial, stack_hparams
+
+_PART = "part.json"  # [how many trials the state is for, the trials], beside the checkpoints
 
 
 def open_splits(config: ml_collections.ConfigDict) -> tuple[sources.Split, sources.Split]:
@@ -92,13 +94,22 @@ def train_population(
     start = time.perf_counter()
     results = _read_results(folder)
     missing = [trial for trial in trials if trial not in results]
-    programs = new_programs(len(missing)) if missing else None
+    part, num_together = _begun(folder, missing)
+    programs = new_programs(num_together or len(missing)) if missing else None
     while missing:
-        part = _begun(folder, missing, programs.num_trials) or missing[: programs.num_trials]
+        part = part or missing[: programs.num_trials]
         name = f"{trials.index(part[0]):03}"
         part_folder = os.path.join(folder, name)
+        if num_together not in (0, programs.num_trials):
+            print(
+                f"{part_folder}: {num_together} trials were trained together, and here it would "
+                f"be {programs.num_trials}: they start again",
+                flush=True,
+            )
+            shutil.rmtree(part_folder)
+        num_together = programs.num_trials
         os.makedirs(part_folder, exist_ok=True)
-        files.write_text(os.path.join(part_folder, "trials.json"), json.dumps(part))
+        files.write_json(os.path.join(part_folder, _PART), [num_together, part])
         found = _train_part(
             config, part, part_folder, programs, readers,
             functools.partial(progress, len(trials) - len(missing), len(part)),
@@ -108,6 +119,7 @@ def train_population(
         files.write_text(os.path.join(folder, f"trials_{name}.jsonl"), lines)
         shutil.rmtree(part_folder, ignore_errors=True)
         missing = [trial for trial in missing if trial not in part]
+        part = []
         start = time.perf_counter()
     results = _read_results(folder)
     return [results[trial] for trial in trials]
@@ -127,21 +139,16 @@ def _read_results(folder: str) -> dict[Trial, dict]:
     return results
 
 
-def _begun(folder: str, missing: list[Trial], most: int) -> list[Trial] | None:
-    """Trials of a part that was interrupted, unless it needs more room than there is now."""
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "trials.json"))):
+def _begun(folder: str, missing: list[Trial]) -> tuple[list[Trial], int]:
+    """Trials of a part that was interrupted, and for how many its state is; or none, and 0."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "*", _PART)):
         with open(path) as file:
-            part = [Trial(*values) for values in json.load(file)]
-        if set(part) <= set(missing):  # else its results were written just before the end
-            if len(part) <= most:
-                return part
-            print(
-                f"{os.path.dirname(path)}: {len(part)} trials were trained together, and there is "
-                f"room for {most} now: they start again",
-                flush=True,
-            )
-        shutil.rmtree(os.path.dirname(path))
-    return None
+            num_together, part = json.load(file)
+        part = [Trial(*values) for values in part]
+        if set(part) <= set(missing):
+            return part, num_together
+        shutil.rmtree(os.path.dirname(path))  # its results were written just before the end
+    return [], 0
 
 
 def _train_part(
@@ -160,8 +167,7 @@ def _train_part(
     checkpoints = Checkpoints(os.path.join(folder, "checkpoints"), keep=1)
     curves, first_step = [], 0
     if checkpoints.latest_step() is not None:
-        saved, loop = checkpoints.restore(_first(len(trials), state, programs))
-        state = _replace_first(state, saved)
+        state, loop = checkpoints.restore(state)
         curves, first_step = loop["curves"], checkpoints.latest_step()
         start -= loop["seconds"]
 
@@ -187,7 +193,7 @@ def _train_part(
 
     def save(step):
         loop = {"curves": curves, "seconds": time.perf_counter() - start}
-        checkpoints.save(step, _first(len(trials), state, programs), loop)
+        checkpoints.save(step, state, loop)
 
     batches = train_reader.read(range(first_step, num_steps), programs.replicated)
     with contextlib.closing(checkpoints):
@@ -201,9 +207,11 @@ def _train_part(
                 losses, updates = jax.device_get((metrics["loss"], state.updates))
                 losses = losses[: len(trials)][updates[: len(trials)] == step]
                 progress(first_step / num_steps, step / num_steps, losses)
-            if stopping or is_last or step % config.checkpoint_every_steps == 0:
+            if is_last:
+                break
+            if stopping or step % config.checkpoint_every_steps == 0:
                 save(step)
-            if stopping and not is_last:
+            if stopping:
                 raise Preempted(
                     f"stopped at step {step} of {num_steps}, which is saved in {folder}: the same "
                     "command goes on from there"
@@ -224,17 +232,3 @@ def _train_part(
         | about
         for i, trial in enumerate(trials)
     ]
-
-
-def _first(num: int, state: PopulationState, programs: Programs) -> PopulationState:
-    """The state of the first trials: without those that only fill up the devices."""
-    if num == programs.num_trials:
-        return state
-    trials, updates = jax.tree.map(lambda x: x[:num], (state.trials, state.updates))
-    return jax.device_put(PopulationState(state.step, trials, updates), programs.replicated)
-
-
-def _replace_first(state: PopulationState, first: PopulationState) -> PopulationState:
-    """The inverse: what fills up the devices has made no update, and so counts as diverged."""
-    trials, updates = jax.tree.map(lambda x, new: x.at[: len(new)].set(new), state[1:], first[1:])
-    return PopulationState(first.step, trials, updates)

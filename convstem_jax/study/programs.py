@@ -167,8 +167,7 @@ class Programs:
             self.step = step.lower(*shapes).compile()
             self.eval_step = evaluate.lower(ema["params"], ema["batch_stats"], eval_batch).compile()
             state = self.step.memory_analysis().alias_size_in_bytes
-            # With the copy of the state that a checkpoint is written from.
-            self.need = need = max(_need(self.step), _need(self.eval_step) + state) + state
+            self.need = need = max(_need(self.step), _need(self.eval_step) + state)
             if need <= memory:
                 return
             if per_device == 1:
