@@ -8,6 +8,9 @@ import tempfile
 # Devices wait for each other inside a collective, and each needs a thread of XLA's pool then: with
 # fewer threads (XLA makes one for each core) and several steps under way they would wait for ever.
 os.environ["NPROC"] = "16"
+# Small models for few steps: the tests, and the programs that they start, spend their time in the
+# compiler.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 
