@@ -4,7 +4,7 @@
 #     benchmarks/on_gpu.sh [folder]                        default: results/benchmarks
 #     PYTHON=.venv/bin/python TORCH_MODE=max-autotune benchmarks/on_gpu.sh      default: python3, reduce-overhead
 #     PARTS="vitc_4gf regnety_4gf around" benchmarks/on_gpu.sh                  default: all, in the order
-#         forms vitc_4gf vitc_1gf regnety_4gf vitc_18gf vitc_36gf roofline options around population
+#         forms vitc_4gf vitc_1gf regnety_4gf vitc_18gf vitc_36gf roofline options around profile population
 #     FLAGS="--implementations convstem_jax torchvision --overlap 1" benchmarks/on_gpu.sh    more for train_step
 #
 # It needs JAX for CUDA, PyTorch, pytest, pytest-xdist and pytest-timeout; of torchvision and timm what
@@ -21,7 +21,7 @@ case ${1:-} in
     ;;
 esac
 cd "$(dirname "$0")/.." || exit 2
-all=" forms vitc_4gf vitc_1gf regnety_4gf vitc_18gf vitc_36gf roofline options around population "
+all=" forms vitc_4gf vitc_1gf regnety_4gf vitc_18gf vitc_36gf roofline options around profile population "
 for part in ${PARTS:=$all}; do
   if [[ $all != *" $part "* ]]; then
     echo "PARTS has '$part', which is not one of:$all" >&2
@@ -67,6 +67,7 @@ run options "$python" -m benchmarks.train_step --models vitc_4gf vitc_1gf regnet
   --xla_options xla_gpu_enable_command_buffer=CONDITIONAL,WHILE \
   xla_gpu_command_buffer_scheduling_mode=CONCURRENT_REGIONS
 run around "$python" -m benchmarks.around_step --models vitc_4gf vitc_1gf --json "$folder/around_step_gpu.json"
+run profile "$python" -m benchmarks.profile_step --model vitc_4gf --json "$folder/profile_vitc_4gf_gpu.json"
 run population "$python" -m benchmarks.population --json "$folder/population_gpu.json"
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}" >&2

@@ -20,6 +20,7 @@ from benchmarks import (
     contenders,
     jax_contenders,
     population,
+    profile_step,
     reading,
     roofline,
     tpu_cycles,
@@ -319,6 +320,22 @@ def test_around_step(tmp_path, monkeypatch, capsys):
     assert np.isfinite(row["save_blocks_seconds"])
     assert "vitp_tiny" in capsys.readouterr().out
     assert jax.config.jax_compilation_cache_dir == cache
+
+
+def test_the_kernels_of_a_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, "vitp_tiny", dataclasses.replace(MODELS["vitp_tiny"], depth=1))
+    file = tmp_path / "kernels.json"
+    flags = ["--model=vitp_tiny", "--batch=8", "--top=2", f"--json={file}"]
+    assert profile_step.main(flags) == 0
+    rows, output = json.loads(file.read_text()), capsys.readouterr().out
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds, reverse=True) and sum(row["launches"] for row in rows) > 50
+    assert any("fusion" in row["kernel"] for row in rows)
+    assert f"{len(rows) - 2} others" in output and len(output.splitlines()) == 6
+    assert f"{1e3 * sum(seconds):.2f} ms in" in output
+    with pytest.raises(SystemExit):
+        profile_step.main(["--model=regnety_tiny", "--implementation=plain Flax, bfloat16"])
+    assert "plain Flax, bfloat16 has no regnety_tiny" in capsys.readouterr().err
 
 
 def test_kernels_of_a_small_program_by_hand():

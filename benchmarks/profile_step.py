@@ -1,0 +1,129 @@
+"""Tells which kernels the time of a training step goes to, on the device here.
+
+    python -m benchmarks.profile_step                             ViT_C-4GF, 256 images
+    python -m benchmarks.profile_step --implementation "plain Flax, bfloat16" --batch 128
+
+The step is that of benchmarks.train_step. JAX's profiler watches --steps of them; kernels whose
+names differ in a number at the end are one line. On CPUs the times of all threads are added up.
+"""
+
+import collections
+import pathlib
+import re
+import sys
+import tempfile
+
+import jax
+import numpy as np
+from tabulate import tabulate
+
+from benchmarks import arguments, jax_contenders
+from convstem_jax import files
+from convstem_jax.models import MODELS
+from convstem_jax.optim import OPTIMIZERS
+
+# What lasts as long as others that it starts, each of which is counted.
+_STARTS_OTHERS = ("while", "call", "conditional")
+
+
+def measure(step: jax_contenders.JaxStep, num_steps: int) -> tuple[list[dict], float]:
+    """Profiles steps that are compiled.
+
+    Returns:
+        `kernel`, `launches` and `seconds` of a step, the longest first; and the seconds of a step
+        from the first kernel's start to the last one's end.
+    """
+    step.run(2)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            step.run(num_steps)
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(path))
+    events = [
+        event
+        for plane in profile.planes
+        for line in plane.lines
+        for event in line.events
+        if _is_kernel(plane.name, line.name, event)
+    ]
+    launches, seconds = collections.Counter(), collections.Counter()
+    for event in events:
+        kernel = re.sub(r"([._]\d+)+$", "", event.name)
+        launches[kernel] += 1
+        seconds[kernel] += event.duration_ns / 1e9
+    rows = [
+        {"kernel": name, "launches": launches[name] / num_steps, "seconds": total / num_steps}
+        for name, total in seconds.most_common()
+    ]
+    start = min(event.start_ns for event in events)
+    end = max(event.start_ns + event.duration_ns for event in events)
+    return rows, (end - start) / 1e9 / num_steps
+
+
+def _is_kernel(plane: str, line: str, event) -> bool:
+    if plane.startswith("/device:GPU"):
+        return line.startswith("Stream")
+    if plane.startswith("/device:TPU"):
+        return line == "XLA Ops"
+    is_op = any(name == "hlo_op" for name, _ in event.stats)
+    return is_op and not event.name.startswith(_STARTS_OTHERS)
+
+
+def table(rows: list[dict], num: int) -> str:
+    """The rows for people: so many kernels, and the others together."""
+    total, others = sum(row["seconds"] for row in rows), rows[num:]
+    shown = rows[:num]
+    if others:
+        sums = {key: sum(row[key] for row in others) for key in ("launches", "seconds")}
+        shown.append({"kernel": f"{len(others)} others"} | sums)
+    lines = [
+        (
+            row["kernel"], f"{row['launches']:,.0f}", f"{1e3 * row['seconds']:.3f}",
+            f"{100 * row['seconds'] / total:.1f}",
+        )
+        for row in shown
+    ]  # fmt: skip
+    headers = ("kernel", "launches a step", "ms a step", "share (%)")
+    align = ("left", "right", "right", "right")
+    return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; returns the exit status."""
+    parser = arguments.new_parser(
+        "profile_step", __doc__, "write all kernels as a list of objects too"
+    )
+    add = parser.add_argument
+    add("--model", default="vitc_4gf", choices=MODELS, metavar="MODEL",
+        help="as in convstem_jax.create_model (default: %(default)s)")  # fmt: skip
+    add("--implementation", default=jax_contenders.IMPLEMENTATIONS[0], metavar="NAME",
+        choices=jax_contenders.IMPLEMENTATIONS,
+        help=f"of: {'; '.join(jax_contenders.IMPLEMENTATIONS)} (default: %(default)s)")  # fmt: skip
+    add("--batch", type=arguments.even, default=256, help="default: %(default)s; must be even")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
+    add("--steps", type=arguments.positive, default=3, help="default: %(default)s")
+    add("--top", type=arguments.positive, default=25, metavar="N",
+        help="lines of the table (default: %(default)s)")  # fmt: skip
+    args = parser.parse_args(argv)
+    if not jax_contenders.new_model(args.implementation, args.model):
+        parser.error(f"{args.implementation} has no {args.model}")
+    size, rng = MODELS[args.model].image_size, np.random.default_rng(0)
+    images = rng.integers(0, 256, (args.batch, size, size, 3), np.uint8)
+    labels = rng.integers(0, jax_contenders.NUM_CLASSES, args.batch).astype(np.int32)
+    given = (args.implementation, args.model, args.optimizer, images, labels)
+    print(f"compiling for {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
+    rows, seconds = measure(jax_contenders.JaxStep.make(*given, {}), args.steps)
+    if args.json:
+        about = vars(args) | {"device": jax.devices()[0].device_kind} | arguments.made_by(argv)
+        files.write_json(args.json, [row | about for row in rows])
+    print(table(rows, args.top))
+    total = sum(row["seconds"] for row in rows)
+    print(
+        f"{1e3 * total:.2f} ms in {sum(row['launches'] for row in rows):,.0f} kernels; "
+        f"{1e3 * seconds:.2f} ms from the first to the last"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
