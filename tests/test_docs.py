@@ -75,9 +75,10 @@ def test_the_table_of_cycles_is_made_of_its_estimates():
     assert tpu_cycles.table(rows) in (ROOT / "docs/performance.md").read_text()
 
 
-def test_the_table_of_the_h200_is_made_of_its_results():
-    rows = json.loads((ROOT / "results/benchmarks/train_step_h200.json").read_text())
-    assert {row["device"] for row in rows} == {"NVIDIA H200"}
+@pytest.mark.parametrize("device, kind", [("h200", "NVIDIA H200"), ("cpu", "cpu")])
+def test_the_tables_of_steps_are_made_of_their_results(device, kind):
+    rows = json.loads((ROOT / f"results/benchmarks/train_step_{device}.json").read_text())
+    assert {row["device"] for row in rows} == {kind}
     assert train_step.table(rows) in (ROOT / "docs/performance.md").read_text()
 
 
