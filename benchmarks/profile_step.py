@@ -63,10 +63,11 @@ def measure(step: jax_contenders.JaxStep, num_steps: int) -> tuple[list[dict], f
 def _is_kernel(plane: str, line: str, event) -> bool:
     if plane.startswith("/device:GPU"):
         return line.startswith("Stream")
+    if event.name.startswith(_STARTS_OTHERS):
+        return False
     if plane.startswith("/device:TPU"):
         return line == "XLA Ops"
-    is_op = any(name == "hlo_op" for name, _ in event.stats)
-    return is_op and not event.name.startswith(_STARTS_OTHERS)
+    return any(name == "hlo_op" for name, _ in event.stats)
 
 
 def table(rows: list[dict], num: int) -> str:

@@ -31,9 +31,18 @@ class Checkpoints:
         keep: how many of the latest to keep, beside the one with the lowest `top1_error`.
         read_only: to look at the checkpoints of a run that may be under way. Without it, what a
             save has not finished is taken for left over, and removed.
+        room: bytes of each device that training leaves; by default what the most that it has held
+            so far leaves at the first save.
     """
 
-    def __init__(self, directory: str, *, keep: int = 2, read_only: bool = False):
+    def __init__(
+        self,
+        directory: str,
+        *,
+        keep: int = 2,
+        read_only: bool = False,
+        room: float | None = None,
+    ):
         policy = ocp.checkpoint_managers
 
         def top1_error(metrics):
@@ -68,7 +77,8 @@ class Checkpoints:
         self.directory, self._read_only = directory, read_only
         # Even an asynchronous save of Orbax's returns only when all arrays are on the host.
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
-        self._saving = self._has_room = None
+        self._saving, self._copies = None, None
+        self._room = room
 
     def latest_step(self) -> int | None:
         """Number of updates made at the latest checkpoint; None without one."""
@@ -105,9 +115,9 @@ class Checkpoints:
         """
         self._finish()
         loop = copy.deepcopy(loop)
-        if self._has_room is None:
-            self._has_room = jax.process_count() == 1 and _has_room(state)
-        if self._has_room:
+        if self._copies is None:
+            self._copies = jax.process_count() == 1 and _fits(state, self._room)
+        if self._copies:
             self._saving = self._thread.submit(self._save, step, _copy(state), loop, metrics)
         else:
             self._save(step, state, loop, metrics)
@@ -218,9 +228,14 @@ class Checkpoints:
         try:
             self._finish()
             self._wait_until_written()
-        finally:
-            self._thread.shutdown()
-            self._manager.close()
+        except Exception:
+            self._end()
+            raise
+        self._end()  # not after Ctrl-C, which waits for nothing
+
+    def _end(self) -> None:
+        self._thread.shutdown()
+        self._manager.close()
 
     def _wait_until_written(self) -> None:
         try:
@@ -270,21 +285,19 @@ def _with_int_keys(tree: PyTree) -> PyTree:
     return {key: _with_int_keys(x) for key, x in items}
 
 
-def _has_room(state: PyTree) -> bool:
-    """Whether a copy of the state fits on the devices, beside the most that they held so far."""
+def _fits(state: PyTree, room: float | None) -> bool:
+    """Whether a copy of the state fits in the room on the devices, see `Checkpoints`."""
     need = bytes_on_device(state)
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]  # CPUs have none
-    has_room = all(
-        found.get("peak_bytes_in_use", 0) + need <= found.get("bytes_limit", math.inf)
-        for found in stats
-    )
-    if not has_room:
+    if room is None:
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]  # CPUs have none
+        room = min(x.get("bytes_limit", math.inf) - x.get("peak_bytes_in_use", 0) for x in stats)
+    if need > room:
         print(
             f"the devices have no room for a copy of the state, {need / 2**20:,.0f} MiB: training "
             "waits until a checkpoint has left them",
             flush=True,
         )
-    return has_room
+    return need <= room
 
 
 @jax.jit

@@ -10,7 +10,7 @@ import tempfile
 os.environ["NPROC"] = "16"
 # Small models for few steps: the tests, and the programs that they start, spend their time in the
 # compiler.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 

@@ -103,9 +103,11 @@ def test_a_save_does_not_wait_for_the_arrays(tmp_path, monkeypatch):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("num_bytes", [20_000, 10_000])
+@pytest.mark.parametrize(
+    "num_bytes, room, has_room", [(20_000, None, True), (10_000, None, False), (10_000, 1e4, True)]
+)
 def test_without_room_for_a_copy_a_save_waits_for_the_arrays(
-    tmp_path, monkeypatch, capsys, num_bytes
+    tmp_path, monkeypatch, capsys, num_bytes, room, has_room
 ):
     """Otherwise a step that fitted would fail at the first checkpoint."""
 
@@ -114,13 +116,13 @@ def test_without_room_for_a_copy_a_save_waits_for_the_arrays(
             return {"peak_bytes_in_use": 8000, "bytes_limit": num_bytes}
 
     devices = jax.local_devices()
-    has_room, threads, inspect = num_bytes == 20_000, [], checkpoint._inspect
+    threads, inspect = [], checkpoint._inspect
     monkeypatch.setattr(
         checkpoint,
         "_inspect",
         lambda state: (threads.append(threading.current_thread()), inspect(state))[1],
     )
-    checkpoints, state = Checkpoints(str(tmp_path / "c")), make_state(1)
+    checkpoints, state = Checkpoints(str(tmp_path / "c"), room=room), make_state(1)
     with monkeypatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: [*devices, Device()])
         checkpoints.save(1, state, {})

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import pickle
 import shutil
@@ -354,6 +355,11 @@ def test_a_packed_file_is_the_data_set(packed_dir, test_split):
     pickled = pickle.dumps(split.records)  # for each worker process
     assert len(pickled) < 0.2 * split.records.content.size
     assert pickle.loads(pickled)[1999] == split.records[1999]
+    path = packed_dir / f"{NAME}.npz"
+    time_ns = path.stat().st_mtime_ns
+    os.utime(path, ns=(time_ns, time_ns + 1))
+    with pytest.raises(DataError, match="packed again while it was in use"):
+        pickle.loads(pickled)
 
 
 @pytest.mark.parametrize(

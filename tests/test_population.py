@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 import threading
 
 import jax
@@ -159,24 +158,35 @@ def test_an_interrupted_population_goes_on(tmp_path):
 
 
 def test_a_part_begins_again_where_another_number_is_trained_together(tmp_path, capsys):
-    """Two before, of which one only fills up the devices, and one afterwards."""
-    c, trials, asked = config(epochs=0.03), [Trial(0.1, 1e-4, 5)], []
+    """Two before, also where one only fills up the devices, and one at a time afterwards."""
+    c, trials, asked = config(epochs=0.03), [Trial(0.1, 1e-4, 5), Trial(0.1, 1e-4, 6)], []
     one = new_programs(1, 1)
 
     def remember(programs):
         return lambda num: asked.append(num) or programs
 
-    interrupt(c, trials, tmp_path / "run", new_programs=remember(programs()))
-    folder = shutil.copytree(tmp_path / "run", tmp_path / "elsewhere")
+    interrupt(c, trials[:1], tmp_path / "filled", new_programs=remember(programs()))
     progress = Progress()
     [result] = run(
-        c, trials, tmp_path / "run", progress=progress, new_programs=remember(programs())
+        c, trials[:1], tmp_path / "filled", progress=progress, new_programs=remember(programs())
     )
     assert list(progress.losses) == [1.0], "it began again"
     assert asked == [1, 2], "as many are to be trained together as before"
-    [other] = run(c, trials, folder, progress=progress, new_programs=remember(one))
-    assert len(progress.losses) > 1 and "2 trials were trained together" in capsys.readouterr().out
-    assert other["top1_error"] == pytest.approx(result["top1_error"], abs=1)
+    interrupt(c, trials, tmp_path / "two", new_programs=remember(programs()))
+    again = run(c, trials, tmp_path / "two", progress=progress, new_programs=remember(one))
+    assert "2 trials were trained together" in capsys.readouterr().out
+    assert again[0]["top1_error"] == pytest.approx(result["top1_error"], abs=1)
+    assert [other["seed"] for other in again] == [5, 6]
+
+
+def test_checkpoints_of_no_part_are_not_read(tmp_path):
+    """Such as those of a part whose folder was not quite removed."""
+    c, trials = config(epochs=0.03), [Trial(0.1, 1e-4, 5)]
+    interrupt(c, trials, tmp_path)
+    (tmp_path / "000" / "part.json").unlink()
+    progress = Progress()
+    run(c, trials, tmp_path, progress=progress)
+    assert len(progress.losses) > 1, "it went on"
 
 
 def test_a_damaged_result_is_named(tmp_path):

@@ -24,6 +24,7 @@ from convstem_jax.errors import ConfigError, DataError, UserError, first_line
 from convstem_jax.files import write_text
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
+_PLACES = ("starts", "ends", "labels")  # of a split's images in its content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class PackedRecords:
     starts: np.ndarray  # [N], where each of them starts
     ends: np.ndarray  # [N]
     labels: np.ndarray  # [N]
+    written: int | None = None  # ns, when the file was that the content is mapped from
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,25 +43,29 @@ class PackedRecords:
     def __reduce__(self):
         """For worker processes: a file is mapped there too, so that all share its memory."""
         rest = self.starts, self.ends, self.labels
-        if isinstance(self.content, np.memmap):
-            return _map, (self.content.filename, self.content.offset, self.content.size, *rest)
-        return PackedRecords, (self.content, *rest)
+        if self.written is None:
+            return PackedRecords, (self.content, *rest)
+        content = self.content
+        return _map, (content.filename, content.offset, content.size, self.written, *rest)
 
     def __getitem__(self, i: int) -> dict:
         image = self.content[self.starts[i] : self.ends[i]]
         return {"image": image.tobytes(), "label": self.labels[i]}
 
 
-def _map(path: str, offset: int, size: int, *rest: np.ndarray) -> PackedRecords:
-    return PackedRecords(np.memmap(path, np.uint8, "r", offset, (size,)), *rest)
+def _map(path: str, offset: int, size: int, written: int, *rest: np.ndarray) -> PackedRecords:
+    content = np.memmap(path, np.uint8, "r", offset, (size,))
+    if os.stat(path).st_mtime_ns != written:
+        raise DataError(f"{path} was packed again while it was in use: start again")
+    return PackedRecords(content, *rest, written)
 
 
 def write(path: str, splits: dict[str, PackedRecords], num_classes: int) -> None:
     """Writes the splits of a data set, as `read` reads them."""
     arrays = {
-        f"{name}/{key}": array
+        f"{name}/{key}": getattr(records, key)
         for name, records in splits.items()
-        for key, array in vars(records).items()
+        for key in ("content", *_PLACES)
     }
     with open(path + ".tmp", "wb") as file:
         np.savez(file, num_classes=num_classes, **arrays)
@@ -85,8 +91,9 @@ def read(path: str, split: str) -> tuple[PackedRecords, int]:
             if f"{name}/labels" not in arrays:
                 known = sorted(key.partition("/")[0] for key in arrays if key.endswith("/labels"))
                 raise ConfigError(f"{path} has no split '{name}': it has {', '.join(known)}")
-            rest = (arrays[f"{name}/{field}"] for field in ("starts", "ends", "labels"))
-            whole = _map(path, *_place(path, f"{name}/content"), *rest)
+            rest = [arrays[f"{name}/{field}"] for field in _PLACES]
+            written = os.fstat(file.fileno()).st_mtime_ns
+            whole = _map(path, *_place(path, f"{name}/content"), written, *rest)
             num_classes = int(arrays["num_classes"])
     except ConfigError:
         raise
@@ -101,8 +108,8 @@ def read(path: str, split: str) -> tuple[PackedRecords, int]:
     if not first < last <= len(whole):
         raise ConfigError(f"'{split}' cannot be read: '{name}' of {path} has {len(whole)} records")
     part = slice(first, last)
-    arrays = whole.starts[part], whole.ends[part], whole.labels[part]
-    return PackedRecords(whole.content, *arrays), num_classes
+    places = {field: getattr(whole, field)[part] for field in _PLACES}
+    return dataclasses.replace(whole, **places), num_classes
 
 
 def _place(path: str, name: str) -> tuple[int, int]:

@@ -96,20 +96,21 @@ def train_population(
     missing = [trial for trial in trials if trial not in results]
     part, num_together = _begun(folder, missing)
     programs = new_programs(num_together or len(missing)) if missing else None
+    if part and programs.num_trials != num_together:
+        print(
+            f"{folder}: {num_together} trials were trained together, and here it would be "
+            f"{programs.num_trials}: they start again",
+            flush=True,
+        )
+        part = []
     while missing:
-        part = part or missing[: programs.num_trials]
+        goes_on, part = bool(part), part or missing[: programs.num_trials]
         name = f"{trials.index(part[0]):03}"
         part_folder = os.path.join(folder, name)
-        if num_together not in (0, programs.num_trials):
-            print(
-                f"{part_folder}: {num_together} trials were trained together, and here it would "
-                f"be {programs.num_trials}: they start again",
-                flush=True,
-            )
-            shutil.rmtree(part_folder)
-        num_together = programs.num_trials
+        if not goes_on:
+            shutil.rmtree(part_folder, ignore_errors=True)
         os.makedirs(part_folder, exist_ok=True)
-        files.write_json(os.path.join(part_folder, _PART), [num_together, part])
+        files.write_json(os.path.join(part_folder, _PART), [programs.num_trials, part])
         found = _train_part(
             config, part, part_folder, programs, readers,
             functools.partial(progress, len(trials) - len(missing), len(part)),
@@ -164,7 +165,7 @@ def _train_part(
     num_steps = build.num_steps(config, num_examples)
     num_precise = build.num_precise_batches(config)
 
-    checkpoints = Checkpoints(os.path.join(folder, "checkpoints"), keep=1)
+    checkpoints = Checkpoints(os.path.join(folder, "checkpoints"), keep=1, room=programs.room)
     curves, first_step = [], 0
     if checkpoints.latest_step() is not None:
         state, loop = checkpoints.restore(state)

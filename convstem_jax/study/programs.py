@@ -100,6 +100,7 @@ class Programs:
     Attributes:
         num_trials: trained at the same time by all devices.
         need: bytes that they take of each device.
+        room: bytes that each device has beside them.
 
     Raises:
         ConfigError: the model's sizes do not fit together, or one trial needs more memory.
@@ -169,6 +170,7 @@ class Programs:
             state = self.step.memory_analysis().alias_size_in_bytes
             self.need = need = max(_need(self.step), _need(self.eval_step) + state)
             if need <= memory:
+                self.room = _memory(devices[0]) - need
                 return
             if per_device == 1:
                 raise ConfigError(
