@@ -100,7 +100,6 @@ class Programs:
     Attributes:
         num_trials: trained at the same time by all devices.
         need: bytes that they take of each device.
-        room: bytes that each device has beside them.
 
     Raises:
         ConfigError: the model's sizes do not fit together, or one trial needs more memory.
@@ -160,7 +159,8 @@ class Programs:
             (state, trials),
             donate_argnums=0,
         )
-        memory = memory or 0.9 * _memory(devices[0])
+        self._device = devices[0]
+        memory = memory or 0.9 * _memory(self._device)
         while True:
             self.num_trials = per_device * len(devices)
             shapes, eval_batch = self._shapes(config)
@@ -170,7 +170,6 @@ class Programs:
             state = self.step.memory_analysis().alias_size_in_bytes
             self.need = need = max(_need(self.step), _need(self.eval_step) + state)
             if need <= memory:
-                self.room = _memory(devices[0]) - need
                 return
             if per_device == 1:
                 raise ConfigError(
@@ -179,6 +178,11 @@ class Programs:
                     "raise config.accumulate"
                 )
             per_device = max(1, min(per_device - 1, int(per_device * memory / need)))
+
+    @property
+    def room(self) -> float:
+        """Bytes that each device has beside what the trials need."""
+        return _memory(self._device) - self.need
 
     def _shapes(self, config):
         """Of the step's arguments, and of an evaluation's batch."""
