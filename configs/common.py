@@ -192,7 +192,8 @@ def base() -> ml_collections.ConfigDict:
     # Evaluation and records
     config.eval_batch_size = 2048
     config.eval_every_epochs = 5.0
-    # Training examples whose BatchNorm statistics replace the running ones before an evaluation.
+    # Training examples whose BatchNorm statistics replace the running ones before an evaluation,
+    # an epoch at most.
     config.precise_bn_examples = 8192
     config.log_every_steps = 100
     config.checkpoint_every_steps = 1000

@@ -36,10 +36,14 @@ def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
     return max(1, round(config.epochs * num_examples / config.batch_size))
 
 
-def num_precise_batches(config: ml_collections.ConfigDict) -> int:
-    """Training batches of the precise BatchNorm statistics: 0 for none, else at least one."""
-    examples = config.precise_bn_examples
-    return max(1, examples // config.batch_size) if examples else 0
+def num_precise_batches(config: ml_collections.ConfigDict, num_examples: int) -> int:
+    """Training batches of the precise BatchNorm statistics: 0 for none, else at least one.
+
+    An epoch at most, since a small data set seen again would tell nothing new.
+    """
+    if not config.precise_bn_examples:
+        return 0
+    return max(1, min(config.precise_bn_examples, num_examples) // config.batch_size)
 
 
 def new_model(

@@ -207,9 +207,10 @@ class Checkpoints:
         except Exception as error:  # damage surfaces as any of a dozen types
             if processes.is_lost_peer(error):
                 raise
-            older = [s for s in self._manager.all_steps() if s < step]
+            others = sorted(s for s in self._manager.all_steps() if s != step)
+            older = [s for s in others if s < step]
             if self._read_only:  # the run may have deleted it just now
-                remedy = "name another step"
+                remedy = f"other steps are {', '.join(map(str, others)) or 'none'}"
             elif older:
                 remedy = f"delete that folder to go on from step {max(older)}"
             else:

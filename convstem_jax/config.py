@@ -130,7 +130,9 @@ def set_fields(config: ml_collections.ConfigDict, fields: dict[str, str]) -> Non
 
 
 def _unknown_field(name: str, known) -> ConfigError:
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    initials = "".join(word[:1] for word in name.split("_"))  # learning_rate, weight_decay
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    nearest = [initials] if initials in known else near
     hint = f"did you mean '{nearest[0]}'?" if nearest else f"fields are {', '.join(known)}"
     return ConfigError(f"unknown config field '{name}': {hint}")
 

@@ -45,16 +45,21 @@ def read_torch(path: str, *, raw: bool = False) -> dict[str, np.ndarray]:
         raw: of those two, the one of the last update in place of its moving average.
 
     Raises:
+        ConfigError: it is not there.
         CheckpointError: it cannot be read, or holds something else than tensors.
     """
     if path.endswith(".safetensors"):
         try:
             return safetensors.numpy.load_file(path)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path} is not there") from error
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
     torch = _import_torch(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is not there") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file raises anything

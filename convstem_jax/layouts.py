@@ -184,21 +184,13 @@ def _rename(name: str, layout: str) -> str:
 
 def _names(weights: PyTree, layout: str) -> Iterator[tuple[tuple, str, str]]:
     """Yields (path in `weights`, name in the layout, kind of array) of every array."""
-    is_vit = "class_token" in weights["params"]
-    has_conv_stem = is_vit and "convs" in weights["params"]["stem"]
-    table = dict((_VIT if is_vit else _REGNET).get(layout, {}))
-    if has_conv_stem:
+    if _has_conv_stem(weights):
         kernels = [conv["kernel"].shape[0] for conv in weights["params"]["stem"]["convs"].values()]
         if set(kernels) != {3}:
             raise CheckpointError(f"{layout} has 3x3 convolutions in its stem, not {kernels}")
         if not weights["batch_stats"]:
             raise CheckpointError(f"{layout} has BatchNorm in its stem, not LayerNorm")
-    if has_conv_stem and layout in _CONV_STEM:
-        table["stem/projection"] = _CONV_STEM[layout]
-    rules = [
-        (re.compile(re.sub(r"\{(\w)\}", r"(?P<\1>\\d+)", pattern)), template)
-        for pattern, template in table.items()
-    ]
+    rules = _rules(weights, layout)
     for path, x in traverse_util.flatten_dict(weights).items():
         module, leaf = path[1:], ""
         if path[-1] in _LEAVES:
@@ -211,7 +203,28 @@ def _names(weights: PyTree, layout: str) -> Iterator[tuple[tuple, str, str]]:
                 break
         else:
             name = "/".join(map(str, module))
-            raise CheckpointError(f"{layout} has no {name}: it cannot hold this model")
+            others = [
+                other
+                for other in LAYOUTS
+                if any(pattern.fullmatch(name) for pattern, _ in _rules(weights, other))
+            ]
+            hint = f", {' and '.join(others)} have" if others else ""
+            raise CheckpointError(f"{layout} has no {name}{hint}: it cannot hold this model")
+
+
+def _rules(weights: PyTree, layout: str) -> list[tuple[re.Pattern, str]]:
+    """The layout's table for this network, empty where it has none."""
+    table = dict((_VIT if "class_token" in weights["params"] else _REGNET).get(layout, {}))
+    if _has_conv_stem(weights) and layout in _CONV_STEM:
+        table["stem/projection"] = _CONV_STEM[layout]
+    return [
+        (re.compile(re.sub(r"\{(\w)\}", r"(?P<\1>\\d+)", pattern)), template)
+        for pattern, template in table.items()
+    ]
+
+
+def _has_conv_stem(weights: PyTree) -> bool:
+    return "class_token" in weights["params"] and "convs" in weights["params"]["stem"]
 
 
 def _kind(path: tuple, shape: tuple[int, ...], layout: str) -> str:

@@ -39,13 +39,14 @@ def load_image(path: str, config: ml_collections.ConfigDict) -> np.ndarray:
     """Reads an image and prepares it; `config` as in `prepare`.
 
     Raises:
-        DataError: it is not there, or is not an image.
+        ConfigError: it is not there, or may not be read.
+        DataError: it is not an image.
     """
     try:
         with open(path, "rb") as file:
             image = decode(file.read())
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     if image is None:
         raise DataError(f"{path} is not an image")
     return prepare(image, config)

@@ -85,7 +85,7 @@ def preflight(
     }
     # What the loop keeps on the devices beside the batch of the step.
     ahead = config.prefetch * (n + config.eval_batch_size)
-    precise = n * build.num_precise_batches(config) if state.batch_stats else 0
+    precise = n * build.num_precise_batches(config, num_examples) if state.batch_stats else 0
     parts["input"] = math.ceil((n + ahead + precise) / num_devices) * size**2 * 3
     beside = parts["input"] - images * size**2 * 3
     counts = complexity(nnx.eval_shape(lambda: build.new_model(config, num_classes, 0)))

@@ -79,7 +79,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     reading = pipeline.Reading.of(config)
     steps_per_epoch = len(train_split) / config.batch_size
     num_steps = build.num_steps(config, len(train_split))
-    num_precise = build.num_precise_batches(config)
+    num_precise = build.num_precise_batches(config, len(train_split))
 
     new_train_batches = functools.partial(
         pipeline.train_batches,
@@ -139,6 +139,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         # By threads: worker processes would keep their memory to the end of the run.
         num_threads = min(num_precise, max(1, config.num_workers))
         threads = pipeline.Reading(0, num_threads, 1, 1)
+        processes.print_once(
+            f"before each evaluation {num_precise * config.batch_size:,} training images give "
+            "BatchNorm's statistics (config.precise_bn_examples)"
+        )
         return list(itertools.islice(new_train_batches(first_step=0, reading=threads), num_precise))
 
     def precise(found):
@@ -226,6 +230,11 @@ def _print_overview(config, workdir: str, state, num_images: int, num_steps: int
     flags = jax.tree.leaves(decayed)
     paths = jax.tree.leaves_with_path(decayed)
     exempt = ", ".join(sorted({path[-1].key for path, is_decayed in paths if not is_decayed}))
+    if num_steps < config.ema_every:
+        print(
+            f"the EMA stays at the start weights: it is updated every {config.ema_every} steps "
+            f"(config.ema_every), and this run has {num_steps}"
+        )
     print(
         f"{config.model}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, "
         f"{config.dtype}, on {provenance.device()}\n"

@@ -75,8 +75,8 @@ def load_model(
         dtype: type to compute in.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
-        ConfigError: `raw` or `step` of a file.
+        ConfigError: there is none, or `raw` or `step` of a file are asked for.
+        CheckpointError: it is damaged, or there is no such step.
     """
     weights, architecture = load(path, raw=raw, step=step)
     return architecture.with_weights(weights, dtype)
@@ -99,7 +99,7 @@ def load(
             names, metadata = file.keys(), file.metadata() or {}
             found = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is not there") from error
+        raise ConfigError(f"{path} is not there") from error
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{path} is neither a run's folder nor a safetensors file ({error}). Another project's "
@@ -153,7 +153,7 @@ def _key(text: str) -> int | str:
 
 def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Architecture]:
     if not run_folder.has_checkpoint(path):
-        raise CheckpointError(f"{path} holds no checkpoint: name the folder of a run")
+        raise ConfigError(f"{path} holds no checkpoint: name the folder of a run")
     folder = os.path.abspath(os.path.join(path, "checkpoints"))
     checkpoints = Checkpoints(folder, read_only=True)
     try:

@@ -28,6 +28,13 @@ def test_every_field_arrives():
     expected = HParams(0.3, 0.07, 9, num_steps=156, warmup_steps=39, ema_rate=1e-3 * 128 / 2 * 3)
     assert [float(x) for x in build.hparams(config, 10_000)] == pytest.approx(expected)
 
+    # Whole batches of 128: of as many images as are asked for, of an epoch at most, one at least.
+    found = []
+    for asked, there in (("0", 1000), ("1000", 10_000), ("1000", 300), ("1000", 60), ("1", 1000)):
+        set_field(config, "precise_bn_examples", asked)
+        found.append(build.num_precise_batches(config, there))
+    assert found == [0, 7, 2, 1, 1]
+
     model = build.new_model(config, 10, seed=9)
     assert (model.spec.image_size, model.spec.stem_init) == (64, "later")
     assert model.dtype == jnp.bfloat16 and model.head.out_features == 10

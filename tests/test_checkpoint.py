@@ -169,6 +169,11 @@ def test_cut_off_files_are_noticed(tmp_path):
     with pytest.raises(CheckpointError, match="1 is damaged: delete that folder to start again"):
         checkpoints.restore(make_state(0))
     checkpoints.close()
+    write(tmp_path / "c", {2: 1.0})
+    reader = Checkpoints(str(tmp_path / "c"), read_only=True)
+    with pytest.raises(CheckpointError, match="1 is damaged: other steps are 2 "):
+        reader.restore_weights(1)
+    reader.close()
 
 
 def test_another_type_or_shape_is_refused(tmp_path):

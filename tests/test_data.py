@@ -404,6 +404,9 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
     ):
         assert packed.main([*flags, "--splits", splits]) == 2
         assert message in capsys.readouterr().err
+    (tmp_path / "photos/test/b/30.PNG").write_bytes(b"\x89PNG, cut off")
+    assert packed.main([*flags, "--splits", "test"]) == 3
+    assert "b/30.PNG cannot be decoded as an image" in capsys.readouterr().err
 
 
 def test_a_damaged_packed_file(packed_dir, tmp_path, capsys):
@@ -415,7 +418,9 @@ def test_a_damaged_packed_file(packed_dir, tmp_path, capsys):
         with pytest.raises(DataError, match="cannot be read.*pack it again"):
             sources.open_split(str(tmp_path), NAME, "test")
     assert packed.main(["--dataset", "none", "--output", str(tmp_path)]) == 2
-    assert "data set 'none' is not in datasets" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "data set 'none' is not in datasets" in error and "nor as none.npz" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

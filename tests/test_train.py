@@ -169,7 +169,7 @@ def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capfd, 
     assert f"class {rows[0]['classes'][0][0]}" in capfd.readouterr().out
     for argv, status, message in (
         ([paths[0], str(names)], 3, "names.txt is not an image"),
-        ([paths[0], str(tmp_path / "0.jpg")], 3, "0.jpg cannot be read"),
+        ([paths[0], str(tmp_path / "0.jpg")], 2, "0.jpg cannot be read: No such file"),
         ([paths[0], "--names", paths[0] + "x"], 2, "cannot be read"),
         ([paths[0], "--config", "configs/quickstart.py:vitp"], 2, "of a vitp_tiny"),
     ):
@@ -279,12 +279,15 @@ def test_a_run_starts_from_the_weights_of_another(uninterrupted, tmp_path, capsy
     assert "position_embedding  (1, 17, 64)  (1, 65, 64)  resized" in capsys.readouterr().out
 
 
-def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path):
+def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys):
     """After two steps the running statistics are mostly what they began with: 0 and 1."""
     errors = {}
     for num in ("0", "256"):
         fields = {"epochs": "0.0128", "warmup_epochs": "0", "precise_bn_examples": num}
         errors[num] = train_module.train(config(**fields), str(tmp_path / num))
+        said = capsys.readouterr().out
+        assert said.count("256 training images give BatchNorm's statistics") == (num == "256")
+        assert "the EMA stays at the start weights" in said
     _, plain = restore_latest(tmp_path / "0")
     _, precise = restore_latest(tmp_path / "256")
     name = "['batch_stats']['stem']['norms']['0']['mean']"

@@ -19,6 +19,7 @@ import sys
 import zipfile
 
 import numpy as np
+from tqdm import tqdm
 
 from convstem_jax.errors import ConfigError, DataError, UserError, first_line
 from convstem_jax.files import write_text
@@ -143,9 +144,16 @@ def records(images: list[bytes], labels: list[int]) -> PackedRecords:
 
 
 def pack(split) -> PackedRecords:
-    """Packs a `sources.Split`."""
-    found = [split.records[i] for i in range(len(split))]
-    return records([r["image"] for r in found], [int(r["label"]) for r in found])
+    """Packs a `sources.Split`.
+
+    Raises:
+        DataError: a record cannot be used, see there.
+    """
+    images, labels = [], []
+    for i in tqdm(range(len(split)), desc=split.name, unit="image"):
+        labels.append(int(split[i]["label"]))  # decoded only to see that it can be
+        images.append(split.records[i]["image"])
+    return records(images, labels)
 
 
 def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecords], list[str]]:
@@ -156,7 +164,10 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
 
     Raises:
         ConfigError: a split has no images, other files, or a class that the first one has not.
+        DataError: a file cannot be decoded.
     """
+    from convstem_jax.data.sources import decode  # which imports this module
+
     packed, classes = {}, []
     for split in splits:
         if not re.fullmatch(r"\w+", split):
@@ -172,7 +183,12 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
             if file.parent.name not in classes:
                 raise ConfigError(f"{file.parent} is of a class that {splits[0]} does not have")
         labels = [classes.index(file.parent.name) for file in files]
-        packed[split] = records([file.read_bytes() for file in files], labels)
+        images = []
+        for file in tqdm(files, desc=split, unit="image"):
+            images.append(file.read_bytes())
+            if decode(images[-1]) is None:
+                raise DataError(f"{file} cannot be decoded as an image: mend it, or take it away")
+        packed[split] = records(images, labels)
     return packed, classes
 
 

@@ -73,28 +73,27 @@ def _find_version(data_dir: str, dataset: str) -> str:
         ) from error
     if not versions:
         raise ConfigError(
-            f"data set '{dataset}' is not in {data_dir} (config.data_dir): "
-            f"{_preparation(dataset, data_dir)}\n"
-            "The quick-start brings its data and can run meanwhile:\n"
-            "  python -m convstem_jax.main --config configs/quickstart.py"
+            f"data set '{dataset}' is not in {data_dir} (config.data_dir), neither as a folder of "
+            f"tfds nor as {dataset}.npz: {_preparation(dataset, data_dir)}, or pack your own "
+            "images (python -m convstem_jax.data.packed --help); configs/quickstart.py brings its "
+            "data and can run meanwhile"
         )
-
     return os.path.join(root, max(versions, key=lambda name: list(map(int, name.split(".")))))
 
 
 def _preparation(dataset: str, data_dir: str) -> str:
     if dataset == "imagenet2012":
         return (
-            "prepare it with\n  python launch/prepare_imagenet.py "
-            f"--manual_dir FOLDER_OF_THE_TWO_TAR_FILES --data_dir {data_dir}"
+            "prepare it with 'python launch/prepare_imagenet.py "
+            f"--manual_dir FOLDER_OF_THE_TWO_TAR_FILES --data_dir {data_dir}'"
         )
     try:
         tfds.builder_cls(dataset)
     except tfds.core.DatasetNotFoundError:
         return f"tfds does not know it, so it must be there as {dataset}/VERSION/dataset_info.json"
     return (
-        "prepare it with\n"
-        f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{dataset}', "
+        "prepare it with "
+        f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{dataset}', "
         f"data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
     )
 

@@ -163,7 +163,7 @@ def _train_part(
     state = programs.init(hparams.seed)
     steps_per_epoch = num_examples / config.batch_size
     num_steps = build.num_steps(config, num_examples)
-    num_precise = build.num_precise_batches(config)
+    num_precise = build.num_precise_batches(config, num_examples)
 
     checkpoints = Checkpoints(os.path.join(folder, "checkpoints"), keep=1, room=programs.room)
     curves, first_step = [], 0
