@@ -119,8 +119,9 @@ def main(argv: list[str] | None = None) -> int:
         files.write_json(args.json, [row | about for row in rows])
     print(table(rows, args.top))
     total = sum(row["seconds"] for row in rows)
+    threads = " of all threads" if jax.default_backend() == "cpu" else ""
     print(
-        f"{1e3 * total:.2f} ms in {sum(row['launches'] for row in rows):,.0f} kernels; "
+        f"{1e3 * total:.2f} ms{threads} in {sum(row['launches'] for row in rows):,.0f} kernels; "
         f"{1e3 * seconds:.2f} ms from the first to the last"
     )
     return 0

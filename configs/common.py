@@ -184,7 +184,7 @@ def base() -> ml_collections.ConfigDict:
     # Input speed; no batch depends on it. The host holds about (2 + read_ahead) batches for each
     # worker, for training and again for evaluation: 0.3 GB each at 2048 x 224 x 224. The devices
     # together hold 1.2 GB of images for the precise statistics.
-    config.num_workers = 16  # processes that decode: about one a core; 0 for threads instead
+    config.num_workers = 16  # processes that decode, one a core at most; 0 for threads instead
     config.num_threads = 1  # batches made at the same time in each of them
     config.read_ahead = 1  # batches ready on the host, for each of them
     config.prefetch = 2  # batches ready on the devices
@@ -198,4 +198,5 @@ def base() -> ml_collections.ConfigDict:
     config.log_every_steps = 100
     config.checkpoint_every_steps = 1000
     config.keep_checkpoints = 2  # latest ones, beside the best
+    config.profile_step = 0  # first of the five steps to profile; 0 for none
     return config

@@ -209,6 +209,7 @@ RULES = {
     "log_every_steps": integer(1),
     "checkpoint_every_steps": integer(1),
     "keep_checkpoints": integer(1),
+    "profile_step": integer(0),
 }
 
 

@@ -24,6 +24,7 @@ FREE_FIELDS = (
     "log_every_steps",
     "checkpoint_every_steps",
     "keep_checkpoints",
+    "profile_step",
     "state_sharding",
     "memory_gb",  # of a study
     "host_memory_gb",

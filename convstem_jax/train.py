@@ -16,6 +16,7 @@ from convstem_jax import (
     optim,
     preemption,
     processes,
+    profiling,
     provenance,
     run_folder,
     weights,
@@ -175,12 +176,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         contextlib.closing(checkpoints),
         contextlib.closing(batches),
         contextlib.closing(eval_batches),
+        profiling.profiled(config.profile_step, workdir) as profile,
     ):
         for step in range(first_step + 1, num_steps + 1):  # `step` updates made, after this one
+            profile(step, state)
             batch = next(batches)
             records.batch_arrived(step_metrics)
             # Anything that went between host and devices unasked would stall every step.
-            with jax.transfer_guard("disallow"):
+            annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
+            with annotation, jax.transfer_guard("disallow"):
                 state, step_metrics = jit_train_step(state, batch, hparams)
             records.flush(wait=False)
             is_last, stopping = step == num_steps, stop_requested(step)

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from convstem_jax import data
+from convstem_jax.config import load_config
 from convstem_jax.data import augment, packed, pipeline, sources
 from convstem_jax.data.examples import EvalExamples, TrainExamples, TrainTransform, _permutation
 from convstem_jax.data.reader import Reader
@@ -220,6 +221,14 @@ def test_an_image_that_cannot_be_decoded_names_its_record():
     split = sources.Split("x/train", [{"image": b"no image", "label": 1}], 2)
     with pytest.raises(DataError, match=r"x/train, record 0: the image cannot be decoded"):
         split[0]
+
+
+def test_no_more_processes_read_than_there_are_cores():
+    config = load_config("configs/vitc.py")
+    cores = len(os.sched_getaffinity(0))
+    for asked, expected in ((0, 0), (1, 1), (10**6, cores)):
+        config.num_workers = asked
+        assert pipeline.Reading.of(config).num_workers == expected
 
 
 def test_workers_do_not_outlive_a_main_process_that_is_killed():

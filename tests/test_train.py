@@ -45,6 +45,7 @@ RECIPE = {
     "cutmix_alpha": "1.0",
     "lighting_std": "0.1",
     "precise_bn_examples": "128",
+    "profile_step": "20",
 }
 
 
@@ -54,6 +55,14 @@ def few_devices(monkeypatch):
     monkeypatch.setattr(
         train_module, "Sharding", lambda devices, *args: Sharding(devices[:1], *args)
     )
+
+
+def profiled_steps(workdir):
+    """Numbers of the training steps in the profile of a run."""
+    (path,) = (workdir / "plugins").rglob("*.xplane.pb")
+    profile = jax.profiler.ProfileData.from_file(str(path))
+    events = [event for plane in profile.planes for line in plane.lines for event in line.events]
+    return [dict(event.stats)["step_num"] for event in events if event.name == "train"]
 
 
 def config(**fields):
@@ -190,6 +199,7 @@ def test_a_run_leaves_its_records(uninterrupted):
     assert json.loads((workdir / "config.json").read_text())["lr"] == config().lr
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list(workdir.glob("events.out.tfevents.*")), "no TensorBoard file"
+    assert profiled_steps(workdir) == [20, 21, 22, 23, 24]
     overview = (workdir / "parameters.txt").read_text()
     assert "Total: 154,970" in overview
     assert "yes position_embedding" in overview and "no  norm/scale" in overview
@@ -284,10 +294,12 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys):
     errors = {}
     for num in ("0", "256"):
         fields = {"epochs": "0.0128", "warmup_epochs": "0", "precise_bn_examples": num}
+        fields["profile_step"] = "2" if num == "256" else "0"  # cut short by the end
         errors[num] = train_module.train(config(**fields), str(tmp_path / num))
         said = capsys.readouterr().out
         assert said.count("256 training images give BatchNorm's statistics") == (num == "256")
         assert "the EMA stays at the start weights" in said
+    assert profiled_steps(tmp_path / "256") == [2] and not (tmp_path / "0/plugins").exists()
     _, plain = restore_latest(tmp_path / "0")
     _, precise = restore_latest(tmp_path / "256")
     name = "['batch_stats']['stem']['norms']['0']['mean']"

@@ -7,6 +7,7 @@ workers or threads, nor on where a run was interrupted.
 from collections.abc import Iterator
 import dataclasses
 import itertools
+import os
 import sys
 
 from absl import flags
@@ -22,15 +23,18 @@ from convstem_jax.data.examples import EvalExamples, TrainExamples
 class Reading:
     """How hard the host works: none of it changes a batch."""
 
-    num_workers: int  # processes that read, decode and augment; 0 for threads of this process
+    num_workers: int  # processes that decode and augment; 0 for threads of this process
     num_threads: int  # batches that are made at the same time, in each worker
     read_ahead: int  # batches that are ready on the host, for each worker
     prefetch: int  # batches that are on the devices ahead of the step
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "Reading":
-        """As the configuration has it."""
-        return cls(*(config[field.name] for field in dataclasses.fields(cls)))
+        """As the configuration has it, but no more processes than there are cores."""
+        reading = cls(*(config[field.name] for field in dataclasses.fields(cls)))
+        # More would not be faster, and each holds batches in memory.
+        num_workers = min(reading.num_workers, len(os.sched_getaffinity(0)))
+        return dataclasses.replace(reading, num_workers=num_workers)
 
 
 def train_batches(
