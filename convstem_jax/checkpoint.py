@@ -18,7 +18,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convstem_jax import processes
-from convstem_jax.errors import CheckpointError, NotFiniteError, first_line
+from convstem_jax.errors import (
+    CheckpointError,
+    NotFiniteError,
+    StorageError,
+    first_line,
+    is_passing,
+)
 from convstem_jax.sharding import bytes_on_device
 from convstem_jax.step import PyTree, TrainState
 
@@ -110,7 +116,7 @@ class Checkpoints:
             metrics: holds `top1_error`, by which the best checkpoint is chosen.
 
         Raises:
-            CheckpointError: an earlier save failed, or this one.
+            CheckpointError, StorageError: an earlier save failed, or this one.
             NotFiniteError: a number of that state is NaN or infinite; it is not saved.
         """
         self._finish()
@@ -159,6 +165,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: it is damaged, or it does not fit `like`.
+            StorageError: it cannot be read now.
         """
         return self._read(self.latest_step() if step is None else step, like)
 
@@ -172,7 +179,7 @@ class Checkpoints:
             The EMA's weights and the raw ones, each {"params", "batch_stats"}.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError, StorageError: likewise.
         """
         state, _ = self._read(self.latest_step() if step is None else step, None)
         state = _with_int_keys(state)
@@ -207,6 +214,11 @@ class Checkpoints:
         except Exception as error:  # damage surfaces as any of a dozen types
             if processes.is_lost_peer(error):
                 raise
+            if is_passing(error):
+                raise StorageError(
+                    f"checkpoint {self.directory}/{step} cannot be read now: try again "
+                    f"({first_line(error)})"
+                ) from error
             others = sorted(s for s in self._manager.all_steps() if s != step)
             older = [s for s in others if s < step]
             if self._read_only:  # the run may have deleted it just now
@@ -224,7 +236,7 @@ class Checkpoints:
         """Waits until everything is on the disk.
 
         Raises:
-            CheckpointError, NotFiniteError: as from `save`.
+            CheckpointError, StorageError, NotFiniteError: as from `save`.
         """
         try:
             self._finish()
@@ -246,11 +258,17 @@ class Checkpoints:
                 raise
             raise self._failed(error) from error
 
-    def _failed(self, error: Exception) -> CheckpointError:
+    def _failed(self, error: Exception) -> CheckpointError | StorageError:
+        reason = first_line(error)[-200:]  # TensorStore's begins with long paths
+        if is_passing(error):
+            return StorageError(
+                f"saving to {self.directory} failed: the same command goes on from the last "
+                f"checkpoint ({reason})"
+            )
         free = shutil.disk_usage(os.path.dirname(self.directory)).free / 2**20
         return CheckpointError(
             f"saving to {self.directory} failed, where {free:,.0f} MiB are free: make room or name "
-            f"another place, and go on from the last checkpoint ({first_line(error)[:200]})"
+            f"another place, and go on from the last checkpoint ({reason})"
         )
 
 

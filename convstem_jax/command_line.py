@@ -20,7 +20,8 @@ from convstem_jax.run_folder import FREE_FIELDS
 EXIT_STATUS = """\
 exit status:
   0 done · 2 configuration, or no such data · 3 damaged data · 4 checkpoint · 5 not finite
-  75 asked to stop, and saved, or another process was lost: run it again · 130 interrupted
+  75 asked to stop, and saved; another process was lost; storage did not answer: run it again
+  130 interrupted
 """
 _OVERRIDE = re.compile(r"--config\.([^=]+)(=?)(.*)", re.DOTALL)
 

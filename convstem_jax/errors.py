@@ -1,5 +1,26 @@
 """Errors that a user can act on, each with the exit status that launch scripts go by."""
 
+import errno
+import os
+
+# What mounted buckets and network file systems say while they do not answer.
+_PASSING = [
+    os.strerror(code)
+    for code in (errno.EIO, errno.EREMOTEIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT)
+]
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether an error says that storage did not answer, so that it is worth to try again.
+
+    By its text: TensorStore gives an OSError's as a ValueError.
+    """
+    while error is not None:
+        if any(text in str(error) for text in _PASSING):
+            return True
+        error = error.__cause__
+    return False
+
 
 def first_line(error: Exception) -> str:
     """Type and first line of another library's error, which may be pages long."""
@@ -38,6 +59,12 @@ class NotFiniteError(UserError):
 
 class Preempted(UserError):
     """Asked to stop; the state is saved, and the same command goes on from there."""
+
+    exit_status = 75
+
+
+class StorageError(UserError):
+    """Storage did not answer: the same command goes on from the last checkpoint."""
 
     exit_status = 75
 

@@ -10,7 +10,7 @@ import time
 import jax
 import matplotlib.figure
 
-from convstem_jax.errors import CheckpointError, NotFiniteError
+from convstem_jax.errors import CheckpointError, NotFiniteError, StorageError, is_passing
 from convstem_jax.step import PyTree
 
 
@@ -83,7 +83,7 @@ class Records:
 
         Raises:
             NotFiniteError: the loss is NaN or infinite.
-            CheckpointError: the file cannot be written.
+            CheckpointError, StorageError: the file cannot be written.
         """
         if self._not_finite and wait:
             raise self._not_finite
@@ -179,7 +179,8 @@ class Records:
         try:
             yield
         except OSError as error:
-            raise CheckpointError(
+            kind = StorageError if is_passing(error) else CheckpointError
+            raise kind(
                 f"{self.path} cannot be written ({error}): make room, and the same command goes on "
                 "from the last checkpoint"
             ) from error

@@ -12,7 +12,7 @@ import pytest
 
 from convstem_jax import checkpoint
 from convstem_jax.checkpoint import Checkpoints
-from convstem_jax.errors import CheckpointError, NotFiniteError
+from convstem_jax.errors import CheckpointError, NotFiniteError, StorageError
 from convstem_jax.step import TrainState
 
 
@@ -174,6 +174,30 @@ def test_cut_off_files_are_noticed(tmp_path):
     with pytest.raises(CheckpointError, match="1 is damaged: other steps are 2 "):
         reader.restore_weights(1)
     reader.close()
+
+
+@pytest.mark.parametrize(
+    "reason, kind",
+    [("Input/output error", StorageError), ("No space left on device", CheckpointError)],
+)
+def test_storage_that_does_not_answer_is_told_from_damage(tmp_path, monkeypatch, reason, kind):
+    """As TensorStore words it; a loop that starts runs again goes by the exit status."""
+
+    def fail(*unused_args, **unused_kwargs):
+        raise ValueError(f"Failed writing {'x/' * 300}: {reason} [os_error_code='N']")
+
+    write(tmp_path / "c", {1: 1.0})
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    checkpoints.save(2, make_state(2), {})
+    with pytest.raises(kind, match=f"saving to .*last checkpoint .*{reason}") as raised:
+        checkpoints.close()
+    assert raised.value.exit_status == (75 if kind is StorageError else 4)
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    with pytest.raises(kind, match="cannot be read now" if kind is StorageError else "is damaged"):
+        checkpoints.restore(make_state(0))
+    checkpoints.close()
 
 
 def test_another_type_or_shape_is_refused(tmp_path):

@@ -2,12 +2,13 @@
 
 import errno
 import json
+import os
 
 import jax.numpy as jnp
 import pytest
 
 from convstem_jax import metrics
-from convstem_jax.errors import CheckpointError, NotFiniteError
+from convstem_jax.errors import CheckpointError, NotFiniteError, StorageError
 
 
 @pytest.fixture
@@ -116,12 +117,13 @@ def test_an_evaluation_may_be_of_the_training_split(tmp_path):
     assert metrics.read_jsonl(records.path) == written[:1], "the last evaluation is made again"
 
 
-def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code, kind", [(errno.ENOSPC, CheckpointError), (errno.EIO, StorageError)])
+def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch, code, kind):
     records = records_of(tmp_path)
     records.train(1, step_metrics(2.0))
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(metrics.os, "fsync", lambda unused_file: (_ for _ in ()).throw(full))
-    with pytest.raises(CheckpointError, match="metrics.jsonl cannot be written.*No space left"):
+    error = OSError(code, os.strerror(code))
+    monkeypatch.setattr(metrics.os, "fsync", lambda unused_file: (_ for _ in ()).throw(error))
+    with pytest.raises(kind, match=f"metrics.jsonl cannot be written.*{os.strerror(code)}"):
         with records.pause(1, {}):
             raise AssertionError("the checkpoint would outlive the records before it")
     records.close()
