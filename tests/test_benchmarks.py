@@ -332,7 +332,7 @@ def test_the_kernels_of_a_step(tmp_path, monkeypatch, capsys):
     assert seconds == sorted(seconds, reverse=True) and sum(row["launches"] for row in rows) > 50
     assert any("fusion" in row["kernel"] for row in rows)
     assert f"{len(rows) - 2} others" in output and len(output.splitlines()) == 6
-    assert f"{1e3 * sum(seconds):.2f} ms in" in output
+    assert f"{1e3 * sum(seconds):.2f} ms of all threads in" in output
     with pytest.raises(SystemExit):
         profile_step.main(["--model=regnety_tiny", "--implementation=plain Flax, bfloat16"])
     assert "plain Flax, bfloat16 has no regnety_tiny" in capsys.readouterr().err
