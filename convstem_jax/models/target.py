@@ -1,6 +1,8 @@
 """What a model is being traced for."""
 
 from collections.abc import Callable
+import functools
+import importlib.metadata
 import re
 
 import jax
@@ -23,9 +25,19 @@ def on_tpu() -> bool:
 def overflows_in_fused_gradients() -> bool:
     """Whether it is one for which the compiler dies of the stem's fused gradients.
 
-    So libtpu 0.0.42 does for v6e: it fuses them into something that overflows its own stack.
+    So libtpu 0.0.42 does for v6e: it fuses them into something that overflows its own stack. 0.0.50
+    does not; those between have not been tried.
     """
-    return device_kind() == "TPU v6 lite"
+    return device_kind() == "TPU v6 lite" and _libtpu() < (0, 0, 50)
+
+
+@functools.cache
+def _libtpu() -> tuple[int, ...]:
+    """Version of the TPU compiler; the oldest where it is not known."""
+    try:
+        return tuple(map(int, re.findall(r"\d+", importlib.metadata.version("libtpu"))))
+    except importlib.metadata.PackageNotFoundError:
+        return ()
 
 
 def num_devices() -> int:
