@@ -184,7 +184,8 @@ def base() -> ml_collections.ConfigDict:
     # Input speed; no batch depends on it. The host holds about (2 + read_ahead) batches for each
     # worker, for training and again for evaluation: 0.3 GB each at 2048 x 224 x 224. The devices
     # together hold 1.2 GB of images for the precise statistics.
-    config.num_workers = 16  # processes that decode, one a core at most; 0 for threads instead
+    # Processes that decode, and as many again for evaluation: one a core at most; 0 for threads.
+    config.num_workers = 16
     config.num_threads = 1  # batches made at the same time in each of them
     config.read_ahead = 1  # batches ready on the host, for each of them
     config.prefetch = 2  # batches ready on the devices

@@ -22,9 +22,9 @@ def get_config(arg: str = ""):
     (scale, colours), fields = common.parse(arg, scales, ("grey", "colour"))
     config = common.base() if scale == "imagenet" else quickstart.get_config()
 
-    own = ("model", "optimizer", "epochs", "lr", "wd", "seed", "init_from", "state_sharding")
-    for name in own:
-        del config[name]  # the study sets them for each trial
+    own = ("model", "optimizer", "epochs", "lr", "wd", "seed")  # the study sets them for each trial
+    for name in (*own, "init_from", "state_sharding", "profile_step"):
+        del config[name]
 
     config.experiments = ("length", "optimizer", "lr_wd", "stems", "norms", "depth")
     config.vitp = "vitp_tiny"  # the models to compare; their variants are named after them

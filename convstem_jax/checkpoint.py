@@ -6,6 +6,7 @@ bits without a word, so a checksum of each array travels in the JSON record.
 """
 
 from concurrent import futures
+import contextlib
 import copy
 import math
 import os
@@ -222,7 +223,7 @@ class Checkpoints:
             others = sorted(s for s in self._manager.all_steps() if s != step)
             older = [s for s in others if s < step]
             if self._read_only:  # the run may have deleted it just now
-                remedy = f"other steps are {', '.join(map(str, others)) or 'none'}"
+                remedy = f"name another step, of {', '.join(map(str, others)) or 'none'}"
             elif older:
                 remedy = f"delete that folder to go on from step {max(older)}"
             else:
@@ -242,7 +243,8 @@ class Checkpoints:
             self._finish()
             self._wait_until_written()
         except Exception:
-            self._end()
+            with contextlib.suppress(Exception):  # Orbax tells of a failed save twice
+                self._end()
             raise
         self._end()  # not after Ctrl-C, which waits for nothing
 
@@ -259,7 +261,8 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> CheckpointError | StorageError:
-        reason = first_line(error)[-200:]  # TensorStore's begins with long paths
+        # TensorStore's has long paths before what went wrong, and its settings after it.
+        reason = first_line(error).partition(" [tensorstore_spec=")[0][-200:]
         if is_passing(error):
             return StorageError(
                 f"saving to {self.directory} failed: the same command goes on from the last "

@@ -61,7 +61,7 @@ def load_run_config(workdir: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"{workdir} is no run's folder: give --config, for what the images are")
     try:
         with open(os.path.join(workdir, "config.json")) as file:
-            fields = json.load(file)
+            fields = {"profile_step": 0} | json.load(file)  # earlier runs have none
         fields = {name: fields[name] for name in RULES}
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
@@ -130,10 +130,10 @@ def set_fields(config: ml_collections.ConfigDict, fields: dict[str, str]) -> Non
 
 
 def _unknown_field(name: str, known) -> ConfigError:
-    initials = "".join(word[:1] for word in name.split("_"))  # learning_rate, weight_decay
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    nearest = [initials] if initials in known else near
-    hint = f"did you mean '{nearest[0]}'?" if nearest else f"fields are {', '.join(known)}"
+    short = {"learning_rate": "lr", "weight_decay": "wd"}.get(name)
+    nearest = short or (near and near[0])
+    hint = f"did you mean '{nearest}'?" if nearest else f"fields are {', '.join(known)}"
     return ConfigError(f"unknown config field '{name}': {hint}")
 
 

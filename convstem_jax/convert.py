@@ -33,7 +33,8 @@ networks with the paper's sizes vit_base_patch16_224 alone has the paper's archi
 mean and standard deviation that its images were normalised with.
 
 exit status:
-  0 done · 2 wrong arguments · 4 weights that cannot be read or do not fit
+  0 done · 2 wrong arguments, or no such file · 4 weights that cannot be read or do not fit
+  75 storage did not answer: try again
 """
 
 
@@ -48,18 +49,16 @@ def read_torch(path: str, *, raw: bool = False) -> dict[str, np.ndarray]:
         ConfigError: it is not there.
         CheckpointError: it cannot be read, or holds something else than tensors.
     """
+    if not os.path.exists(path):
+        raise ConfigError(f"{path} is not there")
     if path.endswith(".safetensors"):
         try:
             return safetensors.numpy.load_file(path)
-        except FileNotFoundError as error:
-            raise ConfigError(f"{path} is not there") from error
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
     torch = _import_torch(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} is not there") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file raises anything

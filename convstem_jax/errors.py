@@ -1,5 +1,7 @@
 """Errors that a user can act on, each with the exit status that launch scripts go by."""
 
+from collections.abc import Iterator
+import contextlib
 import errno
 import os
 
@@ -67,6 +69,28 @@ class StorageError(UserError):
     """Storage did not answer: the same command goes on from the last checkpoint."""
 
     exit_status = 75
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Makes a line for the user of what goes wrong in writing the file of a run.
+
+    Raises:
+        StorageError: the storage does not answer.
+        CheckpointError: it is full, or the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_passing(error):
+            raise StorageError(
+                f"{path} cannot be written now ({error}): the same command goes on from the last "
+                "checkpoint"
+            ) from error
+        raise CheckpointError(
+            f"{path} cannot be written ({error}): make room, and the same command goes on from the "
+            "last checkpoint"
+        ) from error
 
 
 class PeerError(UserError):

@@ -31,7 +31,8 @@ examples:
 It runs in one process, on all of its devices.
 
 exit status:
-  0 done · 2 wrong arguments, or no such data · 3 damaged data · 4 weights that cannot be read
+  0 done · 2 wrong arguments, or no such file or data · 3 damaged data
+  4 weights that cannot be read · 75 storage did not answer: try again
 """
 
 

@@ -10,7 +10,7 @@ import time
 import jax
 import matplotlib.figure
 
-from convstem_jax.errors import CheckpointError, NotFiniteError, StorageError, is_passing
+from convstem_jax.errors import NotFiniteError, writing
 from convstem_jax.step import PyTree
 
 
@@ -50,17 +50,18 @@ class Records:
         self._not_finite = None
         if self._main:
             self.path = os.path.join(workdir, "metrics.jsonl")
-            kept = [
-                record
-                for record in read_jsonl(self.path)
-                if record["step"] <= first_step
-                # The last evaluation is repeated where it was not the end.
-                and (record["step"] < num_steps or "loss" in record)
-            ]
-            with open(self.path + ".tmp", "w") as file:
-                file.writelines(json.dumps(record) + "\n" for record in kept)
-            os.replace(self.path + ".tmp", self.path)
-            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115, closed in close()
+            with writing(self.path):
+                kept = [
+                    record
+                    for record in read_jsonl(self.path)
+                    if record["step"] <= first_step
+                    # The last evaluation is repeated where it was not the end.
+                    and (record["step"] < num_steps or "loss" in record)
+                ]
+                with open(self.path + ".tmp", "w") as file:
+                    file.writelines(json.dumps(record) + "\n" for record in kept)
+                os.replace(self.path + ".tmp", self.path)
+                self._file = open(self.path, "a", buffering=1)  # noqa: SIM115, closed in close()
             # Here, since it loads TensorFlow: seconds that errors need not wait.
             from clu import metric_writers
             import tensorflow as tf
@@ -137,7 +138,7 @@ class Records:
         """
         self.flush()
         if self._main:
-            with self._writing():  # a checkpoint must not outlive the records before it
+            with writing(self.path):  # a checkpoint must not outlive the records before it
                 os.fsync(self._file.fileno())
         jax.block_until_ready(state)
         self._paused = True  # the devices had nothing more to do, whatever the input
@@ -170,20 +171,9 @@ class Records:
     def close(self) -> None:
         """Closes the files; the last metrics must have been flushed."""
         if self._main:
-            with self._writing():
+            with writing(self.path):
                 self._file.close()
             self._tensorboard.close()
-
-    @contextlib.contextmanager
-    def _writing(self):
-        try:
-            yield
-        except OSError as error:
-            kind = StorageError if is_passing(error) else CheckpointError
-            raise kind(
-                f"{self.path} cannot be written ({error}): make room, and the same command goes on "
-                "from the last checkpoint"
-            ) from error
 
     def _write(self, step: int, kind: str, metrics: dict, timing: dict) -> None:
         if self._main:
@@ -192,7 +182,7 @@ class Records:
             # JSON has no NaN.
             finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
             record = {"step": step, "epoch": epoch, "kind": kind} | finite
-            with self._writing():
+            with writing(self.path):
                 self._file.write(json.dumps(record) + "\n")
             scalars = {f"{kind}/{name}": value for name, value in values.items()}
             self._tensorboard.write_scalars(step, scalars)
@@ -247,7 +237,7 @@ def write_overview(workdir: str, params: PyTree, decayed: PyTree) -> str:
     from clu import parameter_overview
 
     path = os.path.join(workdir, "parameters.txt")
-    with open(path, "w") as file:
+    with writing(path), open(path, "w") as file:
         # Means and deviations of split parameters would need the other processes.
         stats = "global" if jax.process_count() == 1 else False
         file.write(parameter_overview.get_parameter_overview(params, include_stats=stats))

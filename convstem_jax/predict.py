@@ -30,7 +30,8 @@ examples:
       --names classes.txt --format json
 
 exit status:
-  0 done · 2 wrong arguments · 3 a file that is no image · 4 weights that cannot be read
+  0 done · 2 wrong arguments, or no such file · 3 a file that is no image
+  4 weights that cannot be read · 75 storage did not answer: try again
 """
 BATCH_SIZE = 64
 

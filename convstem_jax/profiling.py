@@ -6,34 +6,61 @@ import contextlib
 import jax
 
 from convstem_jax import processes
+from convstem_jax.errors import first_line
 from convstem_jax.step import PyTree
 
 NUM_STEPS = 5
 
 
 @contextlib.contextmanager
-def profiled(first_step: int, workdir: str) -> Iterator[Callable[[int, PyTree], None]]:
-    """Profiles `NUM_STEPS` steps of a loop, and what lies between them.
+def profiled(
+    first_step: int, steps: range, workdir: str, pause: Callable
+) -> Iterator[Callable[[int, PyTree], None]]:
+    """Profiles `NUM_STEPS` steps of a loop and what lies between them, on process 0's machine.
+
+    A profile that cannot be written is told, and disturbs nothing.
 
     Args:
         first_step: number of the first of them; 0 for none.
+        steps: those of the loop, inside the block. Where they end earlier, so does the profile.
         workdir: folder to write `plugins/profile` in.
+        pause: `metrics.Records.pause`, since starting and writing are not training.
 
     Yields:
-        A function to call before each step, with its number and the state before it. Where the
-        block ends earlier, the profile does too.
+        A function to call before each step, with its number and the state before it.
     """
-    running = contextlib.ExitStack()
+    running = False
+
+    def stop() -> None:
+        nonlocal running
+        running = False
+        if processes.is_first():
+            try:
+                jax.profiler.stop_trace()
+            except RuntimeError as error:
+                print(f"no profile, it cannot be written: {first_line(error)}", flush=True)
+            else:
+                print(f"profiled: tensorboard --logdir {workdir} (with xprof)", flush=True)
 
     def before_step(step: int, state: PyTree) -> None:
-        if step not in (first_step, first_step + NUM_STEPS) or not first_step:
+        nonlocal running
+        if step != first_step + NUM_STEPS * running:
             return
-        jax.block_until_ready(state)  # of the steps before
-        running.close()
-        if step == first_step:
-            message = f"profiled from step {step}: tensorboard --logdir {workdir} (with xprof)"
-            running.callback(processes.print_once, message)
-            running.enter_context(jax.profiler.trace(workdir))
+        with pause(step - 1, state):
+            if running:
+                stop()
+            else:
+                running = True
+                if processes.is_first():
+                    jax.profiler.start_trace(workdir)
 
-    with running:
+    if first_step and first_step not in steps:
+        processes.print_once(
+            f"no profile: config.profile_step={first_step} is not one of the steps {steps.start} "
+            f"to {steps.stop - 1}"
+        )
+    try:
         yield before_step
+    finally:
+        if running:
+            stop()

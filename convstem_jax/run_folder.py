@@ -9,7 +9,7 @@ import secrets
 import ml_collections
 
 from convstem_jax import processes
-from convstem_jax.errors import ConfigError, StorageError, is_passing
+from convstem_jax.errors import ConfigError, writing
 from convstem_jax.files import write_json, write_text
 
 _TOKEN = ".token"  # another at each start
@@ -44,7 +44,6 @@ def prepare(workdir: str, config: ml_collections.ConfigDict, data: dict[str, int
 
     Raises:
         ConfigError: it cannot be written, or belongs to another configuration.
-        StorageError: it does not answer.
     """
     if "://" in workdir:
         raise ConfigError(f"--workdir {workdir} is not a folder: mount the bucket and name that")
@@ -64,8 +63,7 @@ def prepare(workdir: str, config: ml_collections.ConfigDict, data: dict[str, int
             write_json(path, new)
             write_text(os.path.join(workdir, _TOKEN), secrets.token_hex())
     except (OSError, json.JSONDecodeError) as error:
-        kind = StorageError if is_passing(error) else ConfigError
-        raise kind(f"--workdir {workdir} cannot be used: {error}; name another") from error
+        raise ConfigError(f"--workdir {workdir} cannot be used: {error}; name another") from error
     return workdir
 
 
@@ -156,7 +154,9 @@ def _check_same(old: dict, new: dict, workdir: str) -> None:
 
 def write_result(workdir: str, result: dict) -> None:
     """Writes result.json."""
-    write_json(os.path.join(workdir, "result.json"), result)
+    path = os.path.join(workdir, "result.json")
+    with writing(path):
+        write_json(path, result)
 
 
 def read_result(workdir: str) -> dict | None:

@@ -43,7 +43,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     Raises:
         UserError: a wrong field, unusable data, a damaged checkpoint, a loss that is not finite,
-            or a request to stop.
+            a request to stop, or storage that cannot be written.
     """
     # ------------------------------------------------------- checks, before anything is slow
 
@@ -138,7 +138,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     @functools.cache
     def precise_batches():
         # By threads: worker processes would keep their memory to the end of the run.
-        num_threads = min(num_precise, max(1, config.num_workers))
+        num_threads = min(num_precise, max(1, reading.num_workers))
         threads = pipeline.Reading(0, num_threads, 1, 1)
         processes.print_once(
             f"before each evaluation {num_precise * config.batch_size:,} training images give "
@@ -169,6 +169,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     # ---------------------------------------------------------------------------------- loop
 
     results = step_metrics = None
+    steps = range(first_step + 1, num_steps + 1)
     batches = new_train_batches(first_step=first_step)
     with (
         preemption.stop_requested() as stop_requested,  # until the last checkpoint is written
@@ -176,9 +177,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         contextlib.closing(checkpoints),
         contextlib.closing(batches),
         contextlib.closing(eval_batches),
-        profiling.profiled(config.profile_step, workdir) as profile,
+        profiling.profiled(config.profile_step, steps, workdir, records.pause) as profile,
     ):
-        for step in range(first_step + 1, num_steps + 1):  # `step` updates made, after this one
+        for step in steps:  # `step` updates made, after this one
             profile(step, state)
             batch = next(batches)
             records.batch_arrived(step_metrics)
@@ -234,10 +235,9 @@ def _print_overview(config, workdir: str, state, num_images: int, num_steps: int
     flags = jax.tree.leaves(decayed)
     paths = jax.tree.leaves_with_path(decayed)
     exempt = ", ".join(sorted({path[-1].key for path, is_decayed in paths if not is_decayed}))
-    if num_steps < config.ema_every:
+    if num_steps <= config.ema_every:
         print(
-            f"the EMA stays at the start weights: it is updated every {config.ema_every} steps "
-            f"(config.ema_every), and this run has {num_steps}"
+            f"the EMA is updated after the first step alone: config.ema_every is {config.ema_every}"
         )
     print(
         f"{config.model}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, "

@@ -171,7 +171,7 @@ def test_cut_off_files_are_noticed(tmp_path):
     checkpoints.close()
     write(tmp_path / "c", {2: 1.0})
     reader = Checkpoints(str(tmp_path / "c"), read_only=True)
-    with pytest.raises(CheckpointError, match="1 is damaged: other steps are 2 "):
+    with pytest.raises(CheckpointError, match="1 is damaged: name another step, of 2 "):
         reader.restore_weights(1)
     reader.close()
 
@@ -184,11 +184,13 @@ def test_storage_that_does_not_answer_is_told_from_damage(tmp_path, monkeypatch,
     """As TensorStore words it; a loop that starts runs again goes by the exit status."""
 
     def fail(*unused_args, **unused_kwargs):
-        raise ValueError(f"Failed writing {'x/' * 300}: {reason} [os_error_code='N']")
+        spec = "[tensorstore_spec='" + "y" * 300 + "'] [os_error_code='N']"
+        raise ValueError(f"Failed writing {'x/' * 300}: {reason} {spec}")
 
     write(tmp_path / "c", {1: 1.0})
     checkpoints = Checkpoints(str(tmp_path / "c"))
     monkeypatch.setattr(checkpoints._manager, "save", fail)
+    monkeypatch.setattr(checkpoints._manager, "close", fail)  # of a save that was under way
     checkpoints.save(2, make_state(2), {})
     with pytest.raises(kind, match=f"saving to .*last checkpoint .*{reason}") as raised:
         checkpoints.close()

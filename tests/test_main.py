@@ -15,6 +15,7 @@ from convstem_jax.errors import (
     DataError,
     NotFiniteError,
     Preempted,
+    StorageError,
     UserError,
 )
 from convstem_jax.main import main
@@ -81,7 +82,7 @@ def test_imagenet_that_is_not_there_names_the_remedy(no_compilation, capsys, tmp
         f"launch/prepare_imagenet.py --manual_dir FOLDER_OF_THE_TWO_TAR_FILES --data_dir {tmp_path}"
         in message
     )
-    assert "--config configs/quickstart.py" in message
+    assert "convstem_jax.main --config configs/quickstart.py" in message
 
 
 def test_an_image_size_that_does_not_fit_the_model(no_compilation, capsys, tmp_path):
@@ -163,13 +164,16 @@ def test_the_run_is_named_after_the_configuration():
 
 
 @pytest.mark.parametrize(
-    "kind", [ConfigError, DataError, CheckpointError, NotFiniteError, Preempted]
-)
-def test_every_error_has_its_exit_status(kind, monkeypatch, capsys):
+    "kind, status",
+    [
+        (ConfigError, 2), (DataError, 3), (CheckpointError, 4), (NotFiniteError, 5),
+        (Preempted, 75), (StorageError, 75),
+    ],
+)  # fmt: skip
+def test_every_error_has_its_exit_status(kind, status, monkeypatch, capsys):
     def fail(*args):
         raise kind("why")
 
     monkeypatch.setattr(train, "train", fail)
-    statuses = {"ConfigError": 2, "DataError": 3, "CheckpointError": 4, "NotFiniteError": 5}
-    assert main([*QUICK, "--compilation_cache="]) == statuses.get(kind.__name__, 75)
+    assert main([*QUICK, "--compilation_cache="]) == status
     assert capsys.readouterr().err == ("why\n" if kind is Preempted else "error: why\n")

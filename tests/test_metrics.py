@@ -117,13 +117,17 @@ def test_an_evaluation_may_be_of_the_training_split(tmp_path):
     assert metrics.read_jsonl(records.path) == written[:1], "the last evaluation is made again"
 
 
-@pytest.mark.parametrize("code, kind", [(errno.ENOSPC, CheckpointError), (errno.EIO, StorageError)])
-def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch, code, kind):
+@pytest.mark.parametrize(
+    "code, kind, words",
+    [(errno.ENOSPC, CheckpointError, "make room"), (errno.EIO, StorageError, "the same command")],
+)
+def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch, code, kind, words):
     records = records_of(tmp_path)
     records.train(1, step_metrics(2.0))
     error = OSError(code, os.strerror(code))
     monkeypatch.setattr(metrics.os, "fsync", lambda unused_file: (_ for _ in ()).throw(error))
-    with pytest.raises(kind, match=f"metrics.jsonl cannot be written.*{os.strerror(code)}"):
+    match = rf"metrics.jsonl cannot be written.*{os.strerror(code)}\): {words}"
+    with pytest.raises(kind, match=match):
         with records.pause(1, {}):
             raise AssertionError("the checkpoint would outlive the records before it")
     records.close()

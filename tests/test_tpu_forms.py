@@ -1,5 +1,6 @@
 """What the models compute in another form on TPUs: the same, and compiled in a population too."""
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -11,7 +12,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from convstem_jax.models import MODELS, attention, create_model, regnet
+from convstem_jax.models import MODELS, attention, create_model, regnet, target
+
+
+@pytest.mark.parametrize(
+    ("version", "dies"), [("0.0.42.1", True), ("0.0.50.1", False), ("0.1", False), (None, True)]
+)
+def test_old_compilers_are_spared_the_fused_gradients(monkeypatch, version, dies):
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    monkeypatch.setattr(target, "_libtpu", target._libtpu.__wrapped__)
+    for kind, expected in (("TPU v6 lite", dies), ("TPU v5 lite", False)):
+        monkeypatch.setattr(target, "device_kind", lambda kind=kind: kind)
+        assert target.overflows_in_fused_gradients() == expected
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,15 @@ def test_a_run_is_evaluated_as_it_was_in_training(uninterrupted, capsys):
     assert {name: found[name] for name in ("top1_error", "top5_error", "examples")} == {
         name: result[name] for name in ("top1_error", "top5_error", "examples")
     }
+    # A run of before a field that changes nothing.
+    path = workdir / "config.json"
+    whole = path.read_text()
+    fields = json.loads(whole)
+    del fields["profile_step"]
+    path.write_text(json.dumps(fields))
+    assert evaluate.main([str(workdir), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    path.write_text(whole)
     # Other weights, on other images.
     flags = ["--raw", "--step", "16", f"--config.eval_split={PART[:-4]}100]"]
     assert evaluate.main([str(workdir), *flags]) == 0
@@ -298,7 +307,7 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys):
         errors[num] = train_module.train(config(**fields), str(tmp_path / num))
         said = capsys.readouterr().out
         assert said.count("256 training images give BatchNorm's statistics") == (num == "256")
-        assert "the EMA stays at the start weights" in said
+        assert "the EMA is updated after the first step alone" in said
     assert profiled_steps(tmp_path / "256") == [2] and not (tmp_path / "0/plugins").exists()
     _, plain = restore_latest(tmp_path / "0")
     _, precise = restore_latest(tmp_path / "256")

@@ -186,7 +186,7 @@ def run_config(
     run = ml_collections.ConfigDict(own)
     run.model, run.optimizer, run.epochs = population.model, population.optimizer, population.epochs
     run.lr, run.wd, run.seed = population.trials[0]
-    run.init_from, run.state_sharding = "", "replicated"
+    run.init_from, run.state_sharding, run.profile_step = "", "replicated", 0
     if population.model.startswith(config.cnn):
         run.image_size, run.eval_resize = config.cnn_image_size, config.cnn_eval_resize
     rules.validate(run)
