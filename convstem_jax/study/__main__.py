@@ -19,7 +19,7 @@ import numpy as np
 
 from convstem_jax import build, command_line, files, preemption, provenance, run_folder
 from convstem_jax.complexity import complexity
-from convstem_jax.errors import ConfigError
+from convstem_jax.errors import ConfigError, writing
 from convstem_jax.study import experiments
 from convstem_jax.study.finished import choose
 from convstem_jax.study.population import open_readers, open_splits, train_population
@@ -109,7 +109,9 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
             train(population)
 
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    files.write_text(os.path.join(workdir, "trials.jsonl"), lines)
+    path = os.path.join(workdir, "trials.jsonl")
+    with writing(path):
+        files.write_text(path, lines)
     # An interrupted study may have gone on elsewhere.
     devices, commits = (sorted({str(r[name]) for r in records}) for name in ("device", "commit"))
     run_folder.write_result(

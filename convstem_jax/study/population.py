@@ -17,7 +17,7 @@ from convstem_jax import build, files, provenance
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.data import sources
 from convstem_jax.data.reader import Reader
-from convstem_jax.errors import DataError, Preempted
+from convstem_jax.errors import DataError, Preempted, writing
 from convstem_jax.evaluation import evaluation_sums, precise_batch_stats
 from convstem_jax.study.programs import Programs, Trial, stack_hparams
 
@@ -109,15 +109,18 @@ def train_population(
         part_folder = os.path.join(folder, name)
         if not goes_on:
             shutil.rmtree(part_folder, ignore_errors=True)
-        os.makedirs(part_folder, exist_ok=True)
-        files.write_json(os.path.join(part_folder, _PART), [programs.num_trials, part])
+        with writing(part_folder):
+            os.makedirs(part_folder, exist_ok=True)
+            files.write_json(os.path.join(part_folder, _PART), [programs.num_trials, part])
         found = _train_part(
             config, part, part_folder, programs, readers,
             functools.partial(progress, len(trials) - len(missing), len(part)),
             stop_requested, start,
         )  # fmt: skip
         lines = "".join(json.dumps(result) + "\n" for result in found)
-        files.write_text(os.path.join(folder, f"trials_{name}.jsonl"), lines)
+        path = os.path.join(folder, f"trials_{name}.jsonl")
+        with writing(path):
+            files.write_text(path, lines)
         shutil.rmtree(part_folder, ignore_errors=True)
         missing = [trial for trial in missing if trial not in part]
         part = []
