@@ -75,6 +75,19 @@ def test_the_table_of_cycles_is_made_of_its_estimates():
     assert tpu_cycles.table(rows) in (ROOT / "docs/performance.md").read_text()
 
 
+def test_the_table_of_cycles_of_the_newer_compiler_is_made_of_its_estimates():
+    rows = json.loads((ROOT / "results/benchmarks/tpu_cycles_jax_0.12.json").read_text())
+    assert {row["versions"]["libtpu"] for row in rows} == {"0.0.50.1"}
+    assert tpu_cycles.table(rows) in (ROOT / "docs/performance.md").read_text()
+    cycles = {(row["model"], row["topology"], row["implementation"]): row["cycles"] for row in rows}
+    for (model, topology, name), plain in cycles.items():
+        if name != "convstem_jax":
+            assert cycles[model, topology, "convstem_jax"] <= 0.8 * plain
+    for size, most in (("1gf", 1.12), ("4gf", 1.10), ("36gf", 1.02)):
+        c, p = (cycles[f"vit{stem}_{size}", "v6e:2x2", "convstem_jax"] for stem in "cp")
+        assert c <= most * p
+
+
 @pytest.mark.parametrize("device, kind", [("h200", "NVIDIA H200"), ("cpu", "cpu")])
 def test_the_tables_of_steps_are_made_of_their_results(device, kind):
     rows = json.loads((ROOT / f"results/benchmarks/train_step_{device}.json").read_text())
