@@ -154,7 +154,7 @@ def read_overrides(parser: argparse.ArgumentParser, rest: list[str]) -> dict[str
     for arg in rest:
         match = _OVERRIDE.fullmatch(arg)
         if not match:
-            parser.error(f"unexpected argument '{arg}'")
+            parser.error(f"unexpected argument '{arg}': fields are set by --config.FIELD=VALUE")
         field, equals, text = match.groups()
         if not equals:
             parser.error(f"{arg} has no value: write {arg}=VALUE")

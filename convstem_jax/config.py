@@ -130,10 +130,10 @@ def set_fields(config: ml_collections.ConfigDict, fields: dict[str, str]) -> Non
 
 
 def _unknown_field(name: str, known) -> ConfigError:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    short = {"learning_rate": "lr", "weight_decay": "wd"}.get(name)
-    nearest = short or (near and near[0])
-    hint = f"did you mean '{nearest}'?" if nearest else f"fields are {', '.join(known)}"
+    short = {"learning_rate": "lr", "weight_decay": "wd"}
+    nearest = difflib.get_close_matches(name, [*known, *short], n=1, cutoff=0.5)
+    nearest = [short.get(x, x) for x in nearest]
+    hint = f"did you mean '{nearest[0]}'?" if nearest else f"fields are {', '.join(known)}"
     return ConfigError(f"unknown config field '{name}': {hint}")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from convstem_jax import command_line, layouts, weights
+from convstem_jax import command_line, files, layouts, weights
 from convstem_jax.errors import CheckpointError, ConfigError, UserError, first_line
 from convstem_jax.models import MODELS
 
@@ -46,13 +46,17 @@ def read_torch(path: str, *, raw: bool = False) -> dict[str, np.ndarray]:
         raw: of those two, the one of the last update in place of its moving average.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it is not there, or is not PyTorch's.
         CheckpointError: it cannot be read, or holds something else than tensors.
     """
     if not os.path.exists(path):
         raise ConfigError(f"{path} is not there")
     if path.endswith(".safetensors"):
         try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                is_own = "convstem_jax" in (file.metadata() or {})
+            if is_own:
+                raise ConfigError(f"{path} is of this project already: leave out --from")
             return safetensors.numpy.load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
@@ -86,7 +90,7 @@ def write_torch(path: str, state: dict[str, np.ndarray], layout: str) -> None:
     """
     try:
         if path.endswith(".safetensors"):
-            safetensors.numpy.save_file(state, path, {"format": "pt"})
+            files.write_bytes(path, safetensors.numpy.save(state, {"format": "pt"}))
         else:
             torch = _import_torch(path)
             tensors = {name: torch.from_numpy(np.array(x)) for name, x in state.items()}
@@ -109,6 +113,10 @@ def _check(args: argparse.Namespace) -> None:
     """Refuses arguments that would be ignored or do harm."""
     if os.path.exists(args.target):
         raise ConfigError(f"{args.target} is there already: delete it, or name another target")
+    try:
+        files.writable(args.target)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(str(error)) from error
     if args.source_layout and not args.model:
         raise ConfigError(f"--from {args.source_layout} needs --model")
     for name in ("model", "num_classes", "image_size"):

@@ -62,7 +62,7 @@ def evaluate_weights(
     if architecture.num_classes != split.num_classes:
         raise ConfigError(
             f"{path} has {architecture.num_classes} classes, {config.dataset} "
-            f"{split.num_classes}: set config.dataset"
+            f"{split.num_classes}: set config.dataset to one of the same classes"
         )
     sharding = Sharding(jax.devices())
     batches = pipeline.EvalBatches(

@@ -7,16 +7,25 @@ import os
 
 def write_text(path: str, text: str) -> None:
     """Writes a file so that a machine that dies leaves the old one or the new one, and whole."""
-    with open(path + ".tmp", "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    _write(path, text, "w")
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Likewise."""
+    _write(path, content, "wb")
 
 
 def write_json(path: str, content: dict | list) -> None:
     """`write_text` of `content`."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write(path: str, content: str | bytes, mode: str) -> None:
+    with open(path + ".tmp", mode) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
 
 
 def writable(path: str) -> str:

@@ -41,7 +41,7 @@ def stop_requested() -> Iterator[Callable[[int], bool]]:
 
     def handle(signum, unused_frame):
         event.set()
-        os.write(2, b"stopping when this step or evaluation is done; again: at once, unsaved\n")
+        os.write(2, b"stopping after the steps or evaluation under way; again: at once, unsaved\n")
         signal.signal(signum, old[signum])
         if distributed:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 import os
 import time
 
@@ -188,11 +189,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             with annotation, jax.transfer_guard("disallow"):
                 state, step_metrics = jit_train_step(state, batch, hparams)
             records.flush(wait=False)
-            is_last, stopping = step == num_steps, stop_requested(step)
+            is_last = step == num_steps
             if step == 1 or step % config.log_every_steps == 0 or is_last:
                 records.train(step, step_metrics)
-            if build.is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last:
+            is_due = build.is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last
+            if is_due:
                 results = evaluate_at(step)
+            stopping = stop_requested(step)  # perhaps during the evaluation
+            if is_due:
                 save(step, results)
             elif step % config.checkpoint_every_steps == 0 or stopping:
                 save(step)
@@ -238,6 +242,13 @@ def _print_overview(config, workdir: str, state, num_images: int, num_steps: int
     if num_steps <= config.ema_every:
         print(
             f"the EMA is updated after the first step alone: config.ema_every is {config.ema_every}"
+        )
+    # A run's updates of the EMA have this sum of rates, whatever its batches and epochs.
+    if (moved := config.ema_alpha * num_images) < 3:
+        print(
+            f"at the end the EMA is still {math.exp(-moved):.0%} what it was after the warm-up: "
+            f"config.ema_alpha={config.ema_alpha:g} is for more training images; "
+            f"{12.8 / num_images:.2g} is the paper's for {num_images:,}"
         )
     print(
         f"{config.model}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, "

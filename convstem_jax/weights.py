@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from convstem_jax import run_folder
+from convstem_jax import files, run_folder
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError, ConfigError
 from convstem_jax.models import create_model
@@ -142,7 +142,8 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
         # safetensors writes memory as it lies, also of a transposed view.
         arrays = {"/".join(map(str, key)): np.ascontiguousarray(x) for key, x in flat.items()}
         metadata = {"convstem_jax": json.dumps(dataclasses.asdict(architecture))}
-        safetensors.numpy.save_file(arrays, path, metadata)
+        # Its own `save_file` makes files that nobody else may read.
+        files.write_bytes(path, safetensors.numpy.save(arrays, metadata))
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 

@@ -119,6 +119,7 @@ def test_text_takes_the_type_of_the_field(name, text, value):
     [
         ("lrr", "1", "unknown config field 'lrr': did you mean 'lr'"),
         ("learning_rate", "1", "unknown config field 'learning_rate': did you mean 'lr'"),
+        ("lerning_rate", "1", "unknown config field 'lerning_rate': did you mean 'lr'"),
         ("a.b", "1", "unknown config field 'a.b'"),
         ("batch_size", "1.5", "config.batch_size=1.5: it must be a whole number"),
         ("batch_size", "0", "config.batch_size=0: it must be a whole number of 1 or more"),

@@ -403,6 +403,17 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
     assert split.num_classes == 2
     found = [(int(x["label"]), int(x["image"][0, 0, 0])) for x in map(split.__getitem__, range(2))]
     assert found == [(0, 20), (1, 10)], "classes are numbered in the order of their names"
+    for hidden in (".cache/1.jpg", "a/.2.jpg"):  # of file managers
+        path = tmp_path / "photos/train" / hidden
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert packed.main(flags) == 0
+    assert "2 classes, 2 in train, 1 in test" in capsys.readouterr().out
+    file = tmp_path / "file"
+    file.touch()
+    assert packed.main([*flags[:-1], str(file / "x")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --output {file}/x cannot be written: ")
     put("test", "c", 40)
     (tmp_path / "photos/train/b/notes.txt").write_text("x")
     for splits, message in (

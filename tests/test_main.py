@@ -130,7 +130,7 @@ def test_the_folder_of_another_run_is_refused(no_compilation, capsys, tmp_path):
     [
         ([], "--config"),
         ([*QUICK, "extra"], "unexpected argument 'extra'"),
-        ([*QUICK, "--learning_rate=1"], "unexpected argument '--learning_rate=1'"),
+        ([*QUICK, "--lr=1"], "unexpected argument '--lr=1': fields are set by --config.FIELD"),
         ([*QUICK, "--config.lr"], "--config.lr has no value"),
     ],
 )

@@ -58,6 +58,11 @@ def test_random_settings_fill_the_papers_intervals_around_the_optimum():
     assert population in again
 
 
+def test_a_configuration_of_a_training_is_refused():
+    with pytest.raises(ConfigError, match="no study's configuration: take configs/study.py"):
+        experiments.grids(load_config("configs/quickstart.py"))
+
+
 @pytest.mark.parametrize(
     "arg, message",
     [

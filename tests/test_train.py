@@ -17,12 +17,12 @@ from jax._src.array import ArrayImpl
 import numpy as np
 import pytest
 
-from convstem_jax import evaluate, predict
+from convstem_jax import evaluate, evaluation, predict
 from convstem_jax import train as train_module
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.config import load_config, set_field
 from convstem_jax.data import sources
-from convstem_jax.errors import ConfigError, NotFiniteError
+from convstem_jax.errors import ConfigError, NotFiniteError, Preempted
 from convstem_jax.metrics import read_jsonl
 from convstem_jax.sharding import Sharding
 
@@ -303,11 +303,13 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys):
     errors = {}
     for num in ("0", "256"):
         fields = {"epochs": "0.0128", "warmup_epochs": "0", "precise_bn_examples": num}
-        fields["profile_step"] = "2" if num == "256" else "0"  # cut short by the end
+        fields |= {"profile_step": "2", "ema_alpha": "1e-3"} if num == "256" else {}
         errors[num] = train_module.train(config(**fields), str(tmp_path / num))
         said = capsys.readouterr().out
         assert said.count("256 training images give BatchNorm's statistics") == (num == "256")
         assert "the EMA is updated after the first step alone" in said
+        assert ("at the end the EMA is still 37% what it was" in said) == (num == "0")
+    # Cut short by the end.
     assert profiled_steps(tmp_path / "256") == [2] and not (tmp_path / "0/plugins").exists()
     _, plain = restore_latest(tmp_path / "0")
     _, precise = restore_latest(tmp_path / "256")
@@ -401,7 +403,19 @@ def make_imagenet_tars(folder, num_train, val_numbers):
             add(tar, f"ILSVRC2012_val_{number:08}.JPEG", jpeg())
 
 
-def test_imagenet_is_prepared_and_trained_on(tmp_path):
+def test_a_request_to_stop_during_an_evaluation_is_met_after_it(tmp_path, monkeypatch):
+    def asked_to_stop(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluation.evaluate(*args)
+
+    monkeypatch.setattr(train_module, "evaluate", asked_to_stop)
+    fields = {"epochs": "0.0256", "warmup_epochs": "0", "eval_every_epochs": "0.0128"}
+    with pytest.raises(Preempted, match="stopped at step 2 of 4"):
+        train_module.train(config(**fields), str(tmp_path / "run"))
+    assert restore_latest(tmp_path / "run")[0] == 2
+
+
+def test_imagenet_is_prepared_and_trained_on(tmp_path, capsys):
     """With the whole recipe."""
     make_imagenet_tars(tmp_path / "tars", num_train=24, val_numbers=range(1, 8))
     command = [sys.executable, "launch/prepare_imagenet.py", "--any_content"]
@@ -426,6 +440,7 @@ def test_imagenet_is_prepared_and_trained_on(tmp_path):
         config[name] = value
     result = train_module.train(config, str(tmp_path / "run"))
     assert (result["steps"], result["examples"]) == (4, 7)
+    assert "0.53 is the paper's for 24" in capsys.readouterr().out  # the share of all examples
     _, arrays = restore_latest(tmp_path / "run")
     assert all(np.isfinite(array).all() for array in arrays.values())
 

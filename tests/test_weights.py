@@ -264,8 +264,15 @@ def test_wrong_files_have_one_line_and_a_status(tmp_path, capsys):
         assert message in capsys.readouterr().err
     target = tmp_path / "absent" / "out.safetensors"
     weights.save(str(tmp_path / "good.safetensors"), *random_weights("vitp_tiny"))
-    assert run(tmp_path / "good.safetensors", target) == 4
-    assert "cannot be written" in capsys.readouterr().err
+    assert run(tmp_path / "good.safetensors", target) == 2
+    assert "out.safetensors cannot be written: name a file" in capsys.readouterr().err
+    again = tmp_path / "again.safetensors"
+    assert run(tmp_path / "good.safetensors", again, *flags) == 2
+    assert "good.safetensors is of this project already" in capsys.readouterr().err
+    assert run(tmp_path / "good.safetensors", again) == 0
+    assert again.read_bytes() == (tmp_path / "good.safetensors").read_bytes()
+    (tmp_path / "plain").touch()
+    assert again.stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it too"
 
 
 def test_a_model_is_loaded_with_its_weights(tmp_path):

@@ -7,6 +7,9 @@ The first packs photos/train/CLASS/*.jpg (or .png) and photos/test/CLASS/*.jpg, 
 set of tfds. `data/photos.npz` is then what `config.data_dir=data` and `config.dataset=photos` name,
 and `data/photos.txt` has the names of the classes, for `convstem_jax.predict --names`. Packing
 holds all images in memory, and each start reads them once: this is for some gigabytes at most.
+
+exit status:
+  0 done · 2 wrong arguments, no such data, or a folder that cannot be written · 3 damaged data
 """
 
 import argparse
@@ -173,9 +176,11 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
         if not re.fullmatch(r"\w+", split):
             raise ConfigError(f"--splits {split}: a folder's name must be of letters and digits")
         root = pathlib.Path(folder, split)
-        files = sorted(root.glob("*/*"))
+        files = sorted(root.glob("[!.]*/[!.]*"))
         if not files:
-            raise ConfigError(f"{root} holds no CLASS/*{', *'.join(_SUFFIXES)}: see --images")
+            raise ConfigError(
+                f"{root} holds no CLASS/*{', *'.join(_SUFFIXES)}: see --images and --splits"
+            )
         classes = classes or sorted({file.parent.name for file in files})
         for file in files:
             if file.suffix.lower() not in _SUFFIXES:
@@ -206,10 +211,12 @@ def main(argv: list[str]) -> int:
     add("--images", metavar="FOLDER", help="pack FOLDER/SPLIT/CLASS/*.jpg, not a data set of tfds")
     add("--data_dir", default="datasets", help="folder that holds it (default: %(default)s)")
     add("--splits", default="train,test",
-        help="of tfds also parts: train[:1000],test (default: %(default)s)")  # fmt: skip
+        help="folders in --images, or splits of tfds and parts: train[:1000],test "
+        "(default: %(default)s)")  # fmt: skip
     add("--output", required=True, help="folder to write DATASET.npz in")
     args = parser.parse_args(argv)
     try:
+        os.makedirs(args.output, exist_ok=True)
         names = args.splits.split(",")
         if args.images:
             splits, classes = pack_folders(args.images, names)
@@ -221,15 +228,17 @@ def main(argv: list[str]) -> int:
             }
             splits = {name: pack(split) for name, split in found.items()}
             num_classes = next(iter(found.values())).num_classes
-        os.makedirs(args.output, exist_ok=True)
         if args.images:
             text = "".join(f"{name}\n" for name in classes)
             write_text(os.path.join(args.output, f"{args.dataset}.txt"), text)
         path = os.path.join(args.output, f"{args.dataset}.npz")
         write(path, splits, num_classes)
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 2)
+        return error.exit_status
+    except OSError as error:
+        print(f"error: --output {args.output} cannot be written: {error}", file=sys.stderr)
+        return ConfigError.exit_status
     counts = ", ".join(f"{len(split):,} in {name}" for name, split in splits.items())
     print(f"{path}: {num_classes} classes, {counts}, {os.path.getsize(path) / 1e6:.1f} MB")
     return 0

@@ -10,6 +10,7 @@ import numpy as np
 
 from convstem_jax import build
 from convstem_jax import config as rules
+from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
 from convstem_jax.study.finished import family_of
 from convstem_jax.study.programs import Trial
@@ -82,6 +83,8 @@ def grids(config: ml_collections.ConfigDict) -> list[Population]:
     Raises:
         ConfigError: a field of the study is wrong.
     """
+    if "experiments" not in config:
+        raise ConfigError("--config is no study's configuration: take configs/study.py")
     of_runs = {name: rule for name, rule in rules.RULES.items() if name in config}
     # -1, an order for each seed, would need its own batches for each trial.
     rules.check_fields(config, of_runs | RULES | {"data_seed": rules.integer(0)})
