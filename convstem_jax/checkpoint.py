@@ -223,7 +223,8 @@ class Checkpoints:
             others = sorted(s for s in self._manager.all_steps() if s != step)
             older = [s for s in others if s < step]
             if self._read_only:  # the run may have deleted it just now
-                remedy = f"name another step, of {', '.join(map(str, others)) or 'none'}"
+                steps = ", ".join(map(str, others))
+                remedy = f"name one of {steps}" if others else "it is the only one"
             elif older:
                 remedy = f"delete that folder to go on from step {max(older)}"
             else:

@@ -171,7 +171,7 @@ def test_cut_off_files_are_noticed(tmp_path):
     checkpoints.close()
     write(tmp_path / "c", {2: 1.0})
     reader = Checkpoints(str(tmp_path / "c"), read_only=True)
-    with pytest.raises(CheckpointError, match="1 is damaged: name another step, of 2 "):
+    with pytest.raises(CheckpointError, match="1 is damaged: name one of 2 "):
         reader.restore_weights(1)
     reader.close()
 

@@ -414,6 +414,10 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
     assert packed.main([*flags[:-1], str(file / "x")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: --output {file}/x cannot be written: ")
+    (tmp_path / "photos/test/b/folder.jpg").mkdir()
+    assert packed.main(flags) == 2
+    assert "b/folder.jpg cannot be read: Is a directory" in capsys.readouterr().err
+    (tmp_path / "photos/test/b/folder.jpg").rmdir()
     put("test", "c", 40)
     (tmp_path / "photos/train/b/notes.txt").write_text("x")
     for splits, message in (

@@ -166,7 +166,8 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
         The splits, and the names of the classes, which are those of the first split.
 
     Raises:
-        ConfigError: a split has no images, other files, or a class that the first one has not.
+        ConfigError: a split has no images, other files, one that cannot be read, or a class that
+            the first one has not.
         DataError: a file cannot be decoded.
     """
     from convstem_jax.data.sources import decode  # which imports this module
@@ -190,7 +191,10 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
         labels = [classes.index(file.parent.name) for file in files]
         images = []
         for file in tqdm(files, desc=split, unit="image"):
-            images.append(file.read_bytes())
+            try:
+                images.append(file.read_bytes())
+            except OSError as error:
+                raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
             if decode(images[-1]) is None:
                 raise DataError(f"{file} cannot be decoded as an image: mend it, or take it away")
         packed[split] = records(images, labels)
