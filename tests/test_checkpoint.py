@@ -1,5 +1,6 @@
 """Checkpoints: exact, complete, and never silently wrong."""
 
+import logging
 import os
 import random
 import shutil
@@ -14,6 +15,9 @@ from convstem_jax import checkpoint
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError, NotFiniteError, StorageError
 from convstem_jax.step import TrainState
+
+# Reads of damaged files that Orbax has given up would be told at the end, in pages.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def make_state(seed=0):
