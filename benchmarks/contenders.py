@@ -31,6 +31,7 @@ class Case(NamedTuple):
     batch: int  # images of a step
     optimizer: str = "adamw"
     torch_mode: str = "eager"  # or of torch.compile
+    dtype: str = "bfloat16"  # of this project's and of PyTorch's
     xla_options: tuple[tuple[str, str], ...] = ()  # beside those of `xla_options.py`
 
     @property
@@ -100,9 +101,9 @@ def _serve(pipe: connection.Connection, case: Case) -> None:
     given = (case.implementation, case.model, case.optimizer, images, labels)
     try:
         if case.implementation in JAX:
-            step = jax_contenders.JaxStep.make(*given, dict(case.xla_options))
+            step = jax_contenders.JaxStep.make(*given, dict(case.xla_options), case.dtype)
         else:
-            step = torch_contenders.TorchStep.make(*given, case.torch_mode)
+            step = torch_contenders.TorchStep.make(*given, case.torch_mode, case.dtype)
         step.run(3)
         pipe.send((step.compile_seconds, step.peak_bytes))
         while True:

@@ -66,20 +66,23 @@ class PlainViT(nnx.Module):
         return self.head(self.norm(x)[:, 0])
 
 
-def new_model(implementation: str, name: str) -> Callable[[], nnx.Module] | None:
+def new_model(
+    implementation: str, name: str, dtype: str = "bfloat16"
+) -> Callable[[], nnx.Module] | None:
     """A function that makes the model; None where this implementation has none such.
 
     Args:
         implementation: one of `IMPLEMENTATIONS`.
         name: a key of `MODELS`.
+        dtype: of this project's; the others' names say theirs.
     """
     if implementation == "convstem_jax":
-        return lambda: create_model(name, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        return lambda: create_model(name, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     spec = MODELS[name]
     if not isinstance(spec, ViTSpec) or spec.stem_kernels or spec.stem_norm:
         return None
-    dtype = jnp.dtype(implementation.rpartition(" ")[2])
-    return lambda: PlainViT(spec, dtype=dtype, rngs=nnx.Rngs(0))
+    own = jnp.dtype(implementation.rpartition(" ")[2])
+    return lambda: PlainViT(spec, dtype=own, rngs=nnx.Rngs(0))
 
 
 def recipe_of(optimizer: str) -> Recipe:
@@ -145,9 +148,10 @@ class JaxStep:
         images: np.ndarray,
         labels: np.ndarray,
         xla_options: dict[str, str],
+        dtype: str = "bfloat16",
     ):
         """Compiles it, with options beside those that `Sharding.jit` gives."""
-        new = new_model(implementation, model)
+        new = new_model(implementation, model, dtype)
         recipe = recipe_of(optimizer)
         sharding = Sharding(jax.devices()[:1])
         graphdef, state = new_state(new, recipe, sharding)
@@ -170,13 +174,13 @@ class JaxStep:
         return float(metrics["loss"])
 
 
-def matmul_flops(size: int, num: int = 10) -> float:
-    """Operations a second of bfloat16 products of two `size` x `size` matrices on this device."""
-    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+def matmul_flops(size: int, dtype: str = "bfloat16", num: int = 10) -> float:
+    """Operations a second of products of two `size` x `size` matrices on this device."""
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
 
     @jax.jit
     def products(x):
-        return jax.lax.fori_loop(0, num, lambda _, y: (x @ y) * jnp.bfloat16(size**-0.5), x)
+        return jax.lax.fori_loop(0, num, lambda _, y: (x @ y) * x.dtype.type(size**-0.5), x)
 
     products(x).block_until_ready()
     times = []

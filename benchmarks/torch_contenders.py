@@ -1,6 +1,7 @@
 """Training steps in PyTorch as its users make them fast.
 
-torch.compile, bfloat16 autocast, fused attention and optimisers, channels last.
+torch.compile, autocast to bfloat16 unless float32 is asked for, fused attention and optimisers,
+channels last.
 
 The networks are torchvision's and timm's own. The step does what this project's does: it normalises
 uint8 images, lights, mixes and smooths on the device, updates the parameters, and the EMA at every
@@ -128,7 +129,7 @@ class TorchStep:
         """Compiles it."""
         return cls(new_network(implementation, model)(), *args)
 
-    def __init__(self, network, optimizer: str, images: np.ndarray, labels, mode: str):
+    def __init__(self, network, optimizer: str, images: np.ndarray, labels, mode: str, dtype: str):
         import torch
         from torch.nn import functional
 
@@ -163,7 +164,7 @@ class TorchStep:
             share = mask.mean()
             x = (mask * x + (1 - mask) * x.flip(0)).contiguous(memory_format=torch.channels_last)
             targets = share * targets + (1 - share) * targets.flip(0)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                 logits = network(x)
             return functional.cross_entropy(logits.float(), targets)
 

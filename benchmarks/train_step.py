@@ -3,13 +3,14 @@
     python -m benchmarks.train_step                               ViT_C-4GF, on the device here
     python benchmarks/train_step.py                               the same
     python -m benchmarks.train_step --models vitc_1gf vitc_18gf --batch 512 --json results.json
+    python -m benchmarks.train_step --models vitc_tiny --batch 64 --dtype float32    on a CPU
     python -m benchmarks.train_step --xla_options xla_gpu_graph_min_graph_size=5
 
 A step is what training makes: normalisation of uint8 images, lighting, mixing, forward, backward,
 optimiser, EMA; the batch waits on the device. Each implementation has a process of its own. When
 all of a model are compiled, they take turns --repeats times; medians are printed, of ratios too.
 What is not installed is named and left out. MFU is the share that the paper's network would take of
-what this device reaches with products of large bfloat16 matrices, measured in the same run.
+what this device reaches with products of large matrices of that type, measured in the same run.
 """
 
 import argparse
@@ -122,6 +123,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch", type=arguments.even, nargs="+", default=[256],
         help="of all models, or of each; must be even (default: 256)")  # fmt: skip
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
+        help="to compute in, but for plain Flax, whose names say theirs; CPUs are mostly faster "
+        "with float32 (default: %(default)s)")  # fmt: skip
     add("--steps", type=arguments.positive, default=20, help="of each turn (default: %(default)s)")
     add("--repeats", type=arguments.positive, default=5, help="default: %(default)s")
     add("--torch_mode", default="max-autotune", help="of torch.compile, or eager (%(default)s)")
@@ -153,7 +157,9 @@ def main(argv: list[str] | None = None) -> int:
     cases = []
     for model, batch in zip(args.models, args.batch, strict=True):
         for name, options in variants:
-            case = Case(model, name, batch, args.optimizer, args.torch_mode, options)
+            case = Case(
+                model, name, batch, args.optimizer, args.torch_mode, args.dtype, options
+            )  # fmt: skip
             if any(fnmatch.fnmatch(f"{model}:{case.name}", pattern) for pattern in args.skip):
                 continue
             if reason := missing(model, name):
@@ -163,16 +169,16 @@ def main(argv: list[str] | None = None) -> int:
     if not cases:
         parser.error("nothing is left to be timed: see --models, --implementations and --skip")
     print("measuring what products of matrices reach", file=sys.stderr)
-    peak = jax_contenders.matmul_flops(args.matmul_size)
+    peak = jax_contenders.matmul_flops(args.matmul_size, args.dtype)
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, "
-        f"Python {platform.python_version()}: {peak / 1e12:.2f} Tflop/s in bfloat16 products of "
-        f"{args.matmul_size} x {args.matmul_size} matrices",
+        f"Python {platform.python_version()}: {peak / 1e12:.2f} Tflop/s in products of "
+        f"{args.matmul_size} x {args.matmul_size} matrices of {args.dtype}",
         file=sys.stderr,
     )
     about = arguments.made_by(argv) | {
         "matmul_flops": peak, "steps": args.steps, "repeats": args.repeats,
-        "torch_mode": args.torch_mode,
+        "torch_mode": args.torch_mode, "dtype": args.dtype,
     }  # fmt: skip
     about["versions"] |= torch_contenders.versions()
     rows = []

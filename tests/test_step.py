@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from convstem_jax import layouts, mixing, optim
-from convstem_jax.models import create_model
-from convstem_jax.models.regnet import GroupedConv
+from convstem_jax.models import create_model, regnet
 from convstem_jax.step import (
     HParams,
     Recipe,
@@ -294,9 +293,10 @@ def test_8_devices_do_what_1_device_does(accumulate):
     assert_same_step(eight, one, 2e-5)
 
 
-def test_8_devices_share_grouped_convolutions(monkeypatch):
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_8_devices_share_grouped_convolutions(monkeypatch, on_cpu):
     """XLA alone would have each of them compute the whole batch."""
-    monkeypatch.setattr(GroupedConv, "MAX_SPLIT", 0)
+    monkeypatch.setattr(regnet, "on_cpu", lambda: on_cpu)
     model = random_model("regnety_tiny", num_classes=10, depths=(1,), widths=(8,), group_width=2)
     graphdef, _, _ = split(model)
     grads = []

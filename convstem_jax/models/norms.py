@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from convstem_jax.models import layer_norm_kernels
-from convstem_jax.models.target import on_gpu
+from convstem_jax.models.target import on_gpu, on_tpu
 
 
 def batch_norm(width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.BatchNorm:
@@ -75,10 +75,10 @@ NORMS = {"batch": batch_norm, "layer": layer_norm}
 def apply_norm(norm: nnx.BatchNorm | nnx.LayerNorm, x: jax.Array, *, relu: bool) -> jax.Array:
     """`norm(x)`, with ReLU if asked for; in training it updates BatchNorm's statistics.
 
-    On GPUs BatchNorm has a gradient of its own, which reads `x` and the gradient twice. XLA's takes
-    a third pass, since it does not know that a sum of multiples is the multiple of the sum.
+    But on TPUs BatchNorm has a gradient of its own, which reads `x` and the gradient twice. XLA's
+    takes a third pass, since it does not know that a sum of multiples is the multiple of the sum.
     """
-    if not on_gpu() or isinstance(norm, nnx.LayerNorm) or norm.use_running_average:
+    if on_tpu() or isinstance(norm, nnx.LayerNorm) or norm.use_running_average:
         y = norm(x)
         return nnx.relu(y) if relu else y
     y, mean, var = _batch_norm(x, norm.scale[...], norm.bias[...], norm.epsilon, relu)

@@ -9,9 +9,9 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
+from convstem_jax.models.convolution import convolve
 from convstem_jax.models.norms import apply_norm, batch_norm
-from convstem_jax.models.stems import convolve
-from convstem_jax.models.target import by_device, on_gpu, on_tpu
+from convstem_jax.models.target import by_device, on_cpu, on_tpu
 
 # The authors' "fan out" counts all output channels, of grouped convolutions too.
 _kernel_init = initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -64,18 +64,12 @@ def _conv(
 class GroupedConv(nnx.Module):
     """3x3 convolution in groups, on `[N, H, W, width]`.
 
-    The one place that knows how grouped convolutions are computed, since XLA has weaknesses:
+    TPUs multiply 128 channels by 128 at once, however narrow a group. So there narrow groups are
+    merged into wider ones, whose kernels are zero between the old ones.
 
-    - On CPUs its gradient of `feature_group_count` is slow (jax-ml/jax#13800). A few groups are
-      convolved one by one instead, 30 to 70 times faster; many would take too long to compile. On
-      GPUs cuDNN's own are faster than that.
-    - TPUs multiply 128 channels by 128 at once, however narrow a group. So there narrow groups are
-      merged into wider ones, whose kernels are zero between the old ones.
-    - It gathers a batch that is sharded over devices on each of them (openxla/xla#47945). So each
-      device is given its part of the batch where the mesh in use has an axis `data`.
+    XLA gathers a batch that is sharded over devices on each of them (openxla/xla#47945). So each
+    device is given its part of the batch where the mesh in use has an axis `data`.
     """
-
-    MAX_SPLIT = 8  # groups that are convolved one by one
 
     def __init__(
         self, width: int, group_width: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
@@ -95,15 +89,13 @@ class GroupedConv(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if on_cpu():
+            return convolve(self.conv, x)
         x, kernel = x.astype(self.conv.dtype), self.conv.kernel.astype(self.conv.dtype)
         num_groups = self.num_groups
         if on_tpu():
             num = _groups_to_merge(num_groups, kernel.shape[2])
             kernel, num_groups = _merge_groups(kernel, num), num_groups // num
-        elif num_groups <= self.MAX_SPLIT and not on_gpu():
-            groups = (jnp.split(y, num_groups, axis=-1) for y in (x, kernel))
-            parts = [self._convolve(*group, 1) for group in zip(*groups, strict=True)]
-            return jnp.concatenate(parts, axis=-1)
         return by_device(functools.partial(self._convolve, num_groups=num_groups))(x, kernel)
 
     def _convolve(self, x: jax.Array, kernel: jax.Array, num_groups: int) -> jax.Array:
@@ -193,11 +185,11 @@ class Block(nnx.Module):
             self.shortcut = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = apply_norm(self.norm1, self.conv1(x), relu=True)
+        y = apply_norm(self.norm1, convolve(self.conv1, x), relu=True)
         y = apply_norm(self.norm2, self.conv2(y), relu=True)
-        y = apply_norm(self.norm3, self.conv3(self.se(y)), relu=False)
+        y = apply_norm(self.norm3, convolve(self.conv3, self.se(y)), relu=False)
         if self.shortcut is not None:
-            x = apply_norm(self.shortcut_norm, self.shortcut(x), relu=False)
+            x = apply_norm(self.shortcut_norm, convolve(self.shortcut, x), relu=False)
         return nnx.relu(x + y)
 
 

@@ -10,8 +10,9 @@ from jax.nn import initializers
 import jax.numpy as jnp
 
 from convstem_jax.models import strips
+from convstem_jax.models.convolution import convolve
 from convstem_jax.models.norms import NORMS, apply_norm
-from convstem_jax.models.target import on_gpu, overflows_in_fused_gradients
+from convstem_jax.models.target import overflows_in_fused_gradients
 
 # torch.nn.Conv2d's and torch.nn.Linear's default: uniform in +-sqrt(1 / fan_in).
 torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -127,6 +128,7 @@ class ConvStem(nnx.Module):
             channels[-1],
             width,
             kernel_size=(1, 1),
+            padding="VALID",
             kernel_init=initializers.normal(last_std),
             dtype=dtype,
             rngs=rngs,
@@ -139,7 +141,7 @@ class ConvStem(nnx.Module):
             on_strips = functools.partial(strips.convolve, num=num)
             x = strips.cut(x.astype(self.convs[0].dtype), num)
             x = strips.join(self._layers(x, on_strips, slice(num_layers)), num)
-        return self.projection(self._layers(x, convolve, slice(num_layers, None)))
+        return convolve(self.projection, self._layers(x, convolve, slice(num_layers, None)))
 
     def _layers(self, x: jax.Array, apply_conv: Callable, which: slice) -> jax.Array:
         for conv, norm in [*zip(self.convs, self.norms, strict=True)][which]:
@@ -147,37 +149,6 @@ class ConvStem(nnx.Module):
             if overflows_in_fused_gradients():
                 x = _fuse_gradient_apart(x)
         return x
-
-
-def convolve(conv: nnx.Conv, x: jax.Array) -> jax.Array:
-    """`conv(x)`, in a form of its own on GPUs if it is the first convolution of a network.
-
-    For 3 channels cuDNN takes as long as for 8, after a pass that adds the others. A 3x3
-    convolution of stride 2 is also a 2x2 one over squares of 2x2 pixels (space to depth), of 12
-    channels, which XLA writes in one pass with what normalises and mixes the images.
-    """
-    is_first = x.shape[-1] == 3 and conv.kernel_size == (3, 3) and not conv.use_bias
-    halves = conv.strides == 2 and conv.padding == ((1, 1), (1, 1))
-    if not (on_gpu() and is_first and halves and x.shape[1] % 2 == x.shape[2] % 2 == 0):
-        return conv(x)
-    x = _space_to_depth(x.astype(conv.dtype))
-    # The first row and column of the squares' kernel are of pixels that the 3x3 does not reach.
-    kernel = jnp.pad(conv.kernel[...].astype(conv.dtype), ((1, 0), (1, 0), (0, 0), (0, 0)))
-    kernel = jnp.moveaxis(_space_to_depth(jnp.moveaxis(kernel, 3, 0)), 0, 3)
-    return jax.lax.conv_general_dilated(
-        jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 4))),  # to 16 channels, a multiple of 8
-        jnp.pad(kernel, ((0, 0), (0, 0), (0, 4), (0, 0))),
-        window_strides=(1, 1),
-        padding="VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-def _space_to_depth(x: jax.Array) -> jax.Array:
-    """`[N, 2H, 2W, C]` to `[N, H, W, 4C]`."""
-    n, height, width, channels = x.shape
-    x = x.reshape(n, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, height // 2, width // 2, 4 * channels)
 
 
 @jax.custom_vjp

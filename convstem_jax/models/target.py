@@ -69,6 +69,11 @@ def by_device(function: Callable, *, check_vma: bool = True) -> Callable:
     return mapped
 
 
+def on_cpu() -> bool:
+    """Whether the kind that is traced for is a CPU; not where nothing tells."""
+    return device_kind() == "cpu"
+
+
 def is_gpu(kind: str) -> bool:
     """Whether a kind of device is one of NVIDIA's of today; old ones are a "Tesla T4" and such."""
     return kind.startswith("NVIDIA")

@@ -1,0 +1,81 @@
+"""Convolutions, in the form that is fast on the device that is traced for."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from convstem_jax.models.target import on_cpu, on_gpu
+
+MAX_PATCHES = 2**28  # numbers of a layer's patches, 1 GiB in float32
+
+
+def convolve(conv: nnx.Conv, x: jax.Array) -> jax.Array:
+    """`conv(x)` for `x` of `[N, H, W, C]`; kernel, stride and padding the same along H and W.
+
+    On CPUs it is a product of the kernel with the patches that it covers. For the gradients of its
+    convolutions XLA copies the images into other layouts there, by one thread, and in groups these
+    gradients are slow (jax-ml/jax#13800). Kernels larger than 3x3, which lie side by side, are left
+    to XLA, and so is what would take too much memory.
+
+    On GPUs the first convolution of a network has a form of its own. For 3 channels cuDNN takes as
+    long as for 8, after a pass that adds the others. A 3x3 convolution of stride 2 is also a 2x2
+    one over squares of 2x2 pixels (space to depth), of 12 channels, which XLA writes in one pass
+    with what normalises and mixes the images.
+    """
+    (size, _), stride = conv.kernel_size, conv.strides
+    pad = 0 if conv.padding == "VALID" else conv.padding[0][0]
+    height, width = ((n + 2 * pad - size) // stride + 1 for n in x.shape[1:3])
+    num_patches = len(x) * height * width * size**2 * x.shape[3]
+    if on_cpu() and size <= 3 and num_patches <= MAX_PATCHES:
+        return _by_product(conv, x.astype(conv.dtype), size, stride, pad)
+    is_first = x.shape[3] == 3 and (size, stride, pad) == (3, 2, 1) and not conv.use_bias
+    if on_gpu() and is_first and x.shape[1] % 2 == x.shape[2] % 2 == 0:
+        return _over_squares(conv, x.astype(conv.dtype))
+    return conv(x)
+
+
+def _by_product(conv, x, size, stride, pad):
+    kernel = conv.kernel[...].astype(x.dtype)  # [size, size, C / G, D]
+    num_groups = conv.feature_group_count
+    if num_groups == 1:
+        y = _multiply_patches(x, kernel, size, stride, pad)
+    else:
+        # Axes are moved before the patches are made, which hold more numbers than the images.
+        x = jnp.moveaxis(x.reshape(*x.shape[:3], num_groups, -1), 3, 0)
+        kernel = jnp.moveaxis(kernel.reshape(*kernel.shape[:3], num_groups, -1), 3, 0)
+        y = jax.vmap(lambda *group: _multiply_patches(*group, size, stride, pad))(x, kernel)
+        y = jnp.moveaxis(y, 0, 3)
+        y = y.reshape(*y.shape[:3], -1)
+    return y + conv.bias[...].astype(y.dtype) if conv.use_bias else y
+
+
+def _multiply_patches(x, kernel, size, stride, pad):
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    height, width = (n - size + 1 for n in x.shape[1:3])  # places at stride 1
+    starts = [(i, j) for i in range(size) for j in range(size)]
+    shifted = [x[:, i : i + height : stride, j : j + width : stride] for i, j in starts]
+    patches = jnp.concatenate(shifted, axis=3)  # [N, H', W', size * size * C]
+    # Two matrices: for the kernel's gradient XLA would copy an array of more axes, transposed.
+    y = patches.reshape(-1, patches.shape[3]) @ kernel.reshape(-1, kernel.shape[3])
+    return y.reshape(*patches.shape[:3], -1)
+
+
+def _over_squares(conv, x):
+    x = _space_to_depth(x)
+    # The first row and column of the squares' kernel are of pixels that the 3x3 does not reach.
+    kernel = jnp.pad(conv.kernel[...].astype(x.dtype), ((1, 0), (1, 0), (0, 0), (0, 0)))
+    kernel = jnp.moveaxis(_space_to_depth(jnp.moveaxis(kernel, 3, 0)), 0, 3)
+    return jax.lax.conv_general_dilated(
+        jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 4))),  # to 16 channels, a multiple of 8
+        jnp.pad(kernel, ((0, 0), (0, 0), (0, 4), (0, 0))),
+        window_strides=(1, 1),
+        padding="VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _space_to_depth(x: jax.Array) -> jax.Array:
+    """`[N, 2H, 2W, C]` to `[N, H, W, 4C]`."""
+    n, height, width, channels = x.shape
+    x = x.reshape(n, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, height // 2, width // 2, 4 * channels)
