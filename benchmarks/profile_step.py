@@ -102,6 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         help=f"of: {'; '.join(jax_contenders.IMPLEMENTATIONS)} (default: %(default)s)")  # fmt: skip
     add("--batch", type=arguments.even, default=256, help="default: %(default)s; must be even")
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
+        help="of convstem_jax (default: %(default)s)")  # fmt: skip
     add("--steps", type=arguments.positive, default=3, help="default: %(default)s")
     add("--top", type=arguments.positive, default=25, metavar="N",
         help="lines of the table (default: %(default)s)")  # fmt: skip
@@ -113,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     labels = rng.integers(0, jax_contenders.NUM_CLASSES, args.batch).astype(np.int32)
     given = (args.implementation, args.model, args.optimizer, images, labels)
     print(f"compiling for {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
-    rows, seconds = measure(jax_contenders.JaxStep.make(*given, {}), args.steps)
+    rows, seconds = measure(jax_contenders.JaxStep.make(*given, {}, args.dtype), args.steps)
     if args.json:
         about = vars(args) | {"device": jax.devices()[0].device_kind} | arguments.made_by(argv)
         files.write_json(args.json, [row | about for row in rows])

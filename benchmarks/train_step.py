@@ -124,8 +124,8 @@ def main(argv: list[str] | None = None) -> int:
         help="of all models, or of each; must be even (default: 256)")  # fmt: skip
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
-        help="to compute in, but for plain Flax, whose names say theirs; CPUs are mostly faster "
-        "with float32 (default: %(default)s)")  # fmt: skip
+        help="of convstem_jax, of PyTorch and of the products that MFU is of; XLA is mostly faster "
+        "on CPUs with float32 (default: %(default)s)")  # fmt: skip
     add("--steps", type=arguments.positive, default=20, help="of each turn (default: %(default)s)")
     add("--repeats", type=arguments.positive, default=5, help="default: %(default)s")
     add("--torch_mode", default="max-autotune", help="of torch.compile, or eager (%(default)s)")
@@ -157,9 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     cases = []
     for model, batch in zip(args.models, args.batch, strict=True):
         for name, options in variants:
-            case = Case(
-                model, name, batch, args.optimizer, args.torch_mode, args.dtype, options
-            )  # fmt: skip
+            case = Case(model, name, batch, args.optimizer, args.torch_mode, args.dtype, options)
             if any(fnmatch.fnmatch(f"{model}:{case.name}", pattern) for pattern in args.skip):
                 continue
             if reason := missing(model, name):

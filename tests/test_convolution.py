@@ -1,5 +1,7 @@
 """Convolutions on CPUs as products of matrices: the same function, and where it is taken."""
 
+import re
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -51,21 +53,29 @@ def test_a_product_is_the_convolution(
             y, vjp = jax.vjp(lambda params, x: convolve(nnx.merge(graphdef, params), x), params, x)
             return y, vjp(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
 
-        assert "conv_general" in str(jax.make_jaxpr(outputs)(params, x))
+        told_of_none = str(jax.make_jaxpr(outputs)(params, x))
+        assert ("conv_general" in told_of_none) == (num_groups == 1)
+        expected = jax.tree.leaves(jax.jit(outputs)(params, x))
         for num_devices in (1, 2):
-            function = told(outputs, num_devices)
-            assert "conv_general" not in str(jax.make_jaxpr(function)(params, x))
-            found = jax.tree.leaves(function(params, x))
-            for a, b in zip(found, jax.tree.leaves(jax.jit(outputs)(params, x)), strict=True):
+            sharding = Sharding(jax.devices("cpu")[:num_devices])
+            given = jax.device_put(params, sharding.replicated), jax.device_put(x, sharding.batch)
+            compiled = sharding.jit(outputs).lower(*given).compile()
+            assert not re.search(" convolution|all-gather", compiled.as_text())
+            for a, b in zip(jax.tree.leaves(compiled(*given)), expected, strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_the_type_of_the_convolution():
-    conv = nnx.Conv(3, 4, (3, 3), padding=((1, 1), (1, 1)), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    x = jnp.ones((2, 8, 8, 3))
-    found, expected = told(lambda x: convolve(conv, x))(x), conv(x)
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found.astype(float), expected.astype(float), atol=0.02)
+def test_bfloat16_is_left_to_xla_but_for_groups():
+    x = jnp.ones((2, 8, 8, 4))
+    for num_groups in (1, 2):
+        conv = nnx.Conv(
+            4, 4, (3, 3), padding=((1, 1), (1, 1)), feature_group_count=num_groups,
+            dtype=jnp.bfloat16, rngs=nnx.Rngs(0),
+        )  # fmt: skip
+        layer = told(lambda x, conv=conv: convolve(conv, x))
+        assert ("conv_general" in str(jax.make_jaxpr(layer)(x))) == (num_groups == 1)
+        assert layer(x).dtype == jnp.bfloat16
+        np.testing.assert_allclose(layer(x).astype(float), conv(x).astype(float), atol=0.02)
 
 
 def test_patches_that_would_take_too_much_memory_are_not_made(monkeypatch):

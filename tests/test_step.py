@@ -293,10 +293,10 @@ def test_8_devices_do_what_1_device_does(accumulate):
     assert_same_step(eight, one, 2e-5)
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_8_devices_share_grouped_convolutions(monkeypatch, on_cpu):
+@pytest.mark.parametrize("is_product", [True, False])
+def test_8_devices_share_grouped_convolutions(monkeypatch, is_product):
     """XLA alone would have each of them compute the whole batch."""
-    monkeypatch.setattr(regnet, "on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(regnet, "is_product", lambda *_: is_product)
     model = random_model("regnety_tiny", num_classes=10, depths=(1,), widths=(8,), group_width=2)
     graphdef, _, _ = split(model)
     grads = []

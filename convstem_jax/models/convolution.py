@@ -4,46 +4,67 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from convstem_jax.models.target import on_cpu, on_gpu
+from convstem_jax.models.target import on_cpu, on_gpu, on_tpu
 
-MAX_PATCHES = 2**28  # numbers of a layer's patches, 1 GiB in float32
+# Numbers of a layer's patches, 256 MiB in float32, which it keeps for its kernel's gradient.
+MAX_PATCHES = 2**26
 
 
 def convolve(conv: nnx.Conv, x: jax.Array) -> jax.Array:
-    """`conv(x)` for `x` of `[N, H, W, C]`; kernel, stride and padding the same along H and W.
+    """`conv(x)` for `x` of `[N, H, W, C]`.
 
-    On CPUs it is a product of the kernel with the patches that it covers. For the gradients of its
-    convolutions XLA copies the images into other layouts there, by one thread, and in groups these
-    gradients are slow (jax-ml/jax#13800). Kernels larger than 3x3, which lie side by side, are left
-    to XLA, and so is what would take too much memory.
+    On CPUs it is a product of the kernel with the patches that it covers: see `is_product`.
 
     On GPUs the first convolution of a network has a form of its own. For 3 channels cuDNN takes as
     long as for 8, after a pass that adds the others. A 3x3 convolution of stride 2 is also a 2x2
     one over squares of 2x2 pixels (space to depth), of 12 channels, which XLA writes in one pass
     with what normalises and mixes the images.
+
+    Args:
+        conv: with one stride and one padding for H and W, the padding "VALID" or pairs.
+        x: of any floating type.
     """
-    (size, _), stride = conv.kernel_size, conv.strides
-    pad = 0 if conv.padding == "VALID" else conv.padding[0][0]
-    height, width = ((n + 2 * pad - size) // stride + 1 for n in x.shape[1:3])
-    num_patches = len(x) * height * width * size**2 * x.shape[3]
-    if on_cpu() and size <= 3 and num_patches <= MAX_PATCHES:
-        return _by_product(conv, x.astype(conv.dtype), size, stride, pad)
-    is_first = x.shape[3] == 3 and (size, stride, pad) == (3, 2, 1) and not conv.use_bias
+    if is_product(conv, x):
+        return _by_product(conv, x.astype(conv.dtype))
+    is_first = x.shape[3] == 3 and _shape(conv) == (3, 2, 1) and not conv.use_bias
     if on_gpu() and is_first and x.shape[1] % 2 == x.shape[2] % 2 == 0:
         return _over_squares(conv, x.astype(conv.dtype))
     return conv(x)
 
 
-def _by_product(conv, x, size, stride, pad):
+def is_product(conv: nnx.Conv, x: jax.Array) -> bool:
+    """Whether `convolve` multiplies the patches that the kernel covers.
+
+    For the gradients of convolutions XLA copies the images into other layouts on CPUs, by one
+    thread, and in groups these gradients are 30 times slower (jax-ml/jax#13800). Left to XLA are
+    kernels larger than 3x3, whose patches do not overlap, bfloat16, of whose gradient a sum of nine
+    would be rounded nine times, and what would take too much memory.
+    """
+    if on_gpu() or on_tpu():
+        return False
+    if conv.feature_group_count == 1 and (not on_cpu() or conv.dtype == jnp.bfloat16):
+        return False
+    size, stride, pad = _shape(conv)
+    height, width = ((n + 2 * pad - size) // stride + 1 for n in x.shape[1:3])
+    num_patches = len(x) * height * width * size**2 * x.shape[3]
+    return size == 1 or (size <= 3 and num_patches <= MAX_PATCHES)
+
+
+def _shape(conv):
+    """Kernel's size, stride and padding."""
+    return conv.kernel_size[0], conv.strides, 0 if conv.padding == "VALID" else conv.padding[0][0]
+
+
+def _by_product(conv, x):
     kernel = conv.kernel[...].astype(x.dtype)  # [size, size, C / G, D]
-    num_groups = conv.feature_group_count
+    num_groups, shape = conv.feature_group_count, _shape(conv)
     if num_groups == 1:
-        y = _multiply_patches(x, kernel, size, stride, pad)
+        y = _multiply_patches(x, kernel, *shape)
     else:
         # Axes are moved before the patches are made, which hold more numbers than the images.
         x = jnp.moveaxis(x.reshape(*x.shape[:3], num_groups, -1), 3, 0)
         kernel = jnp.moveaxis(kernel.reshape(*kernel.shape[:3], num_groups, -1), 3, 0)
-        y = jax.vmap(lambda *group: _multiply_patches(*group, size, stride, pad))(x, kernel)
+        y = jax.vmap(lambda x, kernel: _multiply_patches(x, kernel, *shape))(x, kernel)
         y = jnp.moveaxis(y, 0, 3)
         y = y.reshape(*y.shape[:3], -1)
     return y + conv.bias[...].astype(y.dtype) if conv.use_bias else y

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from convstem_jax.models import layer_norm_kernels
-from convstem_jax.models.target import on_gpu, on_tpu
+from convstem_jax.models.target import on_cpu, on_gpu
 
 
 def batch_norm(width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.BatchNorm:
@@ -75,10 +75,12 @@ NORMS = {"batch": batch_norm, "layer": layer_norm}
 def apply_norm(norm: nnx.BatchNorm | nnx.LayerNorm, x: jax.Array, *, relu: bool) -> jax.Array:
     """`norm(x)`, with ReLU if asked for; in training it updates BatchNorm's statistics.
 
-    But on TPUs BatchNorm has a gradient of its own, which reads `x` and the gradient twice. XLA's
-    takes a third pass, since it does not know that a sum of multiples is the multiple of the sum.
+    On CPUs and GPUs BatchNorm has a gradient of its own, which reads `x` and the gradient twice.
+    XLA's takes a third pass, since it does not know that a sum of multiples is the multiple of the
+    sum.
     """
-    if on_tpu() or isinstance(norm, nnx.LayerNorm) or norm.use_running_average:
+    is_batch_norm = isinstance(norm, nnx.BatchNorm) and not norm.use_running_average
+    if not is_batch_norm or not (on_cpu() or on_gpu()):
         y = norm(x)
         return nnx.relu(y) if relu else y
     y, mean, var = _batch_norm(x, norm.scale[...], norm.bias[...], norm.epsilon, relu)
