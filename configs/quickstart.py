@@ -5,7 +5,7 @@
     python -m convstem_jax.main --config configs/quickstart.py:regnety,sgd  the CNN
     python -m convstem_jax.main --config configs/quickstart.py:seed=1,epochs=10
 
-2 to 3.5 minutes on 2 shared CPU cores, 5 for the CNN, compilation included. README.md has the
+1.5 to 2.5 minutes on 2 shared CPU cores, 3.3 for the CNN, compilation included. README.md has the
 errors of each, with three seeds.
 """
 

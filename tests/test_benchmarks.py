@@ -23,6 +23,7 @@ from benchmarks import (
     profile_step,
     reading,
     roofline,
+    torch_contenders,
     tpu_cycles,
     train_step,
 )
@@ -238,6 +239,18 @@ def test_the_plain_model_is_the_same_network(name):
 
     assert sizes("plain Flax, bfloat16") == sizes("convstem_jax")
     assert jax_contenders.new_model("plain Flax, bfloat16", "regnety_1gf") is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_timed_computes_in_the_type_that_is_asked_for(dtype):
+    model = nnx.eval_shape(jax_contenders.new_model("convstem_jax", "vitc_tiny", dtype))
+    assert model.dtype == dtype
+    found = []
+    network = torch_contenders.torchvision_network(MODELS["vitc_tiny"])
+    network.register_forward_hook(lambda _, inputs, logits: found.append(str(logits.dtype)))
+    images, labels = np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2, np.int32)
+    torch_contenders.TorchStep(network, "adamw", images, labels, "eager", dtype)
+    assert set(found) == {f"torch.{dtype}"}
 
 
 COUNT, EVEN = "must be a whole number of 1 or more", "must be an even number of 2 or more"
