@@ -51,7 +51,7 @@ run forms env JAX_DISABLE_MOST_OPTIMIZATIONS=0 "$python" -m pytest -q -n0 -W def
 while read -r batch models; do
   read -ra models <<<"$models"
   # Of ViT_P only this project's, for the ratio to ViT_C, and timm's.
-  run "${models[0]}" "$python" -m benchmarks.train_step --models "${models[@]}" --batch "$batch" \
+  run "${models[0]}" "$python" -m benchmarks.train_step --models "${models[@]}" --batch "$batch" --together 2 \
     --torch_mode "${TORCH_MODE:-reduce-overhead}" --skip 'vitp_*:plain*' 'vitp_*:torchvision' \
     --json "$folder/train_step_${models[0]}.json" "${flags[@]}" </dev/null
 done <<END

@@ -8,9 +8,10 @@
 
 A step is what training makes: normalisation of uint8 images, lighting, mixing, forward, backward,
 optimiser, EMA; the batch waits on the device. Each implementation has a process of its own. When
-all of a model are compiled, they take turns --repeats times; medians are printed, of ratios too.
-What is not installed is named and left out. MFU is the share that the paper's network would take of
-what this device reaches with products of large matrices of that type, measured in the same run.
+all of a model are compiled, or of --together models, they take turns --repeats times; medians are
+printed, of ratios too. What is not installed is named and left out. MFU is the share that the
+paper's network would take of what this device reaches with products of large matrices of that
+type, measured in the same run.
 """
 
 import argparse
@@ -132,8 +133,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--overlap", type=arguments.positive, default=0, metavar="N", help="compile N of JAX's "
         "at once, and N of PyTorch's beside them, which is sooner done, but disturbs what they "
         "measure of their kernels (default: one at a time)")  # fmt: skip
+    add("--together", type=arguments.positive, default=1, metavar="N",
+        help="compile N models, then let all of them take turns; the device's memory must hold "
+        "them (default: %(default)s)")  # fmt: skip
     add("--compile_limit", type=float, metavar="SECONDS",
-        help="leave out what of a model is not compiled by then (default: wait)")  # fmt: skip
+        help="leave out what of these models is not compiled by then (default: wait)")  # fmt: skip
     add("--matmul_size", type=arguments.positive, default=8192,
         help="for the peak (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
@@ -180,12 +184,14 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     about["versions"] |= torch_contenders.versions()
     rows = []
-    # One model after the other: all together would not fit in the device's memory.
-    for model in args.models:
-        of_model = [case for case in cases if case.model == model]
-        contenders = all_compiled(of_model, args.overlap, args.compile_limit, leave_out)
+    for first in range(0, len(args.models), args.together):
+        models = args.models[first : first + args.together]
+        now = [case for case in cases if case.model in models]
+        contenders = all_compiled(now, args.overlap, args.compile_limit, leave_out)
         contenders.sort(key=lambda contender: cases.index(contender.case))
-        rows += rows_of(take_turns(contenders, args.steps, args.repeats, leave_out), peak)
+        seconds = take_turns(contenders, args.steps, args.repeats, leave_out)
+        for model in models:
+            rows += rows_of({x: its for x, its in seconds.items() if x.case.model == model}, peak)
         for contender in contenders:
             contender.end()
         if args.json:

@@ -117,12 +117,13 @@ def fake_serve(pipe, case):
     pipe.send((1.0, 0.1))
 
 
-def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("together", [1, 2])
+def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsys, together):
     monkeypatch.setattr(contenders, "_serve", fake_serve)
     monkeypatch.setattr(train_step, "missing", lambda *_: None)
     file = tmp_path / "train_step.json"
     flags = ["--models", "vitp_tiny", "vitc_tiny", "--batch", "4", "2", "--repeats=2"]
-    flags += ["--matmul_size=64", "--overlap=1", f"--json={file}"]
+    flags += ["--matmul_size=64", "--overlap=1", f"--together={together}", f"--json={file}"]
     assert train_step.main([*flags, "--skip", "*:torchvision", "vitc_*:[!c]*"]) == 1
     rows = json.loads(file.read_text())
     assert [(row["model"], row["batch"]) for row in rows] == [("vitp_tiny", 4), ("vitc_tiny", 2)]
@@ -214,7 +215,7 @@ def test_on_gpu_goes_on_and_names_what_fails(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "failed: vitc_18gf\n" in done.stderr
     calls = (tmp_path / "python.calls").read_text()
-    batches = re.findall(r"--models (.*) --batch (\d+) --torch_mode", calls)
+    batches = re.findall(r"--models (.*) --batch (\d+) --together 2 --torch_mode", calls)
     assert batches[1] == ("vitc_1gf vitp_1gf", "256") and batches[2] == ("regnety_4gf", "128")
     assert len(batches) == 5 and "benchmarks.population" in calls and "benchmarks.roofline" in calls
     assert f"--json {tmp_path}/train_step_vitc_36gf.json\n" in calls
