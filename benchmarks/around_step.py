@@ -5,19 +5,23 @@
 For each model, on random images that wait on the device: what normalising and mixing would take
 alone, as a share of a training step (inside the step they are a part of other kernels, and take
 less); how long the host takes to ask for a step, for which the device waits only if that is longer
-than the step; images evaluated a second over images trained a second; how long the training step is
-traced and compiled with an empty compilation cache, and with a full one; how much longer --steps
-training steps take after an asynchronous checkpoint of the whole state was asked for. Mixing and
-evaluation take turns with training --repeats times; medians are printed.
+than the step; images evaluated a second over images trained a second; how long a new process traces
+and compiles the training step with an empty compilation cache, and another with a full one; how
+much longer --steps training steps take after an asynchronous checkpoint of the whole state was
+asked for. Mixing and evaluation take turns with training --repeats times; medians are printed.
 """
 
+from collections.abc import Callable
+from concurrent import futures
 import contextlib
+import multiprocessing
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
+from flax import nnx
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
@@ -27,38 +31,56 @@ from convstem_jax import build, files, mixing
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
-from convstem_jax.step import eval_step, model_inputs
+from convstem_jax.step import HParams, Recipe, TrainState, eval_step, model_inputs
 
 NUM_AHEAD = 3  # steps that the host can ask for without waiting for one
 
 
+class Training(NamedTuple):
+    """A training step that is not yet compiled, and what it takes."""
+
+    recipe: Recipe
+    sharding: Sharding
+    graphdef: nnx.GraphDef
+    step: Callable
+    state: TrainState
+    batch: dict
+    hparams: HParams
+
+    @classmethod
+    def make(cls, model: str, num_images: int):
+        """Of random images on the first device."""
+        recipe, sharding = jax_contenders.recipe_of("adamw"), Sharding(jax.devices()[:1])
+        new = jax_contenders.new_model(jax_contenders.IMPLEMENTATIONS[0], model)
+        graphdef, state = jax_contenders.new_state(new, recipe, sharding)
+        size, rng = MODELS[model].image_size, np.random.default_rng(0)
+        batch = {
+            "image": rng.integers(0, 256, (num_images, size, size, 3), np.uint8),
+            "label": rng.integers(0, recipe.num_classes, num_images).astype(np.int32),
+            "mask": np.ones(num_images, bool),  # of evaluation
+        }
+        batch = jax.device_put(batch, sharding.batch)
+        hparams = jax.device_put(jax_contenders.hparams(), sharding.replicated)
+        step = build.jit_train_step(sharding, graphdef, recipe, sharding.of_state(state))
+        return cls(recipe, sharding, graphdef, step, state, batch, hparams)
+
+
+def compile_seconds(model: str, num_images: int, cache: str) -> float:
+    """How long the training step is traced and compiled; one is made, to see that it can be."""
+    jax.config.update("jax_compilation_cache_dir", cache)
+    training = Training.make(model, num_images)
+    given = training.state, training.batch, training.hparams
+    start = time.perf_counter()
+    step = training.step.lower(*given).compile()
+    seconds = time.perf_counter() - start
+    jax.block_until_ready(step(*given))
+    return seconds
+
+
 def measure(model: str, args) -> dict:
-    """The row of a model; to be called with an empty compilation cache."""
-    recipe, hparams = jax_contenders.recipe_of("adamw"), jax_contenders.hparams()
-    new = jax_contenders.new_model(jax_contenders.IMPLEMENTATIONS[0], model)
-    sharding = Sharding(jax.devices()[:1])
-    graphdef, state = jax_contenders.new_state(new, recipe, sharding)
-    size, rng = MODELS[model].image_size, np.random.default_rng(0)
-    batch = {
-        "image": rng.integers(0, 256, (args.batch, size, size, 3), np.uint8),
-        "label": rng.integers(0, recipe.num_classes, args.batch).astype(np.int32),
-        "mask": np.ones(args.batch, bool),  # of evaluation
-    }
-    batch = jax.device_put(batch, sharding.batch)
-    hparams, key = jax.device_put((hparams, jax.random.key(0)), sharding.replicated)
-
-    def new_train():
-        return build.jit_train_step(sharding, graphdef, recipe, sharding.of_state(state))
-
-    def compile_seconds():
-        jax.clear_caches()
-        compilation_cache.reset_cache()  # what is in memory: the files stay
-        start = time.perf_counter()
-        new_train().lower(state, batch, hparams).compile()
-        return time.perf_counter() - start
-
-    cold, warm = compile_seconds(), compile_seconds()
-    train = new_train()
+    """The row of a model, but for compiling."""
+    recipe, sharding, graphdef, train, state, batch, hparams = Training.make(model, args.batch)
+    key = jax.device_put(jax.random.key(0), sharding.replicated)
     evaluate = sharding.jit(eval_step, graphdef, recipe)
     prepare = sharding.jit(_prepare, recipe)
 
@@ -103,9 +125,6 @@ def measure(model: str, args) -> dict:
         "host_seconds": float(np.median(hosts)),
         "mixing_over_step": float(np.median(seconds[:, 2] / seconds[:, 0])),
         "evaluation_over_training_rate": float(np.median(seconds[:, 0] / seconds[:, 1])),
-        "cold_compile_seconds": cold,
-        "warm_compile_seconds": warm,
-        "warm_over_cold": warm / cold,
         "save_blocks_seconds": float(np.median(saves)),
     }
 
@@ -126,16 +145,10 @@ def _seconds(function) -> float:
     return time.perf_counter() - start
 
 
-@contextlib.contextmanager
-def _empty_cache():
-    before = jax.config.jax_compilation_cache_dir
-    with tempfile.TemporaryDirectory() as folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        try:
-            yield
-        finally:
-            jax.config.update("jax_compilation_cache_dir", before)
-            compilation_cache.reset_cache()
+def _in_a_new_process(function, *args):
+    """What it returns; the device is its own, and has not been used."""
+    with futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 @contextlib.contextmanager
@@ -180,9 +193,17 @@ def main(argv: list[str] | None = None) -> int:
     about = arguments.made_by(argv) | {"steps": args.steps, "repeats": args.repeats}
     rows = []
     for model in args.models:
-        print(f"{model} on {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
-        with _empty_cache():
-            rows.append(measure(model, args))
+        print(f"{model}: compiling, twice", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as cache:
+            given = compile_seconds, model, args.batch, cache
+            cold, warm = _in_a_new_process(*given), _in_a_new_process(*given)
+        print(f"{model}: {args.repeats} repeats", file=sys.stderr, flush=True)
+        compiling = {
+            "cold_compile_seconds": cold,
+            "warm_compile_seconds": warm,
+            "warm_over_cold": warm / cold,
+        }
+        rows.append(_in_a_new_process(measure, model, args) | compiling)
         if args.json:
             files.write_json(args.json, [row | about for row in rows])
     print(table(rows))

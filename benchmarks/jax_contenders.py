@@ -122,11 +122,22 @@ def abstract_batch(model: str, num: int, sharding: jax.sharding.Sharding | None 
 def new_state(
     new: Callable[[], nnx.Module], recipe: Recipe, sharding: Sharding
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """The structure of a model, and its untrained state on the devices."""
-    graphdef, state = abstract_state(new, recipe)
-    return graphdef, jax.jit(
-        lambda: init_state(recipe, new()), out_shardings=sharding.of_state(state)
-    )()
+    """The structure of a model, and a state with random kernels on the devices.
+
+    The model's own initialisation would have to be compiled, for minutes at worst.
+    """
+    graphdef, abstract = abstract_state(new, recipe)
+    rng = np.random.default_rng(0)
+
+    def value(path, x):
+        if x.ndim > 1:
+            return np.float32(0.02) * rng.standard_normal(x.shape, x.dtype)
+        return np.full(x.shape, getattr(path[-1], "key", None) in ("scale", "var"), x.dtype)
+
+    opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract.opt_state)
+    state = jax.tree.map_with_path(value, abstract._replace(opt_state=None))
+    state = state._replace(opt_state=opt_state)
+    return graphdef, jax.device_put(state, sharding.of_state(abstract))
 
 
 @dataclasses.dataclass
