@@ -11,6 +11,7 @@ import copy
 import math
 import os
 import shutil
+import sys
 from typing import Any
 
 import jax
@@ -125,6 +126,10 @@ class Checkpoints:
         if self._copies is None:
             self._copies = jax.process_count() == 1 and _fits(state, self._room)
         if self._copies:
+            # Orbax's threads are busy with Python for up to a second. Whenever the training loop
+            # wants the interpreter, as it often does to ask for a step, a busy thread keeps it for
+            # another 5 ms by default.
+            sys.setswitchinterval(5e-4)
             self._saving = self._thread.submit(self._save, step, _copy(state), loop, metrics)
         else:
             self._save(step, state, loop, metrics)

@@ -1,10 +1,13 @@
 """Checkpoints: exact, complete, and never silently wrong."""
 
+import contextlib
 import logging
 import os
 import random
 import shutil
+import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +131,27 @@ def test_without_room_for_a_copy_a_save_waits_for_the_arrays(
     assert checkpoints.latest_step() == 2
     assert all((t is threading.main_thread()) is not has_room for t in threads)
     assert ("no room" in capsys.readouterr().out) is not has_room
+
+
+def test_a_save_gives_the_interpreter_back_at_once(tmp_path, monkeypatch):
+    """By default a thread that is busy keeps it for 5 ms, and to ask for a step takes it often."""
+    sys.setswitchinterval(5e-3)
+    done, inspect, waits = threading.Event(), checkpoint._inspect, []
+
+    def inspect_busily(state):
+        while not done.is_set():
+            pass
+        return inspect(state)
+
+    monkeypatch.setattr(checkpoint, "_inspect", inspect_busily)
+    with contextlib.closing(Checkpoints(str(tmp_path / "c"))) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
+        for _ in range(50):
+            start = time.perf_counter()
+            time.sleep(0)  # gives it away
+            waits.append(time.perf_counter() - start)
+        done.set()
+    assert np.median(waits) < 3e-3
 
 
 @pytest.mark.parametrize("then", ["save", "close"])
