@@ -63,11 +63,13 @@ done <<END
 END
 run roofline "$python" -m benchmarks.roofline --measured "$folder"/train_step_*gf.json \
   --json "$folder/roofline_gpu.json"
-# Options that may be better: see docs/performance.md.
+# Options that may be better: see docs/performance.md. The second is not for use.
+commands=CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION
 run options "$python" -m benchmarks.train_step --models vitc_4gf vitc_1gf regnety_4gf \
   --batch 256 256 128 --implementations convstem_jax --json "$folder/xla_options_gpu.json" \
   --xla_options xla_gpu_enable_command_buffer=CONDITIONAL,WHILE \
-  xla_gpu_command_buffer_scheduling_mode=CONCURRENT_REGIONS
+  xla_gpu_enable_command_buffer="$commands,CONVOLUTION,WHILE" \
+  "xla_gpu_enable_command_buffer=$commands,WHILE xla_gpu_experimental_enable_conv_fusion=true"
 run around "$python" -m benchmarks.around_step --models vitc_4gf vitc_1gf --json "$folder/around_step_gpu.json"
 run profile "$python" -m benchmarks.profile_step --model vitc_4gf --json "$folder/profile_vitc_4gf_gpu.json"
 run population "$python" -m benchmarks.population --json "$folder/population_gpu.json"
