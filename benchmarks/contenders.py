@@ -33,11 +33,15 @@ class Case(NamedTuple):
     torch_mode: str = "eager"  # or of torch.compile
     dtype: str = "bfloat16"  # of this project's and of PyTorch's
     xla_options: tuple[tuple[str, str], ...] = ()  # beside those of `xla_options.py`
+    in_a_call: int = 1  # steps, of JAX's
 
     @property
     def name(self) -> str:
-        """The implementation and its options."""
-        return " ".join([self.implementation, *("=".join(option) for option in self.xla_options)])
+        """The implementation, its options and how many steps a call makes."""
+        words = [self.implementation, *("=".join(option) for option in self.xla_options)]
+        if self.in_a_call > 1:
+            words.append(f"({self.in_a_call} steps a call)")
+        return " ".join(words)
 
     def __str__(self):
         return f"{self.name}, {self.model}"
@@ -101,7 +105,8 @@ def _serve(pipe: connection.Connection, case: Case) -> None:
     given = (case.implementation, case.model, case.optimizer, images, labels)
     try:
         if case.implementation in JAX:
-            step = jax_contenders.JaxStep.make(*given, dict(case.xla_options), case.dtype)
+            options = dict(case.xla_options)
+            step = jax_contenders.JaxStep.make(*given, options, case.dtype, case.in_a_call)
         else:
             step = torch_contenders.TorchStep.make(*given, case.torch_mode, case.dtype)
         step.run(3)

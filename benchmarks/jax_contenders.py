@@ -13,7 +13,7 @@ from convstem_jax import build
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.models.vit import ViTSpec
 from convstem_jax.sharding import Sharding
-from convstem_jax.step import HParams, Recipe, TrainState, init_state, split
+from convstem_jax.step import HParams, Recipe, TrainState, init_state, split, train_step
 
 NUM_CLASSES = 1000
 IMPLEMENTATIONS = ("convstem_jax", "plain Flax, bfloat16", "plain Flax, float32")  # ours first
@@ -149,6 +149,7 @@ class JaxStep:
     _step: Callable
     _state: tuple
     _rest: tuple
+    _in_a_call: int
 
     @classmethod
     def make(
@@ -160,29 +161,44 @@ class JaxStep:
         labels: np.ndarray,
         xla_options: dict[str, str],
         dtype: str = "bfloat16",
+        in_a_call: int = 1,
     ):
-        """Compiles it, with options beside those that `Sharding.jit` gives."""
+        """Compiles it, with options beside those that `Sharding.jit` gives, and steps in a call."""
         new = new_model(implementation, model, dtype)
         recipe = recipe_of(optimizer)
         sharding = Sharding(jax.devices()[:1])
         graphdef, state = new_state(new, recipe, sharding)
-        batch = {"image": images, "label": labels}
-        rest = jax.device_put(batch, sharding.batch), jax.device_put(hparams(), sharding.replicated)
+        batch, batch_sharding = {"image": images, "label": labels}, sharding.batch
         # As in training: what the models do for a device hangs on the mesh.
         step = build.jit_train_step(sharding, graphdef, recipe, sharding.of_state(state))
+        if in_a_call > 1:
+            batch = jax.tree.map(lambda x: np.stack([x] * in_a_call), batch)
+            batch_sharding = sharding.replicated  # of the one device
+            step = sharding.jit(_train_steps, graphdef, recipe, donate_argnums=0)
+        rest = jax.device_put(batch, batch_sharding), jax.device_put(hparams(), sharding.replicated)
         start = time.perf_counter()
         compiled = step.lower(state, *rest).compile(xla_options)
         seconds = time.perf_counter() - start
         memory = compiled.memory_analysis()
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
         peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-        return cls(seconds, peak, compiled, state, rest)
+        return cls(seconds, peak, compiled, state, rest, in_a_call)
 
     def run(self, num_steps: int) -> float:
-        """Makes so many steps and waits for them; returns the last loss."""
-        for _ in range(num_steps):
+        """Makes so many steps, or a call's if it makes more, and waits; returns the last loss."""
+        for _ in range(max(1, num_steps // self._in_a_call)):
             self._state, metrics = self._step(self._state, *self._rest)
         return float(metrics["loss"])
+
+
+def _train_steps(graphdef, recipe, state, batches, hparams):
+    """`train_step` on batches that are stacked, one after the other; the last one's metrics."""
+
+    def step(state, batch):
+        return train_step(graphdef, recipe, state, batch, hparams)
+
+    state, metrics = jax.lax.scan(step, state, batches)
+    return state, jax.tree.map(lambda x: x[-1], metrics)
 
 
 def matmul_flops(size: int, dtype: str = "bfloat16", num: int = 10) -> float:

@@ -67,6 +67,7 @@ run roofline "$python" -m benchmarks.roofline --measured "$folder"/train_step_*g
 commands=CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION
 run options "$python" -m benchmarks.train_step --models vitc_4gf vitc_1gf regnety_4gf \
   --batch 256 256 128 --implementations convstem_jax --json "$folder/xla_options_gpu.json" \
+  --steps_in_a_call 4 \
   --xla_options xla_gpu_enable_command_buffer=CONDITIONAL,WHILE \
   xla_gpu_enable_command_buffer="$commands,CONVOLUTION,WHILE" \
   "xla_gpu_enable_command_buffer=$commands,WHILE xla_gpu_experimental_enable_conv_fusion=true"

@@ -121,6 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--xla_options", nargs="+", default=[], type=_xla_options, metavar="NAME=VALUE",
         help="each makes one implementation more: this project's, compiled with that option of "
         "XLA, or with several that spaces separate within quotes")  # fmt: skip
+    add("--steps_in_a_call", type=arguments.positive, default=1, metavar="N",
+        help="makes one implementation more: this project's, whose program makes N steps in a "
+        "loop (default: %(default)s, none more)")  # fmt: skip
     add("--batch", type=arguments.even, nargs="+", default=[256],
         help="of all models, or of each; must be even (default: 256)")  # fmt: skip
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
@@ -150,18 +153,22 @@ def main(argv: list[str] | None = None) -> int:
     for pattern in args.skip:
         if ":" not in pattern:
             parser.error(f"--skip {pattern} is not MODEL:NAME, such as '{pattern}:timm'")
+    if args.steps % args.steps_in_a_call:
+        parser.error(f"--steps {args.steps} is no multiple of {args.steps_in_a_call} in a call")
     failed = []
 
     def leave_out(case, reason):
         print(f"left out: {case}: {reason}", file=sys.stderr)
         failed.append(case)
 
-    variants = [(name, ()) for name in args.implementations]
-    variants += [(OURS, options) for options in args.xla_options]
+    variants = [(name, (), 1) for name in args.implementations]
+    variants += [(OURS, options, 1) for options in args.xla_options]
+    if args.steps_in_a_call > 1:
+        variants.append((OURS, (), args.steps_in_a_call))
     cases = []
     for model, batch in zip(args.models, args.batch, strict=True):
-        for name, options in variants:
-            case = Case(model, name, batch, args.optimizer, args.torch_mode, args.dtype, options)
+        for name, *more in variants:
+            case = Case(model, name, batch, args.optimizer, args.torch_mode, args.dtype, *more)
             if any(fnmatch.fnmatch(f"{model}:{case.name}", pattern) for pattern in args.skip):
                 continue
             if reason := missing(model, name):

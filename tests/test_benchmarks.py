@@ -70,20 +70,33 @@ def test_reading(tmp_path, capsys):
 
 def test_train_step(tmp_path, capsys):
     file = tmp_path / "train_step.json"
-    flags = ["--models=vitp_tiny", "--batch=4", "--steps=1", "--repeats=3", f"--json={file}"]
-    flags += ["--implementations", "convstem_jax", "torchvision", "timm"]
+    flags = ["--models=vitp_tiny", "--batch=4", "--steps=2", "--repeats=3", f"--json={file}"]
+    flags += ["--implementations", "convstem_jax", "torchvision", "timm", "--steps_in_a_call=2"]
     flags += ["--xla_options", "xla_backend_optimization_level=0", "xla_unheard_of=1"]
     assert train_step.main([*flags, "--torch_mode=eager", "--matmul_size=64"]) == 1
     rows = json.loads(file.read_text())
     names = [row["implementation"] for row in rows]
     option = "xla_backend_optimization_level=0"
-    assert names == ["convstem_jax", "torchvision", f"convstem_jax {option}"]
+    ours = ["convstem_jax", f"convstem_jax {option}", "convstem_jax (2 steps a call)"]
+    assert names == [ours[0], "torchvision", *ours[1:]]
     for row in rows:
         assert row["images_per_second"] > 0 and row["mfu"] > 0 and row["batch"] == 4
     assert rows[0]["speed_over_its"] == 1
     output, error = capsys.readouterr()
-    assert output.count("vitp_tiny") == 3 and "left out: timm" in error
+    assert output.count("vitp_tiny") == 4 and "left out: timm" in error
     assert "left out: convstem_jax xla_unheard_of=1, vitp_tiny: " in error
+
+
+def test_steps_in_one_call_are_the_same_steps():
+    images, labels = np.full((2, 32, 32, 3), 9, np.uint8), np.arange(2, dtype=np.int32)
+
+    def loss_and_step(in_a_call):
+        given = "convstem_jax", "vitp_tiny", "adamw", images, labels, {}, "float32", in_a_call
+        step = jax_contenders.JaxStep.make(*given)
+        return step.run(4), int(step._state.step)
+
+    (loss, num), (expected, expected_num) = loss_and_step(2), loss_and_step(1)
+    assert num == expected_num == 4 and loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_train_step_may_be_started_as_a_file(tmp_path):
@@ -288,6 +301,9 @@ def test_train_step_refuses_what_does_not_fit_together(capsys):
     with pytest.raises(SystemExit):
         train_step.main(["--xla_options", "xla_gpu_graph_min_graph_size"])
     assert "is not NAME=VALUE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_step.main(["--steps", "9", "--steps_in_a_call", "4"])
+    assert "--steps 9 is no multiple of 4 in a call" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu for this machine")
