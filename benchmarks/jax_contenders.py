@@ -122,7 +122,7 @@ def abstract_batch(model: str, num: int, sharding: jax.sharding.Sharding | None 
 def new_state(
     new: Callable[[], nnx.Module], recipe: Recipe, sharding: Sharding
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """The structure of a model, and a state with random kernels on the devices.
+    """The structure of a model, and a state with random weights on the devices.
 
     The model's own initialisation would have to be compiled, for minutes at worst.
     """
@@ -134,9 +134,10 @@ def new_state(
             return np.float32(0.02) * rng.standard_normal(x.shape, x.dtype)
         return np.full(x.shape, getattr(path[-1], "key", None) in ("scale", "var"), x.dtype)
 
-    opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract.opt_state)
-    state = jax.tree.map_with_path(value, abstract._replace(opt_state=None))
-    state = state._replace(opt_state=opt_state)
+    weights = {"params": abstract.params, "batch_stats": abstract.batch_stats}
+    weights = jax.tree.map_with_path(value, weights)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+    state = state._replace(**weights, ema=jax.tree.map(np.copy, weights))
     return graphdef, jax.device_put(state, sharding.of_state(abstract))
 
 

@@ -6,6 +6,7 @@
 #     PARTS="vitc_4gf regnety_4gf around" benchmarks/on_gpu.sh                  default: all, in the order
 #         forms vitc_4gf vitc_1gf regnety_4gf vitc_18gf vitc_36gf roofline options around profile population
 #     FLAGS="--implementations convstem_jax torchvision --overlap 1" benchmarks/on_gpu.sh    more for train_step
+#     FLAGS="--together 1" benchmarks/on_gpu.sh               for a GPU with 80 GB
 #
 # It needs JAX for CUDA, PyTorch, pytest, pytest-xdist and pytest-timeout; of torchvision and timm what
 # is missing is left out. What fails is named at the end, and the exit status is 1 then.
@@ -63,15 +64,16 @@ done <<END
 END
 run roofline "$python" -m benchmarks.roofline --measured "$folder"/train_step_*gf.json \
   --json "$folder/roofline_gpu.json"
-# Options that may be better: see docs/performance.md. The second is not for use.
-commands=CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION
+# Options that may be better: see docs/performance.md. The second only tells what convolutions outside
+# of graphs cost: with a filled cache it may fail.
 run options "$python" -m benchmarks.train_step --models vitc_4gf vitc_1gf regnety_4gf \
   --batch 256 256 128 --implementations convstem_jax --json "$folder/xla_options_gpu.json" \
   --steps_in_a_call 4 \
   --xla_options xla_gpu_enable_command_buffer=CONDITIONAL,WHILE \
-  xla_gpu_enable_command_buffer="$commands,CONVOLUTION,WHILE" \
-  "xla_gpu_enable_command_buffer=$commands,WHILE xla_gpu_experimental_enable_conv_fusion=true"
+  xla_gpu_enable_command_buffer=CONDITIONAL,CONVOLUTION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,FUSION,WHILE \
+  xla_gpu_experimental_enable_conv_fusion=true
 run around "$python" -m benchmarks.around_step --models vitc_4gf vitc_1gf --json "$folder/around_step_gpu.json"
+run around "$python" -m benchmarks.around_step --models vitc_36gf --batch 128 --json "$folder/around_step_36gf.json"
 run profile "$python" -m benchmarks.profile_step --model vitc_4gf --json "$folder/profile_vitc_4gf_gpu.json"
 run population "$python" -m benchmarks.population --json "$folder/population_gpu.json"
 if ((${#failed[@]})); then

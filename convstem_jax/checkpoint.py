@@ -34,6 +34,8 @@ from convstem_jax.step import PyTree, TrainState
 class Checkpoints:
     """The checkpoints of one folder: the latest ones and the best one are kept.
 
+    One that saves lets Python's threads take turns every 0.5 ms, in the whole process.
+
     Args:
         directory: absolute path; made when the first checkpoint is saved.
         keep: how many of the latest to keep, beside the one with the lowest `top1_error`.
@@ -83,6 +85,11 @@ class Checkpoints:
             ),
         )
         self.directory, self._read_only = directory, read_only
+        if not read_only:
+            # Orbax's threads are busy with Python for up to a second. Whenever the training loop
+            # wants the interpreter, as it often does to ask for a step, a busy thread keeps it for
+            # another 5 ms by default.
+            sys.setswitchinterval(min(sys.getswitchinterval(), 5e-4))
         # Even an asynchronous save of Orbax's returns only when all arrays are on the host.
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving, self._copies = None, None
@@ -126,10 +133,6 @@ class Checkpoints:
         if self._copies is None:
             self._copies = jax.process_count() == 1 and _fits(state, self._room)
         if self._copies:
-            # Orbax's threads are busy with Python for up to a second. Whenever the training loop
-            # wants the interpreter, as it often does to ask for a step, a busy thread keeps it for
-            # another 5 ms by default.
-            sys.setswitchinterval(5e-4)
             self._saving = self._thread.submit(self._save, step, _copy(state), loop, metrics)
         else:
             self._save(step, state, loop, metrics)

@@ -148,6 +148,8 @@ def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsy
         ("timm", "its process ended with status 8"),
     ):
         assert f"left out: {name}, vitp_tiny: {reason}" in error
+    second_is_compiled = error.index("vitc_tiny: compiled")
+    assert (second_is_compiled < error.index("vitp_tiny: its loss is nan")) is (together == 2)
 
 
 @pytest.mark.parametrize(("overlap", "most"), [(0, 1), (1, 2), (2, 4)])
@@ -236,9 +238,9 @@ def test_on_gpu_goes_on_and_names_what_fails(tmp_path):
     (tmp_path / "python.calls").unlink()
     env |= {"PARTS": "vitc_1gf around", "TORCH_MODE": "default", "FLAGS": "--repeats 3"}
     subprocess.run(command, env=env, check=True)
-    _, train_step, around = (tmp_path / "python.calls").read_text().splitlines()
+    _, train_step, *around = (tmp_path / "python.calls").read_text().splitlines()
     assert "--models vitc_1gf" in train_step and train_step.endswith(".json --repeats 3")
-    assert "--torch_mode default" in train_step and "benchmarks.around_step" in around
+    assert "--torch_mode default" in train_step and all("benchmarks.around_step" in call for call in around)
     env["PARTS"] = "vitc_1gf vitc1gf"
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "PARTS has 'vitc1gf', which is not one of" in done.stderr
@@ -346,8 +348,23 @@ def test_around_step(tmp_path, capsys):
     assert 0 < row["host_seconds"] < 2 * row["step_seconds"]
     assert row["evaluation_over_training_rate"] > 0
     assert row["warm_over_cold"] < 1  # what is left is tracing
-    assert np.isfinite(row["save_blocks_seconds"])
+    assert np.isfinite(row["save_blocks_seconds"]) and row["save_call_seconds"] > 0
     assert "vitp_tiny" in capsys.readouterr().out
+
+
+def test_around_step_goes_on_without_a_model_that_fails(tmp_path, monkeypatch, capsys):
+    def in_a_new_process(function, model, *_):
+        if model == "vitp_tiny" and function is around_step.measure:
+            raise RuntimeError("CUDNN_STATUS_EXECUTION_FAILED\nmore")
+        return {"model": model} if function is around_step.measure else 1.0
+
+    monkeypatch.setattr(around_step, "_in_a_new_process", in_a_new_process)
+    monkeypatch.setattr(around_step, "table", str)
+    file = tmp_path / "around.json"
+    assert around_step.main(["--models", "vitp_tiny", "vitc_tiny", f"--json={file}"]) == 1
+    assert [row["model"] for row in json.loads(file.read_text())] == ["vitc_tiny"]
+    error = capsys.readouterr().err
+    assert "left out: vitp_tiny: RuntimeError: CUDNN_STATUS_EXECUTION_FAILED\n" in error
 
 
 def test_the_kernels_of_a_step(tmp_path, monkeypatch, capsys):

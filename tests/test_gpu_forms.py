@@ -141,7 +141,7 @@ def test_the_step_is_compiled_with_options_that_xla_knows():
     """JAX refuses what this version of XLA, which is the same for all devices, does not know."""
     options = xla_options.compiler_options([GpuDevice])
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
-    # A run that starts with a full compilation cache would fail; see xla_options.py.
+    # A run that starts with a filled cache could fail; see xla_options.py.
     assert "CONVOLUTION" not in options["xla_gpu_enable_command_buffer"].split(",")
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         jax.jit(lambda x: x + 1, compiler_options=options | {"xla_gpu_unheard_of": 1})(1)
