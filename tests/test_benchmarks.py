@@ -240,7 +240,9 @@ def test_on_gpu_goes_on_and_names_what_fails(tmp_path):
     subprocess.run(command, env=env, check=True)
     _, train_step, *around = (tmp_path / "python.calls").read_text().splitlines()
     assert "--models vitc_1gf" in train_step and train_step.endswith(".json --repeats 3")
-    assert "--torch_mode default" in train_step and all("benchmarks.around_step" in call for call in around)
+    assert "--torch_mode default" in train_step and all(
+        "benchmarks.around_step" in call for call in around
+    )
     env["PARTS"] = "vitc_1gf vitc1gf"
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "PARTS has 'vitc1gf', which is not one of" in done.stderr
