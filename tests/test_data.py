@@ -428,9 +428,12 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
     ):
         assert packed.main([*flags, "--splits", splits]) == 2
         assert message in capsys.readouterr().err
-    (tmp_path / "photos/test/b/30.PNG").write_bytes(b"\x89PNG, cut off")
+    for file in ("b/30.PNG", "c/40.png"):
+        (tmp_path / "photos/test" / file).write_bytes(b"\x89PNG, cut off")
     assert packed.main([*flags, "--splits", "test"]) == 3
-    assert "b/30.PNG cannot be decoded as an image" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "cannot be decoded as an image: " in error
+    assert "b/30.PNG, " in error and "c/40.png\n" in error
 
 
 def test_a_damaged_packed_file(packed_dir, tmp_path, capsys):

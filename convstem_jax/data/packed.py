@@ -168,11 +168,11 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
     Raises:
         ConfigError: a split has no images, other files, one that cannot be read, or a class that
             the first one has not.
-        DataError: a file cannot be decoded.
+        DataError: files cannot be decoded; it names them all.
     """
     from convstem_jax.data.sources import decode  # which imports this module
 
-    packed, classes = {}, []
+    packed, classes, damaged = {}, [], []
     for split in splits:
         if not re.fullmatch(r"\w+", split):
             raise ConfigError(f"--splits {split}: a folder's name must be of letters and digits")
@@ -196,8 +196,12 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
             except OSError as error:
                 raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
             if decode(images[-1]) is None:
-                raise DataError(f"{file} cannot be decoded as an image: mend it, or take it away")
+                damaged.append(str(file))
         packed[split] = records(images, labels)
+    if damaged:
+        raise DataError(
+            f"mend or take away what cannot be decoded as an image: {', '.join(damaged)}"
+        )
     return packed, classes
 
 
