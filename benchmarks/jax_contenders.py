@@ -202,6 +202,11 @@ def _train_steps(graphdef, recipe, state, batches, hparams):
     return state, jax.tree.map(lambda x: x[-1], metrics)
 
 
+def matmul_size() -> int:
+    """Of matrices whose products reach this device's peak and do not take minutes."""
+    return 1024 if jax.default_backend() == "cpu" else 8192
+
+
 def matmul_flops(size: int, dtype: str = "bfloat16", num: int = 10) -> float:
     """Operations a second of products of two `size` x `size` matrices on this device."""
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))

@@ -281,10 +281,8 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"measuring the ceilings of {here}; --flops and --bandwidth give them", file=sys.stderr
         )
-    # A CPU core would take minutes for the products that a GPU needs to be busy.
-    on_cpu = jax.default_backend() == "cpu"
-    flops = args.flops or jax_contenders.matmul_flops(1024 if on_cpu else 8192)
-    speed = args.bandwidth or bandwidth(2**26 if on_cpu else 2**28)
+    flops = args.flops or jax_contenders.matmul_flops(jax_contenders.matmul_size())
+    speed = args.bandwidth or bandwidth(2**26 if jax.default_backend() == "cpu" else 2**28)
     rows = []
     for model in args.models or list(measured) or PAPER:
         batch = measured.get(model, {}).get("batch", args.batch)

@@ -141,8 +141,8 @@ def main(argv: list[str] | None = None) -> int:
         "them (default: %(default)s)")  # fmt: skip
     add("--compile_limit", type=float, metavar="SECONDS",
         help="leave out what of these models is not compiled by then (default: wait)")  # fmt: skip
-    add("--matmul_size", type=arguments.positive, default=8192,
-        help="for the peak (default: %(default)s)")  # fmt: skip
+    add("--matmul_size", type=arguments.positive, metavar="N",
+        help="of the matrices for the peak (default: 8192, on CPUs 1024)")  # fmt: skip
     args = parser.parse_args(argv)
     if len(args.batch) == 1:
         args.batch *= len(args.models)
@@ -177,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
                 cases.append(case)
     if not cases:
         parser.error("nothing is left to be timed: see --models, --implementations and --skip")
+    args.matmul_size = args.matmul_size or jax_contenders.matmul_size()
     print("measuring what products of matrices reach", file=sys.stderr)
     peak = jax_contenders.matmul_flops(args.matmul_size, args.dtype)
     print(

@@ -76,7 +76,8 @@ def evaluate_weights(
     jit_eval_step = sharding.jit(eval_step, graphdef, recipe, out_shardings=sharding.replicated)
     found = jax.device_put(found, sharding.replicated)
     with contextlib.closing(batches):
-        progress = tqdm(batches, desc=f"{config.dataset}/{config.eval_split}", unit="batch")
+        what = f"{config.dataset}/{config.eval_split}"
+        progress = tqdm(batches, desc=what, unit="batch", disable=None)  # no bars in log files
         return evaluate(jit_eval_step, {"these": found}, progress)["these"]
 
 

@@ -49,7 +49,7 @@ def load_image(path: str, config: ml_collections.ConfigDict) -> np.ndarray:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     if image is None:
-        raise DataError(f"{path} is not an image")
+        raise DataError(f"{path} cannot be decoded as an image: mend it, or leave it out")
     return prepare(image, config)
 
 

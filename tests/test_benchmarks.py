@@ -101,7 +101,7 @@ def test_steps_in_one_call_are_the_same_steps():
 
 def test_train_step_may_be_started_as_a_file(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/train_step.py", "--models=vitp_tiny", "--batch=2"]
-    command += ["--steps=1", "--repeats=1", "--matmul_size=64", "--implementations=convstem_jax"]
+    command += ["--steps=1", "--repeats=1", "--implementations=convstem_jax"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "vitp_tiny" in done.stdout
 

@@ -419,10 +419,13 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
     assert "b/folder.jpg cannot be read: Is a directory" in capsys.readouterr().err
     (tmp_path / "photos/test/b/folder.jpg").rmdir()
     put("test", "c", 40)
-    (tmp_path / "photos/train/b/notes.txt").write_text("x")
+    for name in ("notes.txt", "more.webp"):
+        (tmp_path / "photos/train/b" / name).write_text("x")
     for splits, message in (
         ("test,train", "a is of a class that test does not have"),
-        ("train", "notes.txt is none of *.jpg, *.jpeg, *.png"),
+        ("train", "b/notes.txt\n"),
+        ("train", "take away what is none of *.jpg, *.jpeg, *.png: "),
+        ("train", "b/more.webp, "),
         ("validation", "validation holds no CLASS/*.jpg"),
         ("test[:1]", "letters and digits"),
     ):

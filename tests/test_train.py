@@ -186,7 +186,7 @@ def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capfd, 
     assert predict.main([str(workdir), paths[0], "--names", str(names), "--top", "1"]) == 0
     assert f"class {rows[0]['classes'][0][0]}" in capfd.readouterr().out
     for argv, status, message in (
-        ([paths[0], str(names)], 3, "names.txt is not an image"),
+        ([paths[0], str(names)], 3, "names.txt cannot be decoded as an image"),
         ([paths[0], str(tmp_path / "0.jpg")], 2, "0.jpg cannot be read: No such file"),
         ([paths[0], "--names", paths[0] + "x"], 2, "cannot be read"),
         ([paths[0], "--config", "configs/quickstart.py:vitp"], 2, "of a vitp_tiny"),

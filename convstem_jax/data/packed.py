@@ -153,7 +153,7 @@ def pack(split) -> PackedRecords:
         DataError: a record cannot be used, see there.
     """
     images, labels = [], []
-    for i in tqdm(range(len(split)), desc=split.name, unit="image"):
+    for i in tqdm(range(len(split)), desc=split.name, unit="image", disable=None):
         labels.append(int(split[i]["label"]))  # decoded only to see that it can be
         images.append(split.records[i]["image"])
     return records(images, labels)
@@ -183,14 +183,15 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
                 f"{root} holds no CLASS/*{', *'.join(_SUFFIXES)}: see --images and --splits"
             )
         classes = classes or sorted({file.parent.name for file in files})
+        if others := [str(file) for file in files if file.suffix.lower() not in _SUFFIXES]:
+            suffixes = ", *".join(_SUFFIXES)
+            raise ConfigError(f"take away what is none of *{suffixes}: {', '.join(others)}")
         for file in files:
-            if file.suffix.lower() not in _SUFFIXES:
-                raise ConfigError(f"{file} is none of *{', *'.join(_SUFFIXES)}: take it away")
             if file.parent.name not in classes:
                 raise ConfigError(f"{file.parent} is of a class that {splits[0]} does not have")
         labels = [classes.index(file.parent.name) for file in files]
         images = []
-        for file in tqdm(files, desc=split, unit="image"):
+        for file in tqdm(files, desc=split, unit="image", disable=None):
             try:
                 images.append(file.read_bytes())
             except OSError as error:

@@ -98,7 +98,7 @@ def build(
         DataError: a record is damaged.
     """
     images, encoded, labels = [], [], []
-    for i in tqdm(range(len(split)), desc=split.name, mininterval=1):
+    for i in tqdm(range(len(split)), desc=split.name, mininterval=1, disable=None):
         example, rng = split[i], np.random.default_rng((*seed, i))
         photograph = photographs[rng.integers(len(photographs))]
         images.append(place(example["image"][..., 0], photograph, rng))
