@@ -241,8 +241,8 @@ def _print_overview(config, workdir: str, state, num_images: int, num_steps: int
     exempt = ", ".join(sorted({path[-1].key for path, is_decayed in paths if not is_decayed}))
     if num_steps <= config.ema_every:
         print(
-            f"the EMA is updated after the first step alone: config.ema_every is {config.ema_every}; "
-            "lower it, since the errors that are told are the EMA's"
+            "the EMA is updated after the first step alone: lower config.ema_every, which is "
+            f"{config.ema_every}, since the errors that are told first are the EMA's"
         )
     # A run's updates of the EMA have this sum of rates, whatever its batches and epochs.
     if (moved := config.ema_alpha * num_images) < 3:

@@ -183,12 +183,12 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
                 f"{root} holds no CLASS/*{', *'.join(_SUFFIXES)}: see --images and --splits"
             )
         classes = classes or sorted({file.parent.name for file in files})
-        if others := [str(file) for file in files if file.suffix.lower() not in _SUFFIXES]:
-            suffixes = ", *".join(_SUFFIXES)
-            raise ConfigError(f"take away what is none of *{suffixes}: {', '.join(others)}")
         for file in files:
             if file.parent.name not in classes:
                 raise ConfigError(f"{file.parent} is of a class that {splits[0]} does not have")
+        if others := [str(file) for file in files if file.suffix.lower() not in _SUFFIXES]:
+            suffixes = ", *".join(_SUFFIXES)
+            raise ConfigError(f"take away what is none of *{suffixes}: {', '.join(others)}")
         labels = [classes.index(file.parent.name) for file in files]
         images = []
         for file in tqdm(files, desc=split, unit="image", disable=None):
