@@ -71,7 +71,7 @@ run options "$python" -m benchmarks.train_step --models vitc_4gf vitc_1gf regnet
   --steps_in_a_call 4 \
   --xla_options xla_gpu_enable_command_buffer=CONDITIONAL,WHILE \
   xla_gpu_enable_command_buffer=CONDITIONAL,CONVOLUTION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,FUSION,WHILE \
-  xla_gpu_experimental_enable_conv_fusion=true xla_gpu_graph_min_graph_size=5
+  xla_gpu_experimental_enable_conv_fusion=true xla_gpu_graph_min_graph_size=5 "${flags[@]}"
 run around "$python" -m benchmarks.around_step --models vitc_4gf vitc_1gf --json "$folder/around_step_gpu.json"
 run around "$python" -m benchmarks.around_step --models vitc_36gf --batch 128 --json "$folder/around_step_36gf.json"
 run profile "$python" -m benchmarks.profile_step --model vitc_4gf --json "$folder/profile_vitc_4gf_gpu.json"
