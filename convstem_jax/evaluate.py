@@ -12,13 +12,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import ml_collections
-from tqdm import tqdm
 
 from convstem_jax import build, command_line, weights
 from convstem_jax.config import load_config, load_run_config, set_fields, validate
 from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import ConfigError, UserError
 from convstem_jax.evaluation import evaluate
+from convstem_jax.progress import progress_bar
 from convstem_jax.sharding import Sharding
 from convstem_jax.step import eval_step
 
@@ -76,8 +76,7 @@ def evaluate_weights(
     jit_eval_step = sharding.jit(eval_step, graphdef, recipe, out_shardings=sharding.replicated)
     found = jax.device_put(found, sharding.replicated)
     with contextlib.closing(batches):
-        what = f"{config.dataset}/{config.eval_split}"
-        progress = tqdm(batches, desc=what, unit="batch", disable=None)  # no bars in log files
+        progress = progress_bar(batches, f"{config.dataset}/{config.eval_split}", "batch")
         return evaluate(jit_eval_step, {"these": found}, progress)["these"]
 
 

@@ -1,6 +1,7 @@
 """From a tfds directory to batches: order, exactness, damage."""
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ from convstem_jax.data import augment, packed, pipeline, sources
 from convstem_jax.data.examples import EvalExamples, TrainExamples, TrainTransform, _permutation
 from convstem_jax.data.reader import Reader
 from convstem_jax.errors import ConfigError, DataError
+from convstem_jax.progress import progress_bar
 
 ROOT = pathlib.Path(__file__).parent.parent
 DATASETS = ROOT / "datasets"
@@ -383,6 +385,17 @@ def test_a_packed_file_is_the_data_set(packed_dir, test_split):
 def test_what_a_packed_file_does_not_have(packed_dir, split, message):
     with pytest.raises(ConfigError, match=message):
         sources.open_split(str(packed_dir), NAME, split)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_log_file_gets_few_progress_bars(monkeypatch, is_terminal):
+    shown = io.StringIO()
+    shown.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stderr", shown)
+    for _ in progress_bar(range(5), "photos", "image"):
+        time.sleep(0.15)
+    assert "photos: 100%" in shown.getvalue() and "5/5" in shown.getvalue()
+    assert (shown.getvalue().count("\r") > 4) is is_terminal
 
 
 def test_folders_of_images_are_packed(tmp_path, capsys):

@@ -22,10 +22,10 @@ import sys
 import zipfile
 
 import numpy as np
-from tqdm import tqdm
 
 from convstem_jax.errors import ConfigError, DataError, UserError, first_line
 from convstem_jax.files import write_text
+from convstem_jax.progress import progress_bar
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _PLACES = ("starts", "ends", "labels")  # of a split's images in its content
@@ -153,7 +153,7 @@ def pack(split) -> PackedRecords:
         DataError: a record cannot be used, see there.
     """
     images, labels = [], []
-    for i in tqdm(range(len(split)), desc=split.name, unit="image", disable=None):
+    for i in progress_bar(range(len(split)), split.name, "image"):
         labels.append(int(split[i]["label"]))  # decoded only to see that it can be
         images.append(split.records[i]["image"])
     return records(images, labels)
@@ -191,7 +191,7 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
             raise ConfigError(f"take away what is none of *{suffixes}: {', '.join(others)}")
         labels = [classes.index(file.parent.name) for file in files]
         images = []
-        for file in tqdm(files, desc=split, unit="image", disable=None):
+        for file in progress_bar(files, split, "image"):
             try:
                 images.append(file.read_bytes())
             except OSError as error:

@@ -16,10 +16,10 @@ import sys
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from convstem_jax.data import packed, sources
 from convstem_jax.errors import ConfigError, DataError, UserError
+from convstem_jax.progress import progress_bar
 
 SIZE = 32
 # Photographs in colour that the package scikit-image has; its other pictures are none.
@@ -98,7 +98,7 @@ def build(
         DataError: a record is damaged.
     """
     images, encoded, labels = [], [], []
-    for i in tqdm(range(len(split)), desc=split.name, mininterval=1, disable=None):
+    for i in progress_bar(range(len(split)), split.name, "image"):
         example, rng = split[i], np.random.default_rng((*seed, i))
         photograph = photographs[rng.integers(len(photographs))]
         images.append(place(example["image"][..., 0], photograph, rng))
