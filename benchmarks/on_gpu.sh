@@ -75,6 +75,7 @@ run options "$python" -m benchmarks.train_step --models vitc_4gf vitc_1gf regnet
 run around "$python" -m benchmarks.around_step --models vitc_4gf vitc_1gf --json "$folder/around_step_gpu.json"
 run around "$python" -m benchmarks.around_step --models vitc_36gf --batch 128 --json "$folder/around_step_36gf.json"
 run profile "$python" -m benchmarks.profile_step --model vitc_4gf --json "$folder/profile_vitc_4gf_gpu.json"
+run profile "$python" -m benchmarks.profile_step --model vitc_1gf --host --json "$folder/host_vitc_1gf_gpu.json"
 run population "$python" -m benchmarks.population --json "$folder/population_gpu.json"
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}" >&2

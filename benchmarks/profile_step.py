@@ -1,10 +1,13 @@
-"""Tells which kernels the time of a training step goes to, on the device here.
+"""Tells which kernels the time of a training step goes to, on the device here, or the host's.
 
     python -m benchmarks.profile_step                             ViT_C-4GF, 256 images
     python -m benchmarks.profile_step --implementation "plain Flax, bfloat16" --batch 128
+    python -m benchmarks.profile_step --host                      what the host does in that time
 
 The step is that of benchmarks.train_step. JAX's profiler watches --steps of them; kernels whose
 names differ in a number at the end are one line. On CPUs the times of all threads are added up.
+With --host the lines are what JAX, XLA and the driver tell of their work and their waiting, each
+without the parts that have lines of their own.
 """
 
 import collections
@@ -26,38 +29,60 @@ from convstem_jax.optim import OPTIMIZERS
 _STARTS_OTHERS = ("while", "call", "conditional")
 
 
-def measure(step: jax_contenders.JaxStep, num_steps: int) -> tuple[list[dict], float]:
+def measure(
+    step: jax_contenders.JaxStep, num_steps: int, host: bool = False
+) -> tuple[list[dict], float]:
     """Profiles steps that are compiled.
 
+    Args:
+        step: to profile.
+        num_steps: so many of them.
+        host: tell what the host's threads do, in place of kernels.
+
     Returns:
-        `kernel`, `launches` and `seconds` of a step, the longest first; and the seconds of a step
-        from the first kernel's start to the last one's end.
+        `name`, `times` and `seconds` of a step, the longest first; and the seconds of a step from
+        the first event's start to the last one's end.
     """
     step.run(2)
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # watching every function would take the host most of its time
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             step.run(num_steps)
         (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(path))
-    events = [
-        event
+    threads = [
+        [event for event in line.events if _is_kernel(plane.name, line.name, event) != host]
         for plane in profile.planes
         for line in plane.lines
-        for event in line.events
-        if _is_kernel(plane.name, line.name, event)
+        if not host or plane.name == "/host:CPU"
     ]
-    launches, seconds = collections.Counter(), collections.Counter()
-    for event in events:
-        kernel = re.sub(r"([._]\d+)+$", "", event.name)
-        launches[kernel] += 1
-        seconds[kernel] += event.duration_ns / 1e9
+    times, seconds = collections.Counter(), collections.Counter()
+    for events in threads:
+        for event, own_ns in zip(events, _own_ns(events), strict=True):
+            name = re.sub(r"([._]\d+)+$", "", event.name)
+            times[name] += 1
+            seconds[name] += (own_ns if host else event.duration_ns) / 1e9
     rows = [
-        {"kernel": name, "launches": launches[name] / num_steps, "seconds": total / num_steps}
+        {"name": name, "times": times[name] / num_steps, "seconds": total / num_steps}
         for name, total in seconds.most_common()
     ]
-    start = min(event.start_ns for event in events)
-    end = max(event.start_ns + event.duration_ns for event in events)
+    start = min(event.start_ns for events in threads for event in events)
+    end = max(event.start_ns + event.duration_ns for events in threads for event in events)
     return rows, (end - start) / 1e9 / num_steps
+
+
+def _own_ns(events: list) -> list[float]:
+    """How long each event of one thread lasts, without the events inside it."""
+    own, around = [event.duration_ns for event in events], []
+    for i in sorted(range(len(events)), key=lambda i: (events[i].start_ns, -own[i])):
+        event = events[i]
+        while around and around[-1][1] <= event.start_ns:
+            around.pop()
+        if around:
+            own[around[-1][0]] -= event.duration_ns
+        around.append((i, event.start_ns + event.duration_ns))
+    return own
 
 
 def _is_kernel(plane: str, line: str, event) -> bool:
@@ -71,20 +96,20 @@ def _is_kernel(plane: str, line: str, event) -> bool:
 
 
 def table(rows: list[dict], num: int) -> str:
-    """The rows for people: so many kernels, and the others together."""
+    """The rows for people: so many of them, and the others together."""
     total, others = sum(row["seconds"] for row in rows), rows[num:]
     shown = rows[:num]
     if others:
-        sums = {key: sum(row[key] for row in others) for key in ("launches", "seconds")}
-        shown.append({"kernel": f"{len(others)} others"} | sums)
+        sums = {key: sum(row[key] for row in others) for key in ("times", "seconds")}
+        shown.append({"name": f"{len(others)} others"} | sums)
     lines = [
         (
-            row["kernel"], f"{row['launches']:,.0f}", f"{1e3 * row['seconds']:.3f}",
+            row["name"], f"{row['times']:,.0f}", f"{1e3 * row['seconds']:.3f}",
             f"{100 * row['seconds'] / total:.1f}",
         )
         for row in shown
     ]  # fmt: skip
-    headers = ("kernel", "launches a step", "ms a step", "share (%)")
+    headers = ("name", "times a step", "ms a step", "share (%)")
     align = ("left", "right", "right", "right")
     return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
 
@@ -92,7 +117,7 @@ def table(rows: list[dict], num: int) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     parser = arguments.new_parser(
-        "profile_step", __doc__, "write all kernels as a list of objects too"
+        "profile_step", __doc__, "write all lines as a list of objects too"
     )
     add = parser.add_argument
     add("--model", default="vitc_4gf", choices=MODELS, metavar="MODEL",
@@ -105,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
         help="of convstem_jax (default: %(default)s)")  # fmt: skip
     add("--steps", type=arguments.positive, default=3, help="default: %(default)s")
+    add("--host", action="store_true", help="what the host does, in place of the kernels")
     add("--top", type=arguments.positive, default=25, metavar="N",
         help="lines of the table (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
@@ -115,15 +141,17 @@ def main(argv: list[str] | None = None) -> int:
     labels = rng.integers(0, jax_contenders.NUM_CLASSES, args.batch).astype(np.int32)
     given = (args.implementation, args.model, args.optimizer, images, labels)
     print(f"compiling for {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
-    rows, seconds = measure(jax_contenders.JaxStep.make(*given, {}, args.dtype), args.steps)
+    step = jax_contenders.JaxStep.make(*given, {}, args.dtype)
+    rows, seconds = measure(step, args.steps, args.host)
     if args.json:
         about = vars(args) | {"device": jax.devices()[0].device_kind} | arguments.made_by(argv)
         files.write_json(args.json, [row | about for row in rows])
     print(table(rows, args.top))
     total = sum(row["seconds"] for row in rows)
-    threads = " of all threads" if jax.default_backend() == "cpu" else ""
+    threads = " of all threads" if args.host or jax.default_backend() == "cpu" else ""
+    what = "events" if args.host else "kernels"
     print(
-        f"{1e3 * total:.2f} ms{threads} in {sum(row['launches'] for row in rows):,.0f} kernels; "
+        f"{1e3 * total:.2f} ms{threads} in {sum(row['times'] for row in rows):,.0f} {what}; "
         f"{1e3 * seconds:.2f} ms from the first to the last"
     )
     return 0
