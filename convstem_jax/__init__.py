@@ -1,8 +1,16 @@
 """Vision transformers with a convolutional stem, after Xiao et al., NeurIPS 2021."""
 
-from convstem_jax.models import create_model
-from convstem_jax.weights import load_model
+import importlib
 
 __version__ = "0.1.0"
 
 __all__ = ["__version__", "create_model", "load_model"]
+
+_MODULES = {"create_model": "convstem_jax.models", "load_model": "convstem_jax.weights"}
+
+
+def __getattr__(name: str):
+    """Imports what takes seconds when it is asked for: the programs begin before that."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__} has no attribute '{name}'")
+    return getattr(importlib.import_module(_MODULES[name]), name)

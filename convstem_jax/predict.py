@@ -32,6 +32,7 @@ examples:
 exit status:
   0 done · 2 wrong arguments, or no such file · 3 a file that is no image
   4 weights that cannot be read · 75 storage did not answer: try again
+Images that cannot be read are named; the others are classified nevertheless.
 """
 BATCH_SIZE = 64
 
@@ -67,7 +68,7 @@ def predict(model: nnx.Module, images: Iterable[np.ndarray]) -> np.ndarray:
 
     Args:
         model: as `weights.load_model` gives it.
-        images: N of them, at least one, all `[H, W, 3]` as `prepare` gives them.
+        images: N of them, all `[H, W, 3]` as `prepare` gives them.
     """
     graphdef, state = nnx.split(model)
 
@@ -80,7 +81,7 @@ def predict(model: nnx.Module, images: Iterable[np.ndarray]) -> np.ndarray:
         # The last of several is filled up, for the same program.
         filled = batch + batch[-1:] * (BATCH_SIZE - len(batch) if found else 0)
         found.append(np.asarray(probabilities(state, np.stack(filled)))[: len(batch)])
-    return np.concatenate(found)
+    return np.concatenate(found) if found else np.empty((0, 0), np.float32)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,16 +114,30 @@ def main(argv: list[str] | None = None) -> int:
         architecture.check(config, args.weights)
         names = _names(args.names, architecture.num_classes)
         model = architecture.with_weights(loaded, jnp.dtype(config.dtype))
-        found = predict(model, (load_image(path, config) for path in args.images))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    paths, status = [], 0
+
+    def images():
+        nonlocal status
+        for path in args.images:
+            try:
+                image = load_image(path, config)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                status = error.exit_status
+            else:
+                paths.append(path)
+                yield image
+
+    found = predict(model, images())
     rows = [
         {
             "image": path,
             "classes": [[names[i], float(row[i])] for i in np.argsort(-row)[: args.top]],
         }
-        for path, row in zip(args.images, found, strict=True)
+        for path, row in zip(paths, found, strict=True)
     ]
     if args.format == "json":
         print(json.dumps(rows, indent=2))
@@ -131,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
             print(row["image"])
             for name, probability in row["classes"]:
                 print(f"  {probability:6.1%}  {name}")
-    return 0
+    return status
 
 
 def _names(path: str | None, num_classes: int) -> list[str]:

@@ -25,7 +25,7 @@ from convstem_jax import (
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.config import validate
 from convstem_jax.data import pipeline, sources
-from convstem_jax.errors import Preempted
+from convstem_jax.errors import Preempted, UserError
 from convstem_jax.evaluation import evaluate, precise_batch_stats
 from convstem_jax.sharding import Sharding, bytes_on_device
 from convstem_jax.step import batch_statistics, eval_step
@@ -101,7 +101,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     start_weights = None
     if config.init_from and not run_folder.has_checkpoint(workdir):
-        start_weights, _ = weights.load(config.init_from)
+        try:
+            start_weights, _ = weights.load(config.init_from)
+        except UserError as error:
+            raise type(error)(f"config.init_from: {error}") from error
     shardings = sharding.of_state(jax.eval_shape(new_state))
     state = jax.jit(new_state, out_shardings=shardings)()
     hparams = jax.device_put(build.hparams(config, len(train_split)), sharding.replicated)
@@ -239,6 +242,11 @@ def _print_overview(config, workdir: str, state, num_images: int, num_steps: int
     flags = jax.tree.leaves(decayed)
     paths = jax.tree.leaves_with_path(decayed)
     exempt = ", ".join(sorted({path[-1].key for path, is_decayed in paths if not is_decayed}))
+    if num_images < config.batch_size:
+        print(
+            f"each batch has images more than once: config.batch_size={config.batch_size:,} is for "
+            f"more than {num_images:,} training images"
+        )
     if num_steps <= config.ema_every:
         print(
             "the EMA is updated after the first step alone: lower config.ema_every, which is "

@@ -431,6 +431,10 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
     assert packed.main(flags) == 2
     assert "b/folder.jpg cannot be read: Is a directory" in capsys.readouterr().err
     (tmp_path / "photos/test/b/folder.jpg").rmdir()
+    (tmp_path / "photos/train/empty").mkdir()
+    assert packed.main(flags) == 2
+    assert "without images: " in (error := capsys.readouterr().err) and "train/empty\n" in error
+    (tmp_path / "photos/train/empty").rmdir()
     put("test", "c", 40)
     for name in ("notes.txt", "more.webp"):
         (tmp_path / "photos/train/b" / name).write_text("x")

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -21,6 +23,12 @@ from convstem_jax.errors import (
 from convstem_jax.main import main
 
 QUICK = ["--config", "configs/quickstart.py"]
+
+
+def test_a_program_begins_before_the_imports_that_take_seconds():
+    """It is a module of the package, which is imported first."""
+    code = "import sys, convstem_jax; assert 'jax' not in sys.modules; convstem_jax.create_model"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture

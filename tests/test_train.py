@@ -185,9 +185,16 @@ def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capfd, 
     names.write_text("".join(f"class {i}\n" for i in range(10)))
     assert predict.main([str(workdir), paths[0], "--names", str(names), "--top", "1"]) == 0
     assert f"class {rows[0]['classes'][0][0]}" in capfd.readouterr().out
+    missing = str(tmp_path / "0.jpg")
+    assert predict.main([str(workdir), missing, *paths[:2], str(names), "--format", "json"]) == 3
+    output, said = capfd.readouterr()
+    assert [row["image"] for row in json.loads(output)] == paths[:2]
+    assert [line.partition("cannot")[0] for line in said.splitlines()] == [
+        f"error: {missing} ", f"error: {names} ",
+    ]  # fmt: skip
     for argv, status, message in (
-        ([paths[0], str(names)], 3, "names.txt cannot be decoded as an image"),
-        ([paths[0], str(tmp_path / "0.jpg")], 2, "0.jpg cannot be read: No such file"),
+        ([str(names)], 3, "names.txt cannot be decoded as an image"),
+        ([missing], 2, "0.jpg cannot be read: No such file"),
         ([paths[0], "--names", paths[0] + "x"], 2, "cannot be read"),
         ([paths[0], "--config", "configs/quickstart.py:vitp"], 2, "of a vitp_tiny"),
     ):
@@ -290,12 +297,18 @@ def test_a_run_starts_from_the_weights_of_another(uninterrupted, tmp_path, capsy
     with pytest.raises(ConfigError, match="init_from is"):
         others = config(**(fields | {"init_from": ""}), eval_split=PART)
         train_module.train(others, str(tmp_path / "same"))
+    nowhere = config(**(fields | {"init_from": "nowhere"}), eval_split=PART)
+    with pytest.raises(ConfigError, match="config.init_from: nowhere is not there"):
+        train_module.train(nowhere, str(tmp_path / "other"))
 
     monkeypatch.setattr(train_module.metrics, "Records", stop)  # the table is printed before
     fields |= {"image_size": "64", "eval_resize": "64"}
+    fields |= {"train_split": "train[:40]", "epochs": "3.2"}
     with pytest.raises(Stop):
         train_module.train(config(**fields), str(tmp_path / "larger"))
-    assert "position_embedding  (1, 17, 64)  (1, 65, 64)  resized" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "position_embedding  (1, 17, 64)  (1, 65, 64)  resized" in output
+    assert "each batch has images more than once: config.batch_size=64" in output
 
 
 def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys):

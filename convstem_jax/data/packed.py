@@ -166,8 +166,8 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
         The splits, and the names of the classes, which are those of the first split.
 
     Raises:
-        ConfigError: a split has no images, other files, one that cannot be read, or a class that
-            the first one has not.
+        ConfigError: a split has no images, an empty folder, other files, one that cannot be read,
+            or a class that the first one has not.
         DataError: files cannot be decoded; it names them all.
     """
     from convstem_jax.data.sources import decode  # which imports this module
@@ -182,6 +182,9 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
             raise ConfigError(
                 f"{root} holds no CLASS/*{', *'.join(_SUFFIXES)}: see --images and --splits"
             )
+        folders = {path for path in root.glob("[!.]*") if path.is_dir()}
+        if empty := sorted(map(str, folders - {file.parent for file in files})):
+            raise ConfigError(f"fill or take away the folders without images: {', '.join(empty)}")
         classes = classes or sorted({file.parent.name for file in files})
         for file in files:
             if file.parent.name not in classes:
