@@ -37,7 +37,6 @@ from convstem_jax.complexity import inner_programs
 from convstem_jax.models import MODELS
 from convstem_jax.models import kernels as kernels_for_gpus
 from convstem_jax.models.attention import attend
-from convstem_jax.models.target import is_gpu
 from convstem_jax.models.vit import ViTSpec
 from convstem_jax.step import train_step
 
@@ -194,17 +193,19 @@ def _flops(eqn) -> float:
     return 0.0
 
 
-def step_kernels(model: str, batch: int, device_kind: str = "") -> list[Kernel]:
+def step_kernels(model: str, batch: int, device_kind: str) -> list[Kernel]:
     """Of a whole training step of the paper's recipe, AdamW, as it is made for a kind of device."""
+    platform = {"TPU": "tpu", "cpu": "cpu"}.get(device_kind[:3], "gpu")
+    device = jax.sharding.AbstractDevice(device_kind, num_cores=None, platform=platform)
     recipe = jax_contenders.recipe_of("adamw")
     new = jax_contenders.new_model(OURS, model)
     graphdef, state = jax_contenders.abstract_state(new, recipe)
     data = jax_contenders.abstract_batch(model, batch)
     step = functools.partial(train_step, graphdef, recipe)
-    with _traced_for(device_kind):
+    with _traced_for(device):
         jaxpr = jax.make_jaxpr(step)(state, data, jax.eval_shape(jax_contenders.hparams)).jaxpr
     spec = MODELS[model]
-    if not (is_gpu(device_kind) and isinstance(spec, ViTSpec)):
+    if platform != "gpu" or not isinstance(spec, ViTSpec):
         return kernels(jaxpr)
     num_tokens = (spec.image_size // spec.patch_size) ** 2 + 1
     num_tokens += num_tokens % 2  # see `attend_fused`
@@ -212,9 +213,8 @@ def step_kernels(model: str, batch: int, device_kind: str = "") -> list[Kernel]:
 
 
 @contextlib.contextmanager
-def _traced_for(device_kind: str) -> Iterator[None]:
-    """Where the models take their forms for a kind of device, which need not be here."""
-    device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=None, platform="")
+def _traced_for(device: jax.sharding.AbstractDevice) -> Iterator[None]:
+    """Where the models take their forms for such a device, which need not be here."""
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((1,), ("data",), axis_types=auto, abstract_device=device)
 

@@ -5,17 +5,15 @@ import os
 
 import jax
 
-from convstem_jax.models.target import is_gpu
-
 _GPU = {
     # Products by cuBLAS alone, which adds a bias on the way; Triton's are as fast, and do not.
     "xla_gpu_enable_triton_gemm": False,
     # Query, key and value would become one product, and three copies out of it.
     "xla_gpu_dot_merger_threshold_mb": 0,
     # XLA's own choice, and loops: the host would wait for the outcome of each, eight times a step
-    # where mixing draws from a beta distribution. Not CONVOLUTION, though each ends a graph: graphs
-    # are recorded before anything has run, and cuDNN failed there where the compiler had measured
-    # no convolution in that process, as wherever a cache has its results.
+    # where mixing draws from a beta distribution. Not CONVOLUTION, though each ends a graph: where
+    # the compiler finds in a cache what it would measure, cuDNN runs for the first time while a
+    # graph is recorded, and failed.
     "xla_gpu_enable_command_buffer": (
         "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
     ),
@@ -30,5 +28,5 @@ def compiler_options(devices: Sequence[jax.Device]) -> dict[str, str | int | boo
     What the environment's `XLA_FLAGS` set is left to them; JAX would override it.
     """
     flags = {flag.partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
-    options = _GPU if is_gpu(devices[0].device_kind) else {}
+    options = _GPU if devices[0].platform == "gpu" else {}
     return {name: value for name, value in options.items() if f"--{name}" not in flags}

@@ -11,6 +11,7 @@ from convstem_jax import optim, sharding, xla_options
 from convstem_jax.complexity import float32_products
 from convstem_jax.config import load_config
 from convstem_jax.models import attention, create_model, kernels, target
+from convstem_jax.models.regnet import GroupedConv
 from convstem_jax.study import programs
 from convstem_jax.study.experiments import Population, run_config
 from convstem_jax.study.programs import Trial
@@ -41,9 +42,15 @@ def logits_gradients_and_statistics(name, num_devices=1, dtype=jnp.float32):
     return jax.device_get({"gradients": grads, "others": others})
 
 
+def device_of(kind, platform="gpu"):
+    """As a mesh tells it."""
+    return jax.sharding.AbstractDevice(kind, num_cores=None, platform=platform)
+
+
 def choose(monkeypatch, gpu):
     """Which forms are taken, whatever device is here."""
-    monkeypatch.setattr(target, "device_kind", lambda: "NVIDIA H200" if gpu else "")
+    device = device_of("NVIDIA H200") if gpu else device_of("", "")
+    monkeypatch.setattr(target, "device", lambda: device)
     monkeypatch.setattr(kernels, "INTERPRET", jax.default_backend() == "cpu")
 
 
@@ -132,14 +139,14 @@ def test_all_forms_in_bfloat16(monkeypatch, cudnns_numbers_of_tokens):
 
 def test_flags_of_the_environment_come_first(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_other=1 --xla_gpu_enable_triton_gemm=true")
-    options = xla_options.compiler_options([GpuDevice])
+    options = xla_options.compiler_options([device_of("NVIDIA H200")])
     assert "xla_gpu_enable_triton_gemm" not in options and "xla_gpu_graph_min_graph_size" in options
     assert xla_options.compiler_options(jax.devices("cpu")) == {}
 
 
 def test_the_step_is_compiled_with_options_that_xla_knows():
     """JAX refuses what this version of XLA, which is the same for all devices, does not know."""
-    options = xla_options.compiler_options([GpuDevice])
+    options = xla_options.compiler_options([device_of("NVIDIA H200")])
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
     # A run that starts with a filled cache could fail; see xla_options.py.
     assert "CONVOLUTION" not in options["xla_gpu_enable_command_buffer"].split(",")
@@ -147,36 +154,41 @@ def test_the_step_is_compiled_with_options_that_xla_knows():
         jax.jit(lambda x: x + 1, compiler_options=options | {"xla_gpu_unheard_of": 1})(1)
 
 
-class GpuDevice:
-    device_kind = "NVIDIA H200"
-
-
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("platform", "kind", "expected"),
     [
-        ("NVIDIA H200", "packed"),
-        ("NVIDIA H100 80GB HBM3", "packed"),
-        ("NVIDIA GH200 480GB", "packed"),
-        ("NVIDIA A100-SXM4-40GB", "cudnn"),
-        ("NVIDIA B200", "cudnn"),
-        ("NVIDIA L4", "cudnn"),
-        ("TPU v5 lite", "own"),
-        ("Tesla T4", "own"),
-        ("", "own"),
+        ("gpu", "NVIDIA H200", "packed"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "packed"),
+        ("gpu", "NVIDIA GH200 480GB", "packed"),
+        ("gpu", "NVIDIA A100-SXM4-40GB", "cudnn"),
+        ("gpu", "NVIDIA B200", "cudnn"),
+        ("gpu", "NVIDIA L4", "cudnn"),
+        ("gpu", "Tesla T4", "own"),
+        ("gpu", "AMD Instinct MI300X", "own"),
+        ("tpu", "TPU v5 lite", "own"),
+        ("cpu", "cpu", "own"),
+        ("", "", "own"),
     ],
 )
-def test_the_forms_are_chosen_by_the_device_that_is_traced_for(monkeypatch, kind, expected):
-    monkeypatch.setattr(target, "device_kind", lambda: kind)
-    on_gpu = kind.startswith("NVIDIA")
-    if not on_gpu:  # A program for other devices takes hold of none.
+def test_the_forms_are_chosen_by_the_device_that_is_traced_for(
+    monkeypatch, platform, kind, expected
+):
+    monkeypatch.setattr(target, "device", lambda: device_of(kind, platform))
+    if not kind.startswith("NVIDIA"):  # A program for other devices takes hold of none.
         monkeypatch.delattr(jax, "local_devices")
-    assert target.on_gpu() == on_gpu
+    assert [target.on_cpu(), target.on_gpu(), target.on_tpu()] == [
+        platform == name for name in ("cpu", "gpu", "tpu")
+    ]
+    # On GPUs cuDNN, and its like, convolve; on others a group is a matrix's product or all are one.
+    conv = GroupedConv(32, 8, 1, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    program = jax.make_jaxpr(conv)(jnp.zeros((2, 8, 8, 32)))
+    assert ("feature_group_count=4" in str(program)) == (platform == "gpu")
 
     def form(num_tokens, head_width, dtype=jnp.bfloat16):
         return attention.form(jnp.zeros((2, 1, 1), dtype), num_tokens, head_width)
 
     assert form(197, 64, jnp.float32) == form(17, 32, jnp.float32) == "own"
-    by_xla_or_cudnn = "cudnn" if on_gpu else "own"
+    by_xla_or_cudnn = "own" if expected == "own" else "cudnn"
     assert {form(17, 32), form(197, 32), form(128, 64), form(257, 64)} == {by_xla_or_cudnn}
     assert form(129, 64) == form(197, 64) == form(256, 64) == expected
     monkeypatch.setattr(kernels, "triton", None)

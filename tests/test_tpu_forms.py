@@ -27,7 +27,8 @@ def test_old_compilers_are_spared_the_fused_gradients(monkeypatch, version, dies
     monkeypatch.setattr(importlib.metadata, "version", installed)
     monkeypatch.setattr(target, "_libtpu", target._libtpu.__wrapped__)
     for kind, expected in (("TPU v6 lite", dies), ("TPU v5 lite", False)):
-        monkeypatch.setattr(target, "device_kind", lambda kind=kind: kind)
+        device = jax.sharding.AbstractDevice(kind, num_cores=None, platform="tpu")
+        monkeypatch.setattr(target, "device", lambda device=device: device)
         assert target.overflows_in_fused_gradients() == expected
 
 
@@ -107,9 +108,11 @@ def test_a_population_compiles_for_tpus():
     assert done.stdout.splitlines() == expected, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("kind", ["TPU v6 lite", "NVIDIA H200", "cpu"])
+@pytest.mark.parametrize(
+    ("platform", "kind"), [("tpu", "TPU v6 lite"), ("gpu", "NVIDIA H200"), ("cpu", "cpu")]
+)
 @pytest.mark.parametrize("name", ["vitc_1gf", "regnety_tiny"])
-def test_a_mesh_that_is_not_ours_will_do(name, kind):
+def test_a_mesh_that_is_not_ours_will_do(name, platform, kind):
     """`jax.make_mesh` makes the axis explicit, in which a batch need not be sharded."""
     size = MODELS[name].image_size
     images = jax.ShapeDtypeStruct((32, size, size, 3), jnp.float32)
@@ -119,7 +122,7 @@ def test_a_mesh_that_is_not_ours_will_do(name, kind):
 
     mesh = jax.sharding.AbstractMesh(
         (1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,),
-        abstract_device=jax.sharding.AbstractDevice(kind, None, ""),
+        abstract_device=jax.sharding.AbstractDevice(kind, None, platform),
     )  # fmt: skip
     with jax.sharding.use_abstract_mesh(mesh):
         assert jax.eval_shape(logits, images).shape == (32, 10)

@@ -8,27 +8,37 @@ import re
 import jax
 
 
-def device_kind() -> str:
-    """Kind of the devices, such as "TPU v5 lite", as far as the mesh in use tells; else empty.
+def device() -> jax.sharding.AbstractDevice:
+    """What the mesh in use tells of its devices: platform and kind, both empty where it does not.
 
     Not of the devices that are there: a program can be compiled for others.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device is not None else ""
+    found = jax.sharding.get_abstract_mesh().abstract_device
+    return found or jax.sharding.AbstractDevice(device_kind="", num_cores=None, platform="")
+
+
+def on_cpu() -> bool:
+    """Whether they are CPUs."""
+    return device().platform == "cpu"
+
+
+def on_gpu() -> bool:
+    """Whether they are GPUs."""
+    return device().platform == "gpu"
 
 
 def on_tpu() -> bool:
-    """Whether that kind is a TPU."""
-    return device_kind().startswith("TPU")
+    """Whether they are TPUs."""
+    return device().platform == "tpu"
 
 
 def overflows_in_fused_gradients() -> bool:
-    """Whether it is one for which the compiler dies of the stem's fused gradients.
+    """Whether they are TPUs for which the compiler dies of the stem's fused gradients.
 
     So libtpu 0.0.42 does for v6e: it fuses them into something that overflows its own stack. 0.0.50
     does not; those between have not been tried.
     """
-    return device_kind() == "TPU v6 lite" and _libtpu() < (0, 0, 50)
+    return device().device_kind == "TPU v6 lite" and _libtpu() < (0, 0, 50)
 
 
 @functools.cache
@@ -69,32 +79,19 @@ def by_device(function: Callable, *, check_vma: bool = True) -> Callable:
     return mapped
 
 
-def on_cpu() -> bool:
-    """Whether the kind that is traced for is a CPU; not where nothing tells."""
-    return device_kind() == "cpu"
-
-
-def is_gpu(kind: str) -> bool:
-    """Whether a kind of device is one of NVIDIA's of today; old ones are a "Tesla T4" and such."""
-    return kind.startswith("NVIDIA")
-
-
-def on_gpu() -> bool:
-    """Whether the kind that is traced for is one."""
-    return is_gpu(device_kind())
-
-
 def on_hopper() -> bool:
-    """Whether that kind is an H100, an H200 or another of their generation."""
-    return re.match(r"NVIDIA G?H\d", device_kind()) is not None
+    """Whether they are GPUs of the generation of H100 and H200."""
+    return re.match(r"NVIDIA G?H\d", device().device_kind) is not None
 
 
 def has_fused_attention() -> bool:
-    """Whether that kind is a GPU for which cuDNN has fused attention: Ampere or later.
+    """Whether they are GPUs for which cuDNN has fused attention: NVIDIA's, Ampere or later.
 
     Only where such a GPU is here can its age be told; another is taken for a new one.
     """
-    if not on_gpu():  # Asking for devices would take hold of them.
+    kind = device().device_kind
+    # The oldest have names such as "Tesla T4". Asking for devices would take hold of them.
+    if not kind.startswith("NVIDIA"):
         return False
-    here = [device for device in jax.local_devices() if device.device_kind == device_kind()]
-    return all(float(device.compute_capability) >= 8 for device in here)
+    here = [found for found in jax.local_devices() if found.device_kind == kind]
+    return all(float(found.compute_capability) >= 8 for found in here)
