@@ -43,6 +43,7 @@ class Checkpoints:
             save has not finished is taken for left over, and removed.
         room: bytes of each device that training leaves; by default what the most that it has held
             so far leaves at the first save.
+        reserve: bytes of each device, of those that it leaves, which training will still take.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Checkpoints:
         keep: int = 2,
         read_only: bool = False,
         room: float | None = None,
+        reserve: float = 0.0,
     ):
         policy = ocp.checkpoint_managers
 
@@ -93,7 +95,7 @@ class Checkpoints:
         # Even an asynchronous save of Orbax's returns only when all arrays are on the host.
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving, self._copies = None, None
-        self._room = room
+        self._room, self._reserve = room, reserve
 
     def latest_step(self) -> int | None:
         """Number of updates made at the latest checkpoint; None without one."""
@@ -131,7 +133,7 @@ class Checkpoints:
         self._finish()
         loop = copy.deepcopy(loop)
         if self._copies is None:
-            self._copies = jax.process_count() == 1 and _fits(state, self._room)
+            self._copies = jax.process_count() == 1 and _fits(state, self._room, self._reserve)
         if self._copies:
             self._saving = self._thread.submit(self._save, step, _copy(state), loop, metrics)
         else:
@@ -316,12 +318,13 @@ def _with_int_keys(tree: PyTree) -> PyTree:
     return {key: _with_int_keys(x) for key, x in items}
 
 
-def _fits(state: PyTree, room: float | None) -> bool:
+def _fits(state: PyTree, room: float | None, reserve: float) -> bool:
     """Whether a copy of the state fits in the room on the devices, see `Checkpoints`."""
     need = bytes_on_device(state)
     if room is None:
         stats = [device.memory_stats() or {} for device in jax.local_devices()]  # CPUs have none
         room = min(x.get("bytes_limit", math.inf) - x.get("peak_bytes_in_use", 0) for x in stats)
+    room -= reserve
     if need > room:
         print(
             f"the devices have no room for a copy of the state, {need / 2**20:,.0f} MiB: training "

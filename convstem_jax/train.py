@@ -118,7 +118,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     # -------------------------------------------------------------------------------- resume
 
-    checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints)
+    precise_images = num_precise * config.batch_size if state.batch_stats else 0
+    checkpoints = Checkpoints(
+        os.path.join(workdir, "checkpoints"),
+        keep=config.keep_checkpoints,
+        # The images of the precise statistics, which stay after the first evaluation.
+        reserve=precise_images * 3 * config.image_size**2 / len(sharding.devices),
+    )
     first_step, before = 0, {"seconds": 0.0, "speed": ()}
     if checkpoints.latest_step() is not None:
         state, before = checkpoints.restore(state)

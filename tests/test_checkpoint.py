@@ -104,10 +104,12 @@ def test_saving_does_not_see_later_updates(tmp_path, monkeypatch, room):
 
 
 @pytest.mark.parametrize(
-    "num_bytes, room, has_room", [(20_000, None, True), (10_000, None, False), (10_000, 1e4, True)]
-)
+    "num_bytes, room, reserve, has_room",
+    [(20_000, None, 0, True), (20_000, None, 1e4, False), (10_000, None, 0, False),
+     (10_000, 1e4, 0, True)],
+)  # fmt: skip
 def test_without_room_for_a_copy_a_save_waits_for_the_arrays(
-    tmp_path, monkeypatch, capsys, num_bytes, room, has_room
+    tmp_path, monkeypatch, capsys, num_bytes, room, reserve, has_room
 ):
     """Otherwise a step that fitted would fail at the first checkpoint."""
 
@@ -122,7 +124,8 @@ def test_without_room_for_a_copy_a_save_waits_for_the_arrays(
         "_inspect",
         lambda state: (threads.append(threading.current_thread()), inspect(state))[1],
     )
-    checkpoints, state = Checkpoints(str(tmp_path / "c"), room=room), make_state(1)
+    checkpoints = Checkpoints(str(tmp_path / "c"), room=room, reserve=reserve)
+    state = make_state(1)
     with monkeypatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: [*devices, Device()])
         checkpoints.save(1, state, {})

@@ -119,6 +119,17 @@ def test_kernels_of_several_trials_at_once(monkeypatch):
             assert jnp.abs(y[i] - z).max() < 1e-5 * jnp.abs(z).max()
 
 
+def test_gelus_kernel_counts_what_one_device_has(monkeypatch):
+    choose(monkeypatch, gpu=True)
+    x = jax.ShapeDtypeStruct((8, 2**28), jnp.bfloat16)
+    for num_devices in (1, 8):
+        auto = (jax.sharding.AxisType.Auto,)
+        mesh = jax.sharding.AbstractMesh((num_devices,), ("data",), axis_types=auto)
+        with jax.sharding.use_abstract_mesh(mesh):
+            program = str(jax.make_jaxpr(gelu)(x))
+        assert ("pallas_call" in program) == (num_devices == 8)
+
+
 @pytest.mark.parametrize(("gpu", "by_kernel"), [(False, False), (True, False), (True, True)])
 def test_gelu(monkeypatch, gpu, by_kernel):
     """Of numbers that fill no whole number of the kernel's programs."""

@@ -311,9 +311,15 @@ def test_a_run_starts_from_the_weights_of_another(uninterrupted, tmp_path, capsy
     assert "each batch has images more than once: config.batch_size=64" in output
 
 
-def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys):
+def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys, monkeypatch):
     """After two steps the running statistics are mostly what they began with: 0 and 1."""
-    errors = {}
+    errors, reserved = {}, []
+
+    def new_checkpoints(*args, reserve, **kwargs):
+        reserved.append(reserve)
+        return Checkpoints(*args, reserve=reserve, **kwargs)
+
+    monkeypatch.setattr(train_module, "Checkpoints", new_checkpoints)
     for num in ("0", "256"):
         fields = {"epochs": "0.0128", "warmup_epochs": "0", "precise_bn_examples": num}
         fields |= {"profile_step": "2", "ema_alpha": "1e-3"} if num == "256" else {}
@@ -322,6 +328,7 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys):
         assert said.count("256 training images give BatchNorm's statistics") == (num == "256")
         assert "the EMA is updated after the first step alone" in said
         assert ("at the end the EMA is still 37% what it was" in said) == (num == "0")
+    assert reserved == [0, 256 * 32 * 32 * 3], "the images stay on the device"
     # Cut short by the end.
     assert profiled_steps(tmp_path / "256") == [2] and not (tmp_path / "0/plugins").exists()
     _, plain = restore_latest(tmp_path / "0")
