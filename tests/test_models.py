@@ -15,6 +15,7 @@ import torch
 from convstem_jax import layouts
 from convstem_jax.models import create_model, stems
 from convstem_jax.models.vit import VITS
+from convstem_jax.sharding import Sharding
 from convstem_jax.step import split
 from tests.networks import abstract, images_of, random_model, torchvision_network
 
@@ -149,7 +150,6 @@ def test_logits_gradients_and_statistics_are_torchvisions(name, mode, dtype):
         graphdef, *arrays = split(model)
         params, batch_stats = jax.tree.map(lambda x: x.astype(dtype), arrays)
 
-        @jax.jit
         def gradients(params, batch_stats):
             def loss(params):
                 model = nnx.merge(graphdef, params, batch_stats)
@@ -159,6 +159,7 @@ def test_logits_gradients_and_statistics_are_torchvisions(name, mode, dtype):
 
             return jax.grad(loss, has_aux=True)(params)
 
+        gradients = Sharding(jax.devices()[:1]).jit(gradients)  # in the forms of training
         grads, (logits, new_stats) = jax.device_get(gradients(params, batch_stats))
         batch_stats = jax.device_get(batch_stats)
     network = torchvision_network(model).to(getattr(torch, dtype))

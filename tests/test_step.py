@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from convstem_jax import layouts, mixing, optim
+from convstem_jax import build, layouts, mixing, optim
 from convstem_jax.models import create_model, regnet
+from convstem_jax.sharding import Sharding
 from convstem_jax.step import (
     HParams,
     Recipe,
@@ -28,6 +30,7 @@ from convstem_jax.step import (
     train_step,
 )
 from tests.networks import random_model, torchvision_network
+from tests.test_gpu_forms import choose
 
 RECIPE = Recipe(
     num_classes=10,
@@ -42,16 +45,15 @@ RECIPE = Recipe(
 )
 SCHEDULE = {"num_steps": 100, "warmup_steps": 4, "ema_rate": 0.25}
 MIXING = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "lighting_std": 0.1}
-# The tests spend their time in the compiler, not in what it makes.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+ONE_DEVICE = Sharding(tuple(jax.devices("cpu")[:1]))
 
 
 class Run(NamedTuple):
-    step: Callable  # train_step, jitted; the state is donated
+    step: Callable  # as training has it; the state is donated
     state: TrainState
     batch: dict
     hparams: HParams
-    sharding: jax.sharding.NamedSharding
+    sharding: Sharding
 
 
 @functools.cache
@@ -84,25 +86,18 @@ def make_batch(n=32):
 @functools.cache
 def jit_step(name, recipe, sharding):
     graphdef, _, _ = split(tiny(name))
-    step = functools.partial(train_step, graphdef, recipe)
-    return jit(step, donate_argnums=0, out_shardings=sharding)
+    return build.jit_train_step(sharding, graphdef, recipe, sharding.replicated)
 
 
 def make_run(name="vitc_tiny", *, num_devices=1, lr=0.1, wd=1e-4, seed=0, **recipe_changes):
     recipe = dataclasses.replace(RECIPE, **recipe_changes)
-    mesh = jax.make_mesh(
-        (num_devices,),
-        ("data",),
-        axis_types=(jax.sharding.AxisType.Auto,),
-        devices=jax.devices("cpu")[:num_devices],
-    )
-    sharded, replicated = (jax.sharding.NamedSharding(mesh, p) for p in (jax.P("data"), jax.P()))
+    sharding = Sharding(tuple(jax.devices("cpu")[:num_devices]))
     # A copy of the model, whose own arrays must survive the donation.
     state = init_state(recipe, jax.tree.map(jnp.copy, tiny(name)))
     hparams = HParams(jnp.float32(lr), jnp.float32(wd), jnp.uint32(seed), **SCHEDULE)
-    state, hparams = jax.device_put((state, hparams), replicated)
-    batch = jax.device_put(make_batch(), sharded)
-    return Run(jit_step(name, recipe, replicated), state, batch, hparams, sharded)
+    state, hparams = jax.device_put((state, hparams), sharding.replicated)
+    batch = jax.device_put(make_batch(), sharding.batch)
+    return Run(jit_step(name, recipe, sharding), state, batch, hparams, sharding)
 
 
 def fetch(tree):
@@ -207,10 +202,21 @@ def test_normalize():
     assert normalize(images, RECIPE).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("name", ["vitp_tiny", "vitc_tiny", "regnety_tiny"])
-def test_one_step_is_pytorchs(name, optimizer):
-    """Normalisation, forward and backward pass, label smoothing, learning rate, decay, update."""
+@pytest.mark.parametrize(
+    ("name", "optimizer", "gpu"),
+    [
+        *itertools.product(["vitp_tiny", "vitc_tiny", "regnety_tiny"], ["adamw", "sgd"], [False]),
+        ("vitp_tiny", "sgd", True),
+        ("vitc_tiny", "adamw", True),
+    ],
+)
+def test_one_step_is_pytorchs(monkeypatch, name, optimizer, gpu):
+    """Normalisation, forward and backward pass, label smoothing, learning rate, decay, update.
+
+    In the forms of CPUs, and in those that GPUs have in float32.
+    """
+    if gpu:
+        choose(monkeypatch, gpu=True)
     lr, wd = {"adamw": (1e-2, 0.2), "sgd": (0.1, 0.05)}[optimizer]
     model = random_model(name, num_classes=10)
     network = torchvision_network(model).train()
@@ -221,7 +227,7 @@ def test_one_step_is_pytorchs(name, optimizer):
 
     graphdef, params, _ = split(model)
     hparams = HParams(jnp.float32(lr), jnp.float32(wd), jnp.uint32(0), **SCHEDULE)
-    step = jit(functools.partial(train_step, graphdef, recipe))
+    step = ONE_DEVICE.jit(train_step, graphdef, recipe)
     batch = {"image": images, "label": labels}
     state, metrics = step(init_state(recipe, model), batch, hparams)
 
@@ -302,13 +308,8 @@ def test_8_devices_share_grouped_convolutions(monkeypatch, is_product):
     grads = []
     for num_devices in (1, 8):
         run = make_run("vitc_tiny", num_devices=num_devices)  # for its batch
-
-        @jit
-        def step(*args, mesh=run.sharding.mesh):
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return train_step(graphdef, RECIPE, *args)
-
-        state = jax.device_put(init_state(RECIPE, model), run.hparams.lr.sharding)
+        step = run.sharding.jit(train_step, graphdef, RECIPE)
+        state = jax.device_put(init_state(RECIPE, model), run.sharding.replicated)
         assert "all-gather" not in step.lower(state, run.batch, run.hparams).compile().as_text()
         grads.append(fetch(step(state, run.batch, run.hparams)[0].params))
     assert distance(grads[1], grads[0]) < 1e-5
@@ -332,7 +333,7 @@ def test_accumulation_updates_the_running_statistics_with_each_micro_batch():
 
 def test_each_micro_batch_lies_on_every_device_and_nothing_is_sent():
     run = make_run(num_devices=8)
-    rows = jax.device_put(np.arange(64), run.sharding)  # 8 on each device
+    rows = jax.device_put(np.arange(64), run.sharding.batch)  # 8 on each device
     interleave = jax.jit(lambda x: _interleave(x, 4)).lower(rows).compile()
     micro_batches = np.array(interleave(rows))
     assert sorted(micro_batches.ravel()) == list(range(64))
@@ -346,9 +347,9 @@ def test_learning_rates_can_be_vmapped():
     """What the study does: trials that differ in `hparams` are one program."""
     lrs = [0.01, 0.03, 0.1]
     graphdef, _, _ = split(tiny("vitp_tiny"))
-    step = functools.partial(train_step, graphdef, RECIPE)
     run = make_run("vitp_tiny")
-    trials = jit(jax.vmap(step, in_axes=(0, None, HParams(0, *[None] * 5))))
+    axes = (None, None, 0, None, HParams(0, *[None] * 5))
+    trials = ONE_DEVICE.jit(jax.vmap(train_step, in_axes=axes), graphdef, RECIPE)
     states = jax.tree.map(lambda x: jnp.stack([x] * len(lrs)), run.state)
     hparams = run.hparams._replace(lr=jnp.array(lrs))
     for _ in range(2):
@@ -419,7 +420,7 @@ class Echo(nnx.Module):
 def jit_eval_step(model, **recipe_changes):
     recipe = dataclasses.replace(RECIPE, **recipe_changes)
     graphdef, params, batch_stats = split(model)
-    step = jit(functools.partial(eval_step, graphdef, recipe))
+    step = ONE_DEVICE.jit(eval_step, graphdef, recipe)
     return lambda batch, params=params: jax.device_get(step(params, batch_stats, batch))
 
 
