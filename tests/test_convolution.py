@@ -96,7 +96,7 @@ def test_networks(name):
     # ViT's head is zero at the start.
     model.head.kernel[...] = jax.random.normal(jax.random.key(1), model.head.kernel.shape)
     images = jax.random.normal(jax.random.key(2), (4, 32, 32, 3))
-    found, expected = told(model)(images), jax.jit(model)(images)
+    found, expected = jax.jit(told(model))(images), jax.jit(model)(images)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * jnp.abs(expected).max())
     # S2 ends in patches of 4x4, side by side.
     num = str(jax.make_jaxpr(told(model))(images)).count("conv_general_dilated[")

@@ -222,6 +222,7 @@ def test_the_last_block_is_computed_for_the_class_token_alone(depth):
         return jax.grad(lambda p: (logits(p, **kwargs) ** 2).sum())(params)
 
     for function in logits, gradients:
+        function = jax.jit(function, static_argnames="all_tokens")
         ours, full = function(params), function(params, all_tokens=True)
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3), ours, full
