@@ -11,66 +11,36 @@ much longer --steps training steps take after an asynchronous checkpoint of the 
 asked for. Mixing and evaluation take turns with training --repeats times; medians are printed.
 """
 
-from collections.abc import Callable
 from concurrent import futures
 import contextlib
 import multiprocessing
 import sys
 import tempfile
 import time
-from typing import NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks import arguments, jax_contenders
-from convstem_jax import build, files, mixing
+from benchmarks import arguments
+from benchmarks.jax_contenders import IMPLEMENTATIONS, Training
+from benchmarks.workload import Case
+from convstem_jax import files, mixing
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import first_line
 from convstem_jax.models import MODELS
-from convstem_jax.sharding import Sharding
-from convstem_jax.step import HParams, Recipe, TrainState, eval_step, model_inputs
+from convstem_jax.step import eval_step, model_inputs
 
+OURS = IMPLEMENTATIONS[0]
 NUM_AHEAD = 3  # steps that the host can ask for without waiting for one
-
-
-class Training(NamedTuple):
-    """A training step that is not yet compiled, and what it takes."""
-
-    recipe: Recipe
-    sharding: Sharding
-    graphdef: nnx.GraphDef
-    step: Callable
-    state: TrainState
-    batch: dict
-    hparams: HParams
-
-    @classmethod
-    def make(cls, model: str, num_images: int):
-        """Of random images on the first device."""
-        recipe, sharding = jax_contenders.recipe_of("adamw"), Sharding(jax.devices()[:1])
-        new = jax_contenders.new_model(jax_contenders.IMPLEMENTATIONS[0], model)
-        graphdef, state = jax_contenders.new_state(new, recipe, sharding)
-        size, rng = MODELS[model].image_size, np.random.default_rng(0)
-        batch = {
-            "image": rng.integers(0, 256, (num_images, size, size, 3), np.uint8),
-            "label": rng.integers(0, recipe.num_classes, num_images).astype(np.int32),
-            "mask": np.ones(num_images, bool),  # of evaluation
-        }
-        batch = jax.device_put(batch, sharding.batch)
-        hparams = jax.device_put(jax_contenders.hparams(), sharding.replicated)
-        step = build.jit_train_step(sharding, graphdef, recipe, sharding.of_state(state))
-        return cls(recipe, sharding, graphdef, step, state, batch, hparams)
 
 
 def compile_seconds(model: str, num_images: int, cache: str) -> float:
     """How long the training step is traced and compiled; one is made, to see that it can be."""
     jax.config.update("jax_compilation_cache_dir", cache)
-    training = Training.make(model, num_images)
-    given = training.state, training.batch, training.hparams
+    training = Training.of(Case(model, OURS, num_images))
+    given = training.state, next(training.batches), training.hparams
     start = time.perf_counter()
     step = training.step.lower(*given).compile()
     seconds = time.perf_counter() - start
@@ -80,8 +50,9 @@ def compile_seconds(model: str, num_images: int, cache: str) -> float:
 
 def measure(model: str, args) -> dict:
     """The row of a model, but for compiling."""
-    training = Training.make(model, args.batch)
-    state, batch, sharding = training.state, training.batch, training.sharding
+    training = Training.of(Case(model, OURS, args.batch))
+    state, batches, sharding = training.state, training.batches, training.sharding
+    batch = next(batches) | {"mask": jax.device_put(np.ones(args.batch, bool), sharding.batch)}
     key = jax.device_put(jax.random.key(0), sharding.replicated)
     evaluate = sharding.jit(eval_step, training.graphdef, training.recipe)
     prepare = sharding.jit(_prepare, training.recipe)
@@ -89,7 +60,7 @@ def measure(model: str, args) -> dict:
     def train_steps(num=args.steps):
         nonlocal state
         for _ in range(num):
-            state, metrics = training.step(state, batch, training.hparams)
+            state, metrics = training.step(state, next(batches), training.hparams)
         return metrics
 
     def eval_steps():
@@ -120,18 +91,40 @@ def measure(model: str, args) -> dict:
             called = time.perf_counter() - start
             jax.block_until_ready(train_steps())  # which may not overwrite what is not yet read
             saves.append((called, time.perf_counter() - start))
-    called, saves = np.transpose(saves[1:])  # the first one compiles
-    return {
-        "model": model,
-        "device": jax.devices()[0].device_kind,
-        "batch": args.batch,
-        "step_seconds": float(np.median(seconds[:, 0])),
-        "host_seconds": float(np.median(hosts)),
-        "mixing_over_step": float(np.median(seconds[:, 2] / seconds[:, 0])),
-        "evaluation_over_training_rate": float(np.median(seconds[:, 0] / seconds[:, 1])),
-        "save_call_seconds": float(np.median(called)),
-        "save_blocks_seconds": float(np.median(saves - args.steps * seconds[:, 0])),
+    about = {"model": model, "device": jax.devices()[0].device_kind, "batch": args.batch}
+    # The first save compiles.
+    return about | medians(*seconds.T, np.array(hosts), *np.transpose(saves[1:]), args.steps)
+
+
+def medians(
+    train: np.ndarray,
+    evaluate: np.ndarray,
+    mix: np.ndarray,
+    host: np.ndarray,
+    call: np.ndarray,
+    save: np.ndarray,
+    num_steps: int,
+) -> dict[str, float]:
+    """Of what was timed; each argument has the seconds of all repeats.
+
+    Args:
+        train: of a training step.
+        evaluate: of an evaluation step.
+        mix: of normalising and mixing alone.
+        host: until a training step is asked for.
+        call: of asking for a checkpoint.
+        save: of that and the training steps after it.
+        num_steps: how many those are.
+    """
+    found = {
+        "step_seconds": train,
+        "host_seconds": host,
+        "mixing_over_step": mix / train,
+        "evaluation_over_training_rate": train / evaluate,
+        "save_call_seconds": call,
+        "save_blocks_seconds": save - num_steps * train,
     }
+    return {name: float(np.median(values)) for name, values in found.items()}
 
 
 def _prepare(recipe, batch, key):
@@ -167,13 +160,13 @@ def _new_checkpoints():
 
 def table(rows: list[dict]) -> str:
     """The rows for people."""
-    headers = ("model", "batch", "step (ms)", "host (ms)", "mixing alone (% of a step)")
+    headers = ("model", "device", "batch", "step (ms)", "host (ms)", "mixing alone (% of a step)")
     headers += ("evaluation over training rate", "compile, cold (s)", "warm (s)", "warm over cold")
     headers += ("save blocks (ms)", "in steps")
     lines = [
         (
-            row["model"], row["batch"], f"{1e3 * row['step_seconds']:,.1f}",
-            f"{1e3 * row['host_seconds']:.2f}",
+            row["model"], row["device"], row["batch"],
+            f"{1e3 * row['step_seconds']:,.1f}", f"{1e3 * row['host_seconds']:.2f}",
             f"{100 * row['mixing_over_step']:.1f}", f"{row['evaluation_over_training_rate']:.2f}",
             f"{row['cold_compile_seconds']:.1f}", f"{row['warm_compile_seconds']:.1f}",
             f"{row['warm_over_cold']:.2f}", f"{1e3 * row['save_blocks_seconds']:,.0f}",
@@ -181,7 +174,7 @@ def table(rows: list[dict]) -> str:
         )
         for row in rows
     ]  # fmt: skip
-    align = ["left", *["right"] * 10]
+    align = ["left", "left", *["right"] * 10]
     return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
 
 

@@ -7,7 +7,6 @@ from multiprocessing import connection
 import os
 import sys
 import time
-from typing import NamedTuple
 
 # All processes share the GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -15,36 +14,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import numpy as np
 
 from benchmarks import jax_contenders, torch_contenders
+from benchmarks.workload import Case
 from convstem_jax.errors import first_line
-from convstem_jax.models import MODELS
 
 JAX = jax_contenders.IMPLEMENTATIONS
 OURS = JAX[0]
 TORCH = ("torchvision", "timm")
-
-
-class Case(NamedTuple):
-    """What a contender is to do."""
-
-    model: str  # a key of `MODELS`
-    implementation: str  # of `JAX` or `TORCH`
-    batch: int  # images of a step
-    optimizer: str = "adamw"
-    torch_mode: str = "eager"  # or of torch.compile
-    dtype: str = "bfloat16"  # of this project's and of PyTorch's
-    xla_options: tuple[tuple[str, str], ...] = ()  # beside those of `xla_options.py`
-    in_a_call: int = 1  # steps, of JAX's
-
-    @property
-    def name(self) -> str:
-        """The implementation, its options and how many steps a call makes."""
-        words = [self.implementation, *("=".join(option) for option in self.xla_options)]
-        if self.in_a_call > 1:
-            words.append(f"({self.in_a_call} steps a call)")
-        return " ".join(words)
-
-    def __str__(self):
-        return f"{self.name}, {self.model}"
 
 
 class Contender:
@@ -99,16 +74,9 @@ class Contender:
 
 def _serve(pipe: connection.Connection, case: Case) -> None:
     """What a contender's process does: compiles, and makes steps whenever it is told how many."""
-    size, rng = MODELS[case.model].image_size, np.random.default_rng(0)
-    images = rng.integers(0, 256, (case.batch, size, size, 3), np.uint8)
-    labels = rng.integers(0, torch_contenders.NUM_CLASSES, case.batch).astype(np.int32)
-    given = (case.implementation, case.model, case.optimizer, images, labels)
     try:
-        if case.implementation in JAX:
-            options = dict(case.xla_options)
-            step = jax_contenders.JaxStep.make(*given, options, case.dtype, case.in_a_call)
-        else:
-            step = torch_contenders.TorchStep.make(*given, case.torch_mode, case.dtype)
+        in_jax = case.implementation in JAX
+        step = (jax_contenders.JaxStep if in_jax else torch_contenders.TorchStep)(case)
         step.run(3)
         pipe.send((step.compile_seconds, step.peak_bytes))
         while True:

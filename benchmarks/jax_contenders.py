@@ -1,21 +1,30 @@
 """Training steps in JAX: this project's, and the same around a model of Flax's stock layers."""
 
-from collections.abc import Callable
-import dataclasses
+from collections.abc import Callable, Iterator
+import itertools
 import time
+from typing import NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.workload import (
+    EMA_RATE,
+    LR,
+    NUM_CLASSES,
+    WEIGHT_DECAY,
+    Case,
+    random_batches,
+    recipe_of,
+)
 from convstem_jax import build
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.models.vit import ViTSpec
 from convstem_jax.sharding import Sharding
 from convstem_jax.step import HParams, Recipe, TrainState, init_state, split, train_step
 
-NUM_CLASSES = 1000
 IMPLEMENTATIONS = ("convstem_jax", "plain Flax, bfloat16", "plain Flax, float32")  # ours first
 
 
@@ -85,20 +94,11 @@ def new_model(
     return lambda: PlainViT(spec, dtype=own, rngs=nnx.Rngs(0))
 
 
-def recipe_of(optimizer: str) -> Recipe:
-    """The paper's recipe on ImageNet."""
-    return Recipe(
-        num_classes=NUM_CLASSES, optimizer=optimizer, label_smoothing=0.1, mixup_alpha=0.8,
-        cutmix_alpha=1.0, lighting_std=0.1, ema_every=32, mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-    )  # fmt: skip
-
-
 def hparams() -> HParams:
     """Of a run of 10,000 steps."""
     return HParams(
-        lr=jnp.float32(1e-3), wd=jnp.float32(0.1), seed=jnp.uint32(0), num_steps=jnp.int32(10_000),
-        warmup_steps=jnp.int32(0), ema_rate=jnp.float32(1e-3),
+        lr=jnp.float32(LR), wd=jnp.float32(WEIGHT_DECAY), seed=jnp.uint32(0),
+        num_steps=jnp.int32(10_000), warmup_steps=jnp.int32(0), ema_rate=jnp.float32(EMA_RATE),
     )  # fmt: skip
 
 
@@ -141,54 +141,53 @@ def new_state(
     return graphdef, jax.device_put(state, sharding.of_state(abstract))
 
 
-@dataclasses.dataclass
-class JaxStep:
-    """A compiled training step with its state and batch on the first device."""
+class Training(NamedTuple):
+    """A training step on the first device, not yet compiled, and what it takes."""
 
-    compile_seconds: float
-    peak_bytes: int
-    _step: Callable
-    _state: tuple
-    _rest: tuple
-    _in_a_call: int
+    recipe: Recipe
+    sharding: Sharding
+    graphdef: nnx.GraphDef
+    step: Callable
+    state: TrainState
+    batches: Iterator[dict]  # without end, for a call each
+    hparams: HParams
 
     @classmethod
-    def make(
-        cls,
-        implementation: str,
-        model: str,
-        optimizer: str,
-        images: np.ndarray,
-        labels: np.ndarray,
-        xla_options: dict[str, str],
-        dtype: str = "bfloat16",
-        in_a_call: int = 1,
-    ):
-        """Compiles it, with options beside those that `Sharding.jit` gives, and steps in a call."""
-        new = new_model(implementation, model, dtype)
-        recipe = recipe_of(optimizer)
-        sharding = Sharding(jax.devices()[:1])
+    def of(cls, case: Case):
+        """With random weights and images."""
+        recipe, sharding = recipe_of(case.optimizer), Sharding(jax.devices()[:1])
+        new = new_model(case.implementation, case.model, case.dtype)
         graphdef, state = new_state(new, recipe, sharding)
-        batch, batch_sharding = {"image": images, "label": labels}, sharding.batch
         # As in training: what the models do for a device hangs on the mesh.
         step = build.jit_train_step(sharding, graphdef, recipe, sharding.of_state(state))
-        if in_a_call > 1:
-            batch = jax.tree.map(lambda x: np.stack([x] * in_a_call), batch)
-            batch_sharding = sharding.replicated  # of the one device
+        batches = random_batches(case)
+        if case.in_a_call > 1:
+            batches = [jax.tree.map(lambda x: np.stack([x] * case.in_a_call), x) for x in batches]
             step = sharding.jit(_train_steps, graphdef, recipe, donate_argnums=0)
-        rest = jax.device_put(batch, batch_sharding), jax.device_put(hparams(), sharding.replicated)
+        batches = itertools.cycle(jax.device_put(batches, sharding.batch))
+        given = jax.device_put(hparams(), sharding.replicated)
+        return cls(recipe, sharding, graphdef, step, state, batches, given)
+
+
+class JaxStep:
+    """A compiled training step with its state and batches on the first device."""
+
+    def __init__(self, case: Case):
+        """Compiles it."""
+        _, _, _, step, self._state, self._batches, self._hparams = Training.of(case)
+        self._in_a_call = case.in_a_call
         start = time.perf_counter()
-        compiled = step.lower(state, *rest).compile(xla_options)
-        seconds = time.perf_counter() - start
-        memory = compiled.memory_analysis()
-        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-        return cls(seconds, peak, compiled, state, rest, in_a_call)
+        lowered = step.lower(self._state, next(self._batches), self._hparams)
+        self._step = lowered.compile(dict(case.xla_options))  # beside those of `Sharding.jit`
+        self.compile_seconds = time.perf_counter() - start
+        memory = self._step.memory_analysis()
+        self.peak_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        self.peak_bytes += memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
     def run(self, num_steps: int) -> float:
         """Makes so many steps, or a call's if it makes more, and waits; returns the last loss."""
         for _ in range(max(1, num_steps // self._in_a_call)):
-            self._state, metrics = self._step(self._state, *self._rest)
+            self._state, metrics = self._step(self._state, next(self._batches), self._hparams)
         return float(metrics["loss"])
 
 

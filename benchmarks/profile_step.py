@@ -17,10 +17,10 @@ import sys
 import tempfile
 
 import jax
-import numpy as np
 from tabulate import tabulate
 
 from benchmarks import arguments, jax_contenders
+from benchmarks.workload import Case
 from convstem_jax import files
 from convstem_jax.models import MODELS
 from convstem_jax.optim import OPTIMIZERS
@@ -136,13 +136,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not jax_contenders.new_model(args.implementation, args.model):
         parser.error(f"{args.implementation} has no {args.model}")
-    size, rng = MODELS[args.model].image_size, np.random.default_rng(0)
-    images = rng.integers(0, 256, (args.batch, size, size, 3), np.uint8)
-    labels = rng.integers(0, jax_contenders.NUM_CLASSES, args.batch).astype(np.int32)
-    given = (args.implementation, args.model, args.optimizer, images, labels)
+    case = Case(args.model, args.implementation, args.batch, args.optimizer, dtype=args.dtype)
     print(f"compiling for {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
-    step = jax_contenders.JaxStep.make(*given, {}, args.dtype)
-    rows, seconds = measure(step, args.steps, args.host)
+    rows, seconds = measure(jax_contenders.JaxStep(case), args.steps, args.host)
     if args.json:
         about = vars(args) | {"device": jax.devices()[0].device_kind} | arguments.made_by(argv)
         files.write_json(args.json, [row | about for row in rows])

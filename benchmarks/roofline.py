@@ -32,6 +32,7 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks import arguments, jax_contenders
+from benchmarks.workload import recipe_of
 from convstem_jax import files
 from convstem_jax.complexity import inner_programs
 from convstem_jax.models import MODELS
@@ -197,7 +198,7 @@ def step_kernels(model: str, batch: int, device_kind: str) -> list[Kernel]:
     """Of a whole training step of the paper's recipe, AdamW, as it is made for a kind of device."""
     platform = {"TPU": "tpu", "cpu": "cpu"}.get(device_kind[:3], "gpu")
     device = jax.sharding.AbstractDevice(device_kind, num_cores=None, platform=platform)
-    recipe = jax_contenders.recipe_of("adamw")
+    recipe = recipe_of("adamw")
     new = jax_contenders.new_model(OURS, model)
     graphdef, state = jax_contenders.abstract_state(new, recipe)
     data = jax_contenders.abstract_batch(model, batch)
@@ -298,6 +299,16 @@ def main(argv: list[str] | None = None) -> int:
             "reached": reached and reached / bound,
             "measured_at": measured.get(model, {}).get("commit"),
         })  # fmt: skip
+    print(f"{flops / 1e12:,.0f} Tflop/s in bfloat16, {speed / 1e12:.2f} TB/s\n")
+    print(table(rows))
+    if args.json:
+        about = arguments.made_by(argv)
+        files.write_json(args.json, [row | about for row in rows])
+    return 0
+
+
+def table(rows: list[dict]) -> str:
+    """The rows for people."""
     lines = [
         (
             row["model"], row["batch"], f"{row['flops'] / row['batch'] / 1e9:.1f}",
@@ -310,12 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     headers = ("model", "batch", "Gflop an image", "MB an image", "bound (images/s)")
     headers += ("measured (images/s)", "reached (%)")
     align = ["left"] + ["right"] * 6
-    print(f"{flops / 1e12:,.0f} Tflop/s in bfloat16, {speed / 1e12:.2f} TB/s\n")
-    print(tabulate(lines, headers, "github", disable_numparse=True, colalign=align))
-    if args.json:
-        about = arguments.made_by(argv)
-        files.write_json(args.json, [row | about for row in rows])
-    return 0
+    return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,26 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import pathlib
 import re
 import time
 
 import numpy as np
 
+from benchmarks.workload import (
+    EMA_RATE,
+    LR,
+    NUM_CLASSES,
+    WEIGHT_DECAY,
+    Case,
+    random_batches,
+    recipe_of,
+)
 from convstem_jax.errors import first_line
 from convstem_jax.models import MODELS
 from convstem_jax.models.vit import ViTSpec
 
-NUM_CLASSES = 1000
-EMA_EVERY, EMA_RATE = 32, 1e-3
 # The same network under timm's name.
 TIMM = {"vitp_18gf": "vit_base_patch16_224"}
 
@@ -124,65 +132,72 @@ def new_network(implementation: str, model: str) -> Callable | None:
 class TorchStep:
     """A compiled training step with its state and batch on the GPU, or on the CPU without one."""
 
-    @classmethod
-    def make(cls, implementation: str, model: str, *args):
+    def __init__(self, case: Case):
         """Compiles it."""
-        return cls(new_network(implementation, model)(), *args)
-
-    def __init__(self, network, optimizer: str, images: np.ndarray, labels, mode: str, dtype: str):
         import torch
         from torch.nn import functional
 
+        recipe, batches = recipe_of(case.optimizer), random_batches(case)
         self._torch = torch
         self._cuda = torch.cuda.is_available()
         device = torch.device("cuda" if self._cuda else "cpu")
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
+        network = new_network(case.implementation, case.model)()
         network = network.to(device, memory_format=torch.channels_last).train()
         decayed = [p for p in network.parameters() if p.ndim > 1]
         others = [p for p in network.parameters() if p.ndim <= 1]
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-        if optimizer == "adamw":
-            self._optimizer = torch.optim.AdamW(groups, 1e-3, weight_decay=0.1, fused=True)
+        if case.optimizer == "adamw":
+            self._optimizer = torch.optim.AdamW(groups, LR, weight_decay=WEIGHT_DECAY, fused=True)
         else:
             self._optimizer = torch.optim.SGD(
-                groups, 1e-3, momentum=0.9, nesterov=True, weight_decay=1e-5, fused=True
+                groups, LR, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
             )
         tensors = [*network.parameters(), *network.buffers()]
         self._weights = [x for x in tensors if x.is_floating_point()]
         self._ema = [x.detach().clone() for x in self._weights]
-        mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
-        std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
-        self._images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
-        self._labels = torch.from_numpy(labels).long().to(device)
-        height, width = images.shape[1:3]
+        mean = torch.tensor(recipe.mean, device=device)[:, None, None]
+        std = torch.tensor(recipe.std, device=device)[:, None, None]
+        on_device = [
+            (
+                torch.from_numpy(batch["image"]).to(device).permute(0, 3, 1, 2),
+                torch.from_numpy(batch["label"]).long().to(device),
+            )
+            for batch in batches
+        ]
+        self._batches = itertools.cycle(on_device)
+        height, width = batches[0]["image"].shape[1:3]
+        smoothing, in_bfloat16 = recipe.label_smoothing, case.dtype == "bfloat16"
 
         def loss_of(images, labels, mask, light):
             x = (images.float() / 255 + light[:, :, None, None] - mean) / std
             targets = functional.one_hot(labels, NUM_CLASSES).float()
-            targets = 0.9 * targets + 0.1 / NUM_CLASSES
+            targets = (1 - smoothing) * targets + smoothing / NUM_CLASSES
             share = mask.mean()
             x = (mask * x + (1 - mask) * x.flip(0)).contiguous(memory_format=torch.channels_last)
             targets = share * targets + (1 - share) * targets.flip(0)
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
                 logits = network(x)
             return functional.cross_entropy(logits.float(), targets)
 
         def draw():
             if np.random.rand() < 0.5:
-                mask = torch.full((height, width), np.random.beta(0.8, 0.8), device=device)
+                share = np.random.beta(recipe.mixup_alpha, recipe.mixup_alpha)
+                mask = torch.full((height, width), share, device=device)
             else:
                 mask = torch.ones((height, width), device=device)
-                half = int(height * (1 - np.random.beta(1, 1)) ** 0.5) // 2
+                share = np.random.beta(recipe.cutmix_alpha, recipe.cutmix_alpha)
+                half = int(height * (1 - share) ** 0.5) // 2
                 y, x = np.random.randint(height), np.random.randint(width)
                 mask[max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
-            return mask, 0.1 * torch.randn(len(images), 3, device=device)
+            return mask, recipe.lighting_std * torch.randn(case.batch, 3, device=device)
 
         self._draw = draw
         self._loss_of = loss_of
-        if mode != "eager":
-            self._loss_of = torch.compile(loss_of, mode=mode, dynamic=False)
-        self._steps = 0
+        if case.torch_mode != "eager":
+            self._loss_of = torch.compile(loss_of, mode=case.torch_mode, dynamic=False)
+        self._steps, self._ema_every = 0, recipe.ema_every
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -190,19 +205,19 @@ class TorchStep:
         self.run(3)  # graphs are recorded at the second and third call
         self.compile_seconds = time.perf_counter() - start
         # Weights and EMA; the optimiser made its own after `before`.
-        state = sum(x.nbytes for x in self._weights) * 2 + images.nbytes
+        state = sum(x.nbytes for x in self._weights) * 2 + on_device[0][0].nbytes
         self.peak_bytes = torch.cuda.max_memory_allocated() - before + state if self._cuda else None
 
     def run(self, num_steps: int) -> float:
         """Makes so many steps and waits for them; returns the last loss."""
         torch = self._torch
         for _ in range(num_steps):
-            loss = self._loss_of(self._images, self._labels, *self._draw())
+            loss = self._loss_of(*next(self._batches), *self._draw())
             loss.backward()
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             self._steps += 1
-            if self._steps % EMA_EVERY == 0:
+            if self._steps % self._ema_every == 0:
                 with torch.no_grad():
                     torch._foreach_lerp_(self._ema, self._weights, EMA_RATE)
         return loss.item()

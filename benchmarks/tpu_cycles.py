@@ -18,6 +18,7 @@ import jax
 from tabulate import tabulate
 
 from benchmarks import arguments, jax_contenders
+from benchmarks.workload import recipe_of
 from convstem_jax import build, files, tpu
 from convstem_jax.errors import UserError
 from convstem_jax.models import MODELS
@@ -43,7 +44,7 @@ def estimate(
         return None
     slice_ = tpu.open_slice(topology)
     sharding = Sharding(slice_.devices)
-    recipe = jax_contenders.recipe_of("adamw")
+    recipe = recipe_of("adamw")
     graphdef, state = jax_contenders.abstract_state(new, recipe)
     step = build.jit_train_step(sharding, graphdef, recipe, sharding.of_state(state))
 

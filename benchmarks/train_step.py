@@ -31,7 +31,8 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks import arguments, jax_contenders, torch_contenders
-from benchmarks.contenders import JAX, OURS, TORCH, Case, Contender, all_compiled, missing
+from benchmarks.contenders import JAX, OURS, TORCH, Contender, all_compiled, missing
+from benchmarks.workload import Case
 from convstem_jax import files
 from convstem_jax.complexity import complexity
 from convstem_jax.models import MODELS, create_model

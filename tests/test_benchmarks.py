@@ -29,6 +29,7 @@ from benchmarks import (
     tpu_cycles,
     train_step,
 )
+from benchmarks.workload import Case
 from convstem_jax.complexity import complexity
 from convstem_jax.models import MODELS, create_model
 
@@ -93,11 +94,18 @@ def test_train_step(tmp_path):
 
 def test_steps_in_one_call_are_the_same_steps(monkeypatch):
     monkeypatch.setitem(MODELS, "vitp_tiny", dataclasses.replace(MODELS["vitp_tiny"], depth=1))
-    images, labels = np.full((2, 32, 32, 3), 9, np.uint8), np.arange(2, dtype=np.int32)
+    same = {name: np.ones((2, *shape), kind) for name, shape, kind in (
+        ("image", (32, 32, 3), np.uint8), ("label", (), np.int32),
+    )}  # fmt: skip
+    two = jax_contenders.Training.of(Case("vitp_tiny", "convstem_jax", 2)).batches
+    (a, b), (c, d) = ([next(two)[name] for _ in range(2)] for name in ("image", "label"))
+    assert a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer() and (a != b).any()
+    assert c.unsafe_buffer_pointer() != d.unsafe_buffer_pointer()
+    monkeypatch.setattr(jax_contenders, "random_batches", lambda case: [same, same])
 
     def loss_and_step(in_a_call):
-        given = "convstem_jax", "vitp_tiny", "adamw", images, labels, {}, "float32", in_a_call
-        step = jax_contenders.JaxStep.make(*given)
+        case = Case("vitp_tiny", "convstem_jax", 2, dtype="float32", in_a_call=in_a_call)
+        step = jax_contenders.JaxStep(case)
         return step.run(4), int(step._state.step)
 
     (loss, num), (expected, expected_num) = loss_and_step(2), loss_and_step(1)
@@ -174,7 +182,7 @@ def test_so_many_of_each_framework_compile_at_once(monkeypatch, overlap, most):
     monkeypatch.setattr(contenders, "_serve", quick_serve)
     monkeypatch.setattr(contenders, "Contender", Watched)
     names = [*contenders.JAX[:2], *contenders.TORCH]
-    cases = [contenders.Case("vitp_tiny", name, batch=2) for name in names]
+    cases = [Case("vitp_tiny", name, batch=2) for name in names]
     found = contenders.all_compiled(cases, overlap, None, None)
     assert sorted(contender.case for contender in found) == sorted(cases)
     assert peak == most and not busy
@@ -189,7 +197,7 @@ class FakeContender:
     """Takes so many seconds for each step of its turns."""
 
     def __init__(self, name, seconds, order):
-        self.case = contenders.Case("vitp_1gf", name, batch=8)
+        self.case = Case("vitp_1gf", name, batch=8)
         self.compile_seconds, self.peak_bytes = 1.0, None
         self._seconds, self._order = iter(seconds), order
 
@@ -262,14 +270,14 @@ def test_the_plain_model_is_the_same_network(name):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_what_is_timed_computes_in_the_type_that_is_asked_for(dtype):
+def test_what_is_timed_computes_in_the_type_that_is_asked_for(dtype, monkeypatch):
     model = nnx.eval_shape(jax_contenders.new_model("convstem_jax", "vitc_tiny", dtype))
     assert model.dtype == dtype
     found = []
     network = torch_contenders.torchvision_network(MODELS["vitc_tiny"])
     network.register_forward_hook(lambda _, inputs, logits: found.append(str(logits.dtype)))
-    images, labels = np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2, np.int32)
-    torch_contenders.TorchStep(network, "adamw", images, labels, "eager", dtype)
+    monkeypatch.setattr(torch_contenders, "new_network", lambda *_: lambda: network)
+    torch_contenders.TorchStep(Case("vitc_tiny", "torchvision", 2, dtype=dtype))
     assert set(found) == {f"torch.{dtype}"}
 
 
@@ -370,6 +378,20 @@ def test_around_step(tmp_path, monkeypatch, capsys):
     assert row["warm_over_cold"] < 1  # what is left is tracing
     assert np.isfinite(row["save_blocks_seconds"]) and row["save_call_seconds"] > 0
     assert "vitp_tiny" in capsys.readouterr().out
+
+
+def test_what_is_told_around_the_step():
+    train, evaluate, mix = np.array([[2.0, 4.0, 3.0], [1.0, 1.0, 1.0], [0.2, 0.2, 0.6]])
+    save = np.array([2 * 5 + 1, 4 * 5 + 3, 3 * 5 + 2])
+    found = around_step.medians(train, evaluate, mix, train / 2, save / 100, save, num_steps=5)
+    assert found == {
+        "step_seconds": 3,
+        "host_seconds": 1.5,
+        "mixing_over_step": pytest.approx(0.1),
+        "evaluation_over_training_rate": 3,
+        "save_call_seconds": 0.17,
+        "save_blocks_seconds": 2,
+    }
 
 
 def test_what_is_measured_has_a_process_of_its_own():

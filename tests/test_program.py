@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import jax_contenders
+from benchmarks.workload import recipe_of
 from convstem_jax import build
 from convstem_jax import train as train_module
 from convstem_jax.complexity import float32_products, inner_programs
@@ -19,7 +20,7 @@ ARRAYS = jax.ShapeDtypeStruct
 
 def trace(name, optimizer, sharding, batch=16):
     """The paper's step in bfloat16, and the state that it takes."""
-    recipe = jax_contenders.recipe_of(optimizer)
+    recipe = recipe_of(optimizer)
     new = jax_contenders.new_model("convstem_jax", name)
     graphdef, state = jax_contenders.abstract_state(new, recipe)
     shardings = sharding.of_state(state)

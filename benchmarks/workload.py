@@ -1,0 +1,59 @@
+"""What the benchmarks time: training steps of the paper's recipe, the same in all frameworks."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from convstem_jax.models import MODELS
+from convstem_jax.step import Recipe
+
+NUM_CLASSES = 1000
+LR, WEIGHT_DECAY, EMA_RATE = 1e-3, 0.1, 1e-3
+
+
+class Case(NamedTuple):
+    """What is to be timed."""
+
+    model: str  # a key of `MODELS`
+    implementation: str  # of `contenders.JAX` or `contenders.TORCH`
+    batch: int  # images of a step
+    optimizer: str = "adamw"
+    torch_mode: str = "eager"  # or of torch.compile
+    dtype: str = "bfloat16"  # of this project's and of PyTorch's
+    xla_options: tuple[tuple[str, str], ...] = ()  # beside those of `xla_options.py`
+    in_a_call: int = 1  # steps, of JAX's
+
+    @property
+    def name(self) -> str:
+        """The implementation, its options and how many steps a call makes."""
+        words = [self.implementation, *("=".join(option) for option in self.xla_options)]
+        if self.in_a_call > 1:
+            words.append(f"({self.in_a_call} steps a call)")
+        return " ".join(words)
+
+    def __str__(self):
+        return f"{self.name}, {self.model}"
+
+
+def recipe_of(optimizer: str) -> Recipe:
+    """The paper's recipe on ImageNet."""
+    return Recipe(
+        num_classes=NUM_CLASSES, optimizer=optimizer, label_smoothing=0.1, mixup_alpha=0.8,
+        cutmix_alpha=1.0, lighting_std=0.1, ema_every=32, mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )  # fmt: skip
+
+
+def random_batches(case: Case) -> list[dict[str, np.ndarray]]:
+    """Two batches, for steps in turns: in training no batch lies where the one before lay.
+
+    Each has `image`, uint8 `[N, H, W, 3]`, and `label`, int32 `[N]`.
+    """
+    size, rng = MODELS[case.model].image_size, np.random.default_rng(0)
+    return [
+        {
+            "image": rng.integers(0, 256, (case.batch, size, size, 3), np.uint8),
+            "label": rng.integers(0, NUM_CLASSES, case.batch, np.int32),
+        }
+        for _ in range(2)
+    ]
