@@ -51,9 +51,9 @@ run forms env JAX_DISABLE_MOST_OPTIMIZATIONS=0 "$python" -m pytest -q -n0 -W def
   tests/test_gpu_forms.py tests/test_kernels.py
 while read -r batch models; do
   read -ra models <<<"$models"
-  # Of ViT_P only this project's, for the ratio to ViT_C, and timm's.
+  # Of ViT_P only this project's, for the ratio to ViT_C, and of ViT-B, 18GF, PyTorch's.
   run "${models[0]}" "$python" -m benchmarks.train_step --models "${models[@]}" --batch "$batch" --together 2 \
-    --torch_mode "${TORCH_MODE:-reduce-overhead}" --skip 'vitp_*:plain*' 'vitp_*:torchvision' \
+    --torch_mode "${TORCH_MODE:-reduce-overhead}" --skip 'vitp_*:plain*' 'vitp_?gf:torchvision' 'vitp_36gf:torchvision' \
     --json "$folder/train_step_${models[0]}.json" "${flags[@]}" </dev/null
 done <<END
 256 vitc_4gf vitp_4gf

@@ -38,7 +38,7 @@ def test_kernels(monkeypatch, name):
     assert len(calls) == forward + gradients
 
 
-def attention_and_gradients(attend, num_tokens, shift):
+def attention_and_gradients(attend, num_tokens, shift, dtype=jnp.float32):
     """Of random tokens and weights, with biases of `-shift` for queries and `shift` for keys."""
     width = 64
     keys = jax.random.split(jax.random.key(0), 4)
@@ -47,9 +47,16 @@ def attention_and_gradients(attend, num_tokens, shift):
         jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)
     )
     bias = bias.at[: 2 * width].add(jnp.repeat(jnp.array([-shift, shift]), width))
+    x, kernel, bias, grad = (y.astype(dtype) for y in (x, kernel * width**-0.5, bias, grad))
     with jax.default_matmul_precision("highest"):
-        out, vjp = jax.vjp(attend, x, kernel * width**-0.5, bias)
+        out, vjp = jax.vjp(attend, x, kernel, bias)
         return out, *vjp(grad)
+
+
+def assert_near(found, exact):
+    """bfloat16 and float32."""
+    for x, y in zip(found, exact, strict=True):
+        assert jnp.linalg.norm(x - y) < 0.01 * jnp.linalg.norm(y)
 
 
 def attend_by_xla(x, kernel, bias, num_heads=2):
@@ -79,6 +86,16 @@ def test_packed_attention_over_several_blocks(monkeypatch, num_tokens, shift, to
     expected = attention_and_gradients(attend_by_xla, num_tokens, shift)
     for x, y in zip(found, expected, strict=True):
         assert jnp.abs(x - y).max() <= tolerance * jnp.abs(y).max()
+
+
+@interpreted
+def test_packed_attention_in_bfloat16_is_near_that_in_float32(monkeypatch):
+    """The type in which it is used."""
+    choose(monkeypatch, gpu=True)
+    found = attention_and_gradients(attend_by_kernel, 197, 0, jnp.bfloat16)
+    expected = attention_and_gradients(attend_by_xla, 197, 0)
+    assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
+    assert_near(found, expected)
 
 
 @interpreted
@@ -166,12 +183,6 @@ needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU he
 needs_hopper = pytest.mark.skipif(
     not re.match(r"NVIDIA G?H\d", jax.devices()[0].device_kind), reason="no Hopper GPU here"
 )
-
-
-def assert_near(found, exact):
-    """bfloat16 and float32."""
-    for x, y in zip(found, exact, strict=True):
-        assert jnp.linalg.norm(x - y) < 0.01 * jnp.linalg.norm(y)
 
 
 @pytest.mark.parametrize(
