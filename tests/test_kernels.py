@@ -53,12 +53,6 @@ def attention_and_gradients(attend, num_tokens, shift, dtype=jnp.float32):
         return out, *vjp(grad)
 
 
-def assert_near(found, exact):
-    """bfloat16 and float32."""
-    for x, y in zip(found, exact, strict=True):
-        assert jnp.linalg.norm(x - y) < 0.01 * jnp.linalg.norm(y)
-
-
 def attend_by_xla(x, kernel, bias, num_heads=2):
     n, t, _ = x.shape
     qkv = (x @ kernel + bias).reshape(n, t, 3, num_heads, -1)
@@ -89,13 +83,17 @@ def test_packed_attention_over_several_blocks(monkeypatch, num_tokens, shift, to
 
 
 @interpreted
-def test_packed_attention_in_bfloat16_is_near_that_in_float32(monkeypatch):
+def test_packed_attention_in_bfloat16_is_as_near_as_xlas(monkeypatch):
     """The type in which it is used."""
     choose(monkeypatch, gpu=True)
-    found = attention_and_gradients(attend_by_kernel, 197, 0, jnp.bfloat16)
-    expected = attention_and_gradients(attend_by_xla, 197, 0)
-    assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
-    assert_near(found, expected)
+    found, by_xla = (
+        attention_and_gradients(attend, 197, 0, jnp.bfloat16)
+        for attend in (attend_by_kernel, attend_by_xla)
+    )
+    exact = attention_and_gradients(attend_by_xla, 197, 0)
+    for x, y, z in zip(found, by_xla, exact, strict=True):
+        assert x.dtype == y.dtype == jnp.bfloat16
+        assert jnp.linalg.norm(x - z) < 1.05 * jnp.linalg.norm(y - z) < 0.02 * jnp.linalg.norm(z)
 
 
 @interpreted
@@ -183,6 +181,12 @@ needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU he
 needs_hopper = pytest.mark.skipif(
     not re.match(r"NVIDIA G?H\d", jax.devices()[0].device_kind), reason="no Hopper GPU here"
 )
+
+
+def assert_near(found, exact):
+    """bfloat16 and float32."""
+    for x, y in zip(found, exact, strict=True):
+        assert jnp.linalg.norm(x - y) < 0.01 * jnp.linalg.norm(y)
 
 
 @pytest.mark.parametrize(
