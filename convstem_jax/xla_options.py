@@ -1,4 +1,4 @@
-"""Options of XLA's compiler, and why: docs/performance.md has the trials."""
+"""Options of XLA's compiler, and why: docs/performance_trials.md has the trials."""
 
 from collections.abc import Sequence
 import os

@@ -10,10 +10,11 @@ import sys
 
 import pytest
 
-from benchmarks import tpu_cycles, train_step
+from benchmarks import around_step, roofline, tpu_cycles, train_step
 from convstem_jax import preflight
 
 ROOT = pathlib.Path(__file__).parent.parent
+PERFORMANCE = ROOT / "docs/performance.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md"]
 
 
@@ -56,7 +57,7 @@ def test_vitc_takes_little_longer_than_vitp_by_preflight(file, compiler):
         ratios = [seconds[slice_, run("c", s)] / seconds[slice_, run("p", s)] for s in most]
         text += f"| {slice_}{compiler} | " + " | ".join(f"{x:.2f}" for x in ratios) + " |\n"
         assert all(round(a, 2) <= b for a, b in zip(ratios, most.values(), strict=True))
-    assert text in (ROOT / "docs/performance.md").read_text()
+    assert text in PERFORMANCE.read_text()
 
 
 def test_the_table_of_cycles_is_made_of_its_estimates():
@@ -73,13 +74,12 @@ def test_the_table_of_cycles_is_made_of_its_estimates():
     for size, most in (("1gf", 1.12), ("4gf", 1.10)):
         c, p = (cycles[f"vit{stem}_{size}", "v6e:2x2", "convstem_jax"] for stem in "cp")
         assert c <= most * p
-    assert tpu_cycles.table(rows) in (ROOT / "docs/performance.md").read_text()
+    assert tpu_cycles.table(rows) in PERFORMANCE.read_text()
 
 
-def test_the_table_of_cycles_of_the_newer_compiler_is_made_of_its_estimates():
+def test_cycles_of_the_newer_compiler():
     rows = json.loads((ROOT / "results/benchmarks/tpu_cycles_jax_0.12.json").read_text())
     assert {row["versions"]["libtpu"] for row in rows} == {"0.0.50.1"}
-    assert tpu_cycles.table(rows) in (ROOT / "docs/performance.md").read_text()
     cycles = {(row["model"], row["topology"], row["implementation"]): row["cycles"] for row in rows}
     for (model, topology, name), plain in cycles.items():
         if name != "convstem_jax":
@@ -93,7 +93,43 @@ def test_the_table_of_cycles_of_the_newer_compiler_is_made_of_its_estimates():
 def test_the_tables_of_steps_are_made_of_their_results(device, kind):
     rows = json.loads((ROOT / f"results/benchmarks/train_step_{device}.json").read_text())
     assert {row["device"] for row in rows} == {kind}
-    assert train_step.table(rows) in (ROOT / "docs/performance.md").read_text()
+    assert train_step.table(rows) in PERFORMANCE.read_text()
+
+
+def test_the_targets_are_told_of_the_results():
+    rows = json.loads((ROOT / "results/benchmarks/train_step_h200.json").read_text())
+    found = {(row["model"], row["implementation"]): row for row in rows}
+
+    def cell(size, name, implementation, number):
+        row = found.get((f"vitc_{size}", implementation), {}).get(name)
+        return "–" if row is None else number(row, size)
+
+    def over_vitp(speed, size):
+        return f"{found[f'vitp_{size}', 'convstem_jax']['images_per_second'] / speed:.2f}"
+
+    def ratio(x, _):
+        return f"{x:.2f}"
+
+    told = PERFORMANCE.read_text()
+    for line in (
+        ("speed_over_its", "torchvision", ratio),
+        ("mfu", "convstem_jax", lambda x, _: f"{100 * x:.1f}"),
+        ("images_per_second", "convstem_jax", over_vitp),
+        ("speed_over_its", "plain Flax, bfloat16", ratio),
+        ("speed_over_its", "plain Flax, float32", ratio),
+    ):
+        cells = [cell(size, *line) for size in ("1gf", "4gf", "18gf", "36gf")]
+        assert f" | {' | '.join(cells)} |\n" in told
+
+
+def test_the_bound_and_what_is_around_the_step_are_told_of_their_results():
+    bound, *around = (
+        json.loads((ROOT / f"results/benchmarks/{name}.json").read_text())
+        for name in ("roofline_h200", "around_step_h200", "around_step")
+    )
+    told = PERFORMANCE.read_text()
+    assert roofline.table(bound) in told
+    assert around_step.table([*around[0], *around[1]]) in told
 
 
 # With less training.

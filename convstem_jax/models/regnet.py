@@ -110,7 +110,7 @@ class GroupedConv(nnx.Module):
 
 
 def _groups_to_merge(num_groups: int, group_width: int) -> int:
-    """How many groups TPUs convolve as one: see docs/performance.md."""
+    """How many groups TPUs convolve as one: see docs/performance_trials.md."""
     width = num_groups * group_width
     if num_groups <= 8 or width <= 128:
         return num_groups

@@ -25,7 +25,7 @@ def plan(convs: Sequence[nnx.Conv], images: jax.Array) -> tuple[int, int]:
         images: `[N, H, W, C]`.
 
     Returns:
-        Two numbers; (1, 0) where it does not pay, by the trials in docs/performance.md.
+        Two numbers; (1, 0) where it does not pay, by docs/performance_trials.md.
     """
     whole = 1, 0
     if not on_tpu() or not num_devices() or convs[0].out_features >= LANES // 2:
