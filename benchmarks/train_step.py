@@ -37,6 +37,7 @@ from convstem_jax import files
 from convstem_jax.complexity import complexity
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.optim import OPTIMIZERS
+from convstem_jax.progress import progress_bar
 
 
 def take_turns(
@@ -51,7 +52,7 @@ def take_turns(
         leave_out: is told of the case of each that fails, and why.
     """
     seconds, order = {contender: [] for contender in contenders}, deque(contenders)
-    for _ in range(repeats):
+    for _ in progress_bar(range(repeats), "taking turns", "round"):
         for contender in [x for x in order if x in seconds]:
             try:
                 seconds[contender].append(contender.seconds(steps))
@@ -109,6 +110,25 @@ def table(rows: list[dict]) -> str:
     return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
 
 
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """What is to be timed; what is not installed is told, and left out."""
+    variants = [(name, (), 1) for name in args.implementations]
+    variants += [(OURS, options, 1) for options in args.xla_options]
+    if args.steps_in_a_call > 1:
+        variants.append((OURS, (), args.steps_in_a_call))
+    cases = []
+    for model, batch in zip(args.models, args.batch, strict=True):
+        for name, *more in variants:
+            case = Case(model, name, batch, args.optimizer, args.torch_mode, args.dtype, *more)
+            if any(fnmatch.fnmatch(f"{model}:{case.name}", pattern) for pattern in args.skip):
+                continue
+            if reason := missing(model, name):
+                print(f"left out: {case}: {reason}", file=sys.stderr)
+            else:
+                cases.append(case)
+    return cases
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     parser = arguments.new_parser("train_step", __doc__)
@@ -162,20 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"left out: {case}: {reason}", file=sys.stderr)
         failed.append(case)
 
-    variants = [(name, (), 1) for name in args.implementations]
-    variants += [(OURS, options, 1) for options in args.xla_options]
-    if args.steps_in_a_call > 1:
-        variants.append((OURS, (), args.steps_in_a_call))
-    cases = []
-    for model, batch in zip(args.models, args.batch, strict=True):
-        for name, *more in variants:
-            case = Case(model, name, batch, args.optimizer, args.torch_mode, args.dtype, *more)
-            if any(fnmatch.fnmatch(f"{model}:{case.name}", pattern) for pattern in args.skip):
-                continue
-            if reason := missing(model, name):
-                print(f"left out: {case}: {reason}", file=sys.stderr)
-            else:
-                cases.append(case)
+    cases = cases_of(args)
     if not cases:
         parser.error("nothing is left to be timed: see --models, --implementations and --skip")
     args.matmul_size = args.matmul_size or jax_contenders.matmul_size()

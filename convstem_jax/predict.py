@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Iterable
 import itertools
 import json
+import os
 import sys
 
 from flax import nnx
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from convstem_jax import command_line, weights
+from convstem_jax import command_line, run_folder, weights
 from convstem_jax.config import load_config, load_run_config
 from convstem_jax.data.augment import center_crop
 from convstem_jax.data.sources import decode
@@ -98,7 +99,10 @@ def main(argv: list[str] | None = None) -> int:
         "--config", metavar="FILE[:ARG]", help="configuration file (default: the run's own)"
     )
     command_line.add_checkpoint(parser)
-    parser.add_argument("--names", metavar="FILE", help="names of the classes, one a line")
+    parser.add_argument(
+        "--names", metavar="FILE",
+        help="names of the classes, one a line (default: classes.txt of the run, else numbers)",
+    )  # fmt: skip
     parser.add_argument("--top", type=int, default=5, metavar="K", help="default: %(default)s")
     parser.add_argument(
         "--format", choices=("text", "json"), default="text",
@@ -112,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(args.config) if args.config else load_run_config(args.weights)
         loaded, architecture = weights.load(args.weights, raw=args.raw, step=args.step)
         architecture.check(config, args.weights)
-        names = _names(args.names, architecture.num_classes)
+        names = _names(args.names, args.weights, architecture.num_classes)
         model = architecture.with_weights(loaded, jnp.dtype(config.dtype))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -149,16 +153,18 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def _names(path: str | None, num_classes: int) -> list[str]:
-    if path is None:
+def _names(path: str | None, workdir: str, num_classes: int) -> list[str]:
+    own = os.path.join(os.path.expanduser(workdir), run_folder.CLASSES)
+    if path is None and not os.path.exists(own):  # a file, or an earlier run
         return [str(i) for i in range(num_classes)]
+    path = path or own
     try:
         with open(path) as file:
             names = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--names {path} cannot be read: {error}") from error
+        raise ConfigError(f"names of classes, {path}, cannot be read: {error}") from error
     if len(names) != num_classes:
-        raise ConfigError(f"--names {path} has {len(names)} lines for {num_classes} classes")
+        raise ConfigError(f"{path} has {len(names)} lines for {num_classes} classes: see --names")
     return names
 
 

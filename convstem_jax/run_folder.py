@@ -1,5 +1,6 @@
-"""The folder of a run: whose it is, config.json and result.json."""
+"""The folder of a run: whose it is, config.json, classes.txt and result.json."""
 
+from collections.abc import Sequence
 import contextlib
 import fcntl
 import json
@@ -12,6 +13,7 @@ from convstem_jax import processes
 from convstem_jax.errors import ConfigError, writing
 from convstem_jax.files import write_json, write_text
 
+CLASSES = "classes.txt"
 _TOKEN = ".token"  # another at each start
 # Fields that may change when a run is resumed, since no result depends on them.
 FREE_FIELDS = (
@@ -150,6 +152,13 @@ def _check_same(old: dict, new: dict, workdir: str) -> None:
             f"{workdir} holds a run of another configuration ({'; '.join(differ)}): "
             "name another --workdir, or delete that folder"
         )
+
+
+def write_class_names(workdir: str, names: Sequence[str]) -> None:
+    """Writes classes.txt, a name a line, which `convstem_jax.predict` reads."""
+    path = os.path.join(workdir, CLASSES)
+    with writing(path):
+        write_text(path, "".join(f"{name}\n" for name in names))
 
 
 def write_result(workdir: str, result: dict) -> None:

@@ -70,6 +70,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         }
         workdir = run_folder.prepare(workdir, config, data)
     run_folder.check_shared(workdir)
+    if processes.is_first():
+        run_folder.write_class_names(workdir, train_split.class_names)
     if (result := run_folder.read_result(workdir)) is not None:
         if processes.is_first():
             print("this run is finished; its result:")

@@ -20,7 +20,7 @@ def garments(tmp_path_factory):
         for name, count in COUNTS.items()
     }
     folder = tmp_path_factory.mktemp("garments")
-    packed.write(str(folder / "fashion_mnist_1k.npz"), splits, 10)
+    packed.write(str(folder / "fashion_mnist_1k.npz"), splits, list("0123456789"))
     return folder
 
 

@@ -248,7 +248,7 @@ def test_a_whole_study_where_there_is_jax_and_a_packed_file_alone(tmp_path):
         name: packed.pack(sources.open_split("datasets", "fashion_mnist_10k", f"{name}[:64]"))
         for name in ("train", "test")
     }
-    packed.write(str(tmp_path / "fashion_mnist_10k.npz"), splits, 10)
+    packed.write(str(tmp_path / "fashion_mnist_10k.npz"), splits, list("0123456789"))
     fields = {
         "experiments": "('length',)", "lengths": "(1.0,2.0)", "grid_factors": "(1.0,)",
         "num_seeds": 1, "train_split": "train", "eval_split": "test", "data_dir": tmp_path,

@@ -176,7 +176,7 @@ def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capfd, 
     assert all(row["classes"] == sorted(row["classes"], key=lambda x: -x[1]) for row in rows)
     for top, error in ((1, "top1_error"), (5, "top5_error")):
         wrong = sum(
-            str(split[i]["label"]) not in [name for name, _ in row["classes"][:top]]
+            split.class_names[split[i]["label"]] not in [name for name, _ in row["classes"][:top]]
             for i, row in enumerate(rows)
         )
         assert 100 * wrong / len(split) == pytest.approx(result[error], abs=0.41)  # two images
@@ -184,7 +184,8 @@ def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capfd, 
     names = tmp_path / "names.txt"
     names.write_text("".join(f"class {i}\n" for i in range(10)))
     assert predict.main([str(workdir), paths[0], "--names", str(names), "--top", "1"]) == 0
-    assert f"class {rows[0]['classes'][0][0]}" in capfd.readouterr().out
+    best = split.class_names.index(rows[0]["classes"][0][0])
+    assert f"class {best}" in capfd.readouterr().out
     missing = str(tmp_path / "0.jpg")
     assert predict.main([str(workdir), missing, *paths[:2], str(names), "--format", "json"]) == 3
     output, said = capfd.readouterr()
@@ -195,7 +196,8 @@ def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capfd, 
     for argv, status, message in (
         ([str(names)], 3, "names.txt cannot be decoded as an image"),
         ([missing], 2, "0.jpg cannot be read: No such file"),
-        ([paths[0], "--names", paths[0] + "x"], 2, "cannot be read"),
+        ([paths[0], "--names", paths[0] + "x"], 2, "0.pngx, cannot be read"),
+        ([paths[0], "--names", "README.md"], 2, "lines for 10 classes: see --names"),
         ([paths[0], "--config", "configs/quickstart.py:vitp"], 2, "of a vitp_tiny"),
     ):
         assert predict.main([str(workdir), *argv]) == status

@@ -4,15 +4,16 @@
     python -m convstem_jax.data.packed --dataset fashion_mnist_10k --output data
 
 The first packs photos/train/CLASS/*.jpg (or .png) and photos/test/CLASS/*.jpg, the second a data
-set of tfds. `data/photos.npz` is then what `config.data_dir=data` and `config.dataset=photos` name,
-and `data/photos.txt` has the names of the classes, for `convstem_jax.predict --names`. Packing
-holds all images in memory, and each start reads them once: this is for some gigabytes at most.
+set of tfds. `data/photos.npz` is then what `config.data_dir=data` and `config.dataset=photos` name.
+Packing holds all images in memory, and each start reads them once: this is for some gigabytes at
+most.
 
 exit status:
   0 done · 2 wrong arguments, no such data, or a folder that cannot be written · 3 damaged data
 """
 
 import argparse
+from collections.abc import Sequence
 import dataclasses
 import os
 import pathlib
@@ -24,7 +25,6 @@ import zipfile
 import numpy as np
 
 from convstem_jax.errors import ConfigError, DataError, UserError, first_line
-from convstem_jax.files import write_text
 from convstem_jax.progress import progress_bar
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -64,7 +64,7 @@ def _map(path: str, offset: int, size: int, written: int, *rest: np.ndarray) -> 
     return PackedRecords(content, *rest, written)
 
 
-def write(path: str, splits: dict[str, PackedRecords], num_classes: int) -> None:
+def write(path: str, splits: dict[str, PackedRecords], class_names: Sequence[str]) -> None:
     """Writes the splits of a data set, as `read` reads them."""
     arrays = {
         f"{name}/{key}": getattr(records, key)
@@ -72,15 +72,15 @@ def write(path: str, splits: dict[str, PackedRecords], num_classes: int) -> None
         for key in ("content", *_PLACES)
     }
     with open(path + ".tmp", "wb") as file:
-        np.savez(file, num_classes=num_classes, **arrays)
+        np.savez(file, class_names=np.array(class_names), **arrays)
     os.replace(path + ".tmp", path)
 
 
-def read(path: str, split: str) -> tuple[PackedRecords, int]:
+def read(path: str, split: str) -> tuple[PackedRecords, list[str]]:
     """Reads a split, or a part of it as tfds writes it, such as `train[:90%]` or `test[:256]`.
 
     Returns:
-        The records and the number of classes.
+        The records and the names of the classes.
 
     Raises:
         ConfigError: there is no such split.
@@ -98,7 +98,7 @@ def read(path: str, split: str) -> tuple[PackedRecords, int]:
             rest = [arrays[f"{name}/{field}"] for field in _PLACES]
             written = os.fstat(file.fileno()).st_mtime_ns
             whole = _map(path, *_place(path, f"{name}/content"), written, *rest)
-            num_classes = int(arrays["num_classes"])
+            class_names = arrays["class_names"].tolist()
     except ConfigError:
         raise
     except Exception as error:  # of zip files and NumPy
@@ -113,7 +113,7 @@ def read(path: str, split: str) -> tuple[PackedRecords, int]:
         raise ConfigError(f"'{split}' cannot be read: '{name}' of {path} has {len(whole)} records")
     part = slice(first, last)
     places = {field: getattr(whole, field)[part] for field in _PLACES}
-    return dataclasses.replace(whole, **places), num_classes
+    return dataclasses.replace(whole, **places), class_names
 
 
 def _place(path: str, name: str) -> tuple[int, int]:
@@ -231,20 +231,16 @@ def main(argv: list[str]) -> int:
         os.makedirs(args.output, exist_ok=True)
         names = args.splits.split(",")
         if args.images:
-            splits, classes = pack_folders(args.images, names)
-            num_classes = len(classes)
+            splits, class_names = pack_folders(args.images, names)
         else:
             found = {
                 name.partition("[")[0]: sources.open_split(args.data_dir, args.dataset, name)
                 for name in names
             }
             splits = {name: pack(split) for name, split in found.items()}
-            num_classes = next(iter(found.values())).num_classes
-        if args.images:
-            text = "".join(f"{name}\n" for name in classes)
-            write_text(os.path.join(args.output, f"{args.dataset}.txt"), text)
+            class_names = next(iter(found.values())).class_names
         path = os.path.join(args.output, f"{args.dataset}.npz")
-        write(path, splits, num_classes)
+        write(path, splits, class_names)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -252,7 +248,7 @@ def main(argv: list[str]) -> int:
         print(f"error: --output {args.output} cannot be written: {error}", file=sys.stderr)
         return ConfigError.exit_status
     counts = ", ".join(f"{len(split):,} in {name}" for name, split in splits.items())
-    print(f"{path}: {num_classes} classes, {counts}, {os.path.getsize(path) / 1e6:.1f} MB")
+    print(f"{path}: {len(class_names)} classes, {counts}, {os.path.getsize(path) / 1e6:.1f} MB")
     return 0
 
 

@@ -1,5 +1,6 @@
 """Splits of image classification data sets, as decoded records with random access."""
 
+from collections.abc import Sequence
 import dataclasses
 import os
 from typing import Any
@@ -21,7 +22,12 @@ class Split:
 
     name: str
     records: Any  # of dicts with "image" (encoded bytes) and "label"
-    num_classes: int
+    class_names: Sequence[str]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from convstem_jax.errors import ConfigError, DataError, first_line
 
 
-def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], int]:
+def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], list[str]]:
     """Reads `split` of `data_dir/dataset/<highest version>` and checks it against its description.
 
     Args:
@@ -56,7 +56,7 @@ def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], int]:
         raise ConfigError(f"{path}: the feature 'label' is {features['label']}, not a ClassLabel")
     _check_counts(builder.info.splits[whole])
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    return records, features["label"].num_classes
+    return records, features["label"].names
 
 
 def _find_version(data_dir: str, dataset: str) -> str:

@@ -143,8 +143,8 @@ def main(argv: list[str] | None = None) -> int:
             name: build(split, photographs[name], (0, i))
             for i, (name, split) in enumerate(sorted(splits.items()))
         }
-        num_classes = splits["train"].num_classes
-        packed.write(path, {name: records for name, (records, _) in built.items()}, num_classes)
+        records = {name: records for name, (records, _) in built.items()}
+        packed.write(path, records, splits["train"].class_names)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_status", 2)
