@@ -25,6 +25,8 @@ from convstem_jax import files
 from convstem_jax.models import MODELS
 from convstem_jax.optim import OPTIMIZERS
 
+# XLA does without CUDA graphs where it is profiled, and the host would have other work.
+_WITH_GRAPHS = (("xla_enable_command_buffers_during_profiling", "true"),)
 # What lasts as long as others that it starts, each of which is counted.
 _STARTS_OTHERS = ("while", "call", "conditional")
 
@@ -136,7 +138,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not jax_contenders.new_model(args.implementation, args.model):
         parser.error(f"{args.implementation} has no {args.model}")
-    case = Case(args.model, args.implementation, args.batch, args.optimizer, dtype=args.dtype)
+    options = _WITH_GRAPHS if args.host else ()
+    case = Case(
+        args.model, args.implementation, args.batch, args.optimizer,
+        dtype=args.dtype, xla_options=options,
+    )  # fmt: skip
     print(f"compiling for {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
     rows, seconds = measure(jax_contenders.JaxStep(case), args.steps, args.host)
     if args.json:
