@@ -160,11 +160,12 @@ class Training(NamedTuple):
         graphdef, state = new_state(new, recipe, sharding)
         # As in training: what the models do for a device hangs on the mesh.
         step = build.jit_train_step(sharding, graphdef, recipe, sharding.of_state(state))
-        batches = random_batches(case)
+        batches, by = random_batches(case), sharding.batch
         if case.in_a_call > 1:
+            by = sharding.replicated  # the first axis is of steps
             batches = [jax.tree.map(lambda x: np.stack([x] * case.in_a_call), x) for x in batches]
             step = sharding.jit(_train_steps, graphdef, recipe, donate_argnums=0)
-        batches = itertools.cycle(jax.device_put(batches, sharding.batch))
+        batches = itertools.cycle(jax.device_put(batches, by))
         given = jax.device_put(hparams(), sharding.replicated)
         return cls(recipe, sharding, graphdef, step, state, batches, given)
 
@@ -178,7 +179,10 @@ class JaxStep:
         self._in_a_call = case.in_a_call
         start = time.perf_counter()
         lowered = step.lower(self._state, next(self._batches), self._hparams)
-        self._step = lowered.compile(dict(case.xla_options))  # beside those of `Sharding.jit`
+        # Beside those of `Sharding.jit`. JAX takes numbers as text, but not what XLA_FLAGS has.
+        truths = {"true": True, "false": False}
+        options = {name: truths.get(text, text) for name, text in case.xla_options}
+        self._step = lowered.compile(options)
         self.compile_seconds = time.perf_counter() - start
         memory = self._step.memory_analysis()
         self.peak_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes

@@ -53,25 +53,35 @@ def measure(
             step.run(num_steps)
         (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(path))
-    threads = [
-        [event for event in line.events if _is_kernel(plane.name, line.name, event) != host]
+    found = [
+        pair
         for plane in profile.planes
         for line in plane.lines
-        if not host or plane.name == "/host:CPU"
+        for pair in (_host_events if host else _kernels)(plane.name, line)
     ]
     times, seconds = collections.Counter(), collections.Counter()
-    for events in threads:
-        for event, own_ns in zip(events, _own_ns(events), strict=True):
-            name = re.sub(r"([._]\d+)+$", "", event.name)
-            times[name] += 1
-            seconds[name] += (own_ns if host else event.duration_ns) / 1e9
+    for event, ns in found:
+        name = re.sub(r"([._]\d+)+$", "", event.name)
+        times[name] += 1
+        seconds[name] += ns / 1e9
     rows = [
         {"name": name, "times": times[name] / num_steps, "seconds": total / num_steps}
         for name, total in seconds.most_common()
     ]
-    start = min(event.start_ns for events in threads for event in events)
-    end = max(event.start_ns + event.duration_ns for events in threads for event in events)
+    start = min(event.start_ns for event, _ in found)
+    end = max(event.start_ns + event.duration_ns for event, _ in found)
     return rows, (end - start) / 1e9 / num_steps
+
+
+def _kernels(plane: str, line) -> list[tuple]:
+    """Kernels of a device's or a thread's line, and how many ns each takes."""
+    return [(event, event.duration_ns) for event in line.events if _is_kernel(plane, line, event)]
+
+
+def _host_events(plane: str, line) -> list[tuple]:
+    """What a thread of the host does but for kernels of a CPU, and the ns that are its own."""
+    events = list(line.events) if plane == "/host:CPU" else []
+    return [(x, ns) for x, ns in zip(events, _own_ns(events), strict=True) if not _is_of_xla(x)]
 
 
 def _own_ns(events: list) -> list[float]:
@@ -87,13 +97,18 @@ def _own_ns(events: list) -> list[float]:
     return own
 
 
-def _is_kernel(plane: str, line: str, event) -> bool:
+def _is_kernel(plane: str, line, event) -> bool:
     if plane.startswith("/device:GPU"):
-        return line.startswith("Stream")
+        return line.name.startswith("Stream")
     if event.name.startswith(_STARTS_OTHERS):
         return False
     if plane.startswith("/device:TPU"):
-        return line == "XLA Ops"
+        return line.name == "XLA Ops"
+    return _is_of_xla(event)
+
+
+def _is_of_xla(event) -> bool:
+    """Whether a thread runs an instruction of a program there."""
     return any(name == "hlo_op" for name, _ in event.stats)
 
 

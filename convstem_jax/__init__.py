@@ -9,6 +9,10 @@ __all__ = ["__version__", "create_model", "load_model"]
 _MODULES = {"create_model": "convstem_jax.models", "load_model": "convstem_jax.weights"}
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str):
     """Imports what takes seconds when it is asked for: the programs begin before that."""
     if name not in _MODULES:

@@ -5,6 +5,7 @@ of the input, whose batches are numbered. Saving is asynchronous and atomic. Orb
 bits without a word, so a checksum of each array travels in the JSON record.
 """
 
+from collections.abc import Callable
 from concurrent import futures
 import contextlib
 import copy
@@ -43,7 +44,8 @@ class Checkpoints:
             save has not finished is taken for left over, and removed.
         room: bytes of each device that training leaves; by default what the most that it has held
             so far leaves at the first save.
-        reserve: bytes of each device, of those that it leaves, which training will still take.
+        reserve: tells at the first save how many bytes of each device, of those that are left,
+            training will still take.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Checkpoints:
         keep: int = 2,
         read_only: bool = False,
         room: float | None = None,
-        reserve: float = 0.0,
+        reserve: Callable[[], float] = lambda: 0.0,
     ):
         policy = ocp.checkpoint_managers
 
@@ -133,7 +135,7 @@ class Checkpoints:
         self._finish()
         loop = copy.deepcopy(loop)
         if self._copies is None:
-            self._copies = jax.process_count() == 1 and _fits(state, self._room, self._reserve)
+            self._copies = jax.process_count() == 1 and _fits(state, self._room, self._reserve())
         if self._copies:
             self._saving = self._thread.submit(self._save, step, _copy(state), loop, metrics)
         else:

@@ -33,7 +33,8 @@ examples:
 exit status:
   0 done · 2 wrong arguments, or no such file · 3 a file that is no image
   4 weights that cannot be read · 75 storage did not answer: try again
-Images that cannot be read are named; the others are classified nevertheless.
+Images that cannot be read are named; the others are classified nevertheless. Of several statuses it
+is the highest.
 """
 BATCH_SIZE = 64
 
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
                 image = load_image(path, config)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
-                status = error.exit_status
+                status = max(status, error.exit_status)
             else:
                 paths.append(path)
                 yield image

@@ -33,13 +33,19 @@ FREE_FIELDS = (
 )
 
 
-def prepare(workdir: str, config: ml_collections.ConfigDict, data: dict[str, int]) -> str:
+def prepare(
+    workdir: str,
+    config: ml_collections.ConfigDict,
+    data: dict[str, int],
+    class_names: Sequence[str] = (),
+) -> str:
     """Makes the folder, or checks that it holds a run of the same configuration and data.
 
     Args:
         workdir: the folder.
         config: the configuration.
         data: what tells the data from others of the same names, such as their sizes.
+        class_names: for classes.txt, which `convstem_jax.predict` reads.
 
     Returns:
         Its absolute path.
@@ -61,8 +67,12 @@ def prepare(workdir: str, config: ml_collections.ConfigDict, data: dict[str, int
         if has_checkpoint(workdir) or _has_populations(workdir) or read_result(workdir) is not None:
             with open(path) as file:
                 _check_same(json.load(file), new, workdir)
+            _check_same_classes(class_names, workdir)
         if processes.is_first():
             write_json(path, new)
+            if class_names:
+                text = "".join(f"{name}\n" for name in class_names)
+                write_text(os.path.join(workdir, CLASSES), text)
             write_text(os.path.join(workdir, _TOKEN), secrets.token_hex())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"--workdir {workdir} cannot be used: {error}; name another") from error
@@ -154,11 +164,18 @@ def _check_same(old: dict, new: dict, workdir: str) -> None:
         )
 
 
-def write_class_names(workdir: str, names: Sequence[str]) -> None:
-    """Writes classes.txt, a name a line, which `convstem_jax.predict` reads."""
+def _check_same_classes(names: Sequence[str], workdir: str) -> None:
+    """Checks that classes have the numbers that they had when the run began."""
     path = os.path.join(workdir, CLASSES)
-    with writing(path):
-        write_text(path, "".join(f"{name}\n" for name in names))
+    if not os.path.exists(path):  # a study, or a run of an earlier version
+        return
+    with open(path) as file:
+        for i, (old, new) in enumerate(zip(file.read().splitlines(), names, strict=False)):
+            if old != new:
+                raise ConfigError(
+                    f"{workdir} holds a run of other classes (class {i} is {old} there and {new} "
+                    "here): name another --workdir, or delete that folder"
+                )
 
 
 def write_result(workdir: str, result: dict) -> None:

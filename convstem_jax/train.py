@@ -68,10 +68,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             "eval_examples": len(eval_split),
             "num_classes": train_split.num_classes,
         }
-        workdir = run_folder.prepare(workdir, config, data)
+        workdir = run_folder.prepare(workdir, config, data, train_split.class_names)
     run_folder.check_shared(workdir)
-    if processes.is_first():
-        run_folder.write_class_names(workdir, train_split.class_names)
     if (result := run_folder.read_result(workdir)) is not None:
         if processes.is_first():
             print("this run is finished; its result:")
@@ -99,6 +97,17 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         reading=reading,
     )
 
+    @functools.cache
+    def precise_batches():
+        # By threads: worker processes would keep their memory to the end of the run.
+        num_threads = min(num_precise, max(1, reading.num_workers))
+        threads = pipeline.Reading(0, num_threads, 1, 1)
+        processes.print_once(
+            f"before each evaluation {num_precise * config.batch_size:,} training images give "
+            "BatchNorm's statistics (config.precise_bn_examples)"
+        )
+        return list(itertools.islice(new_train_batches(first_step=0, reading=threads), num_precise))
+
     # ----------------------------------------------------------------------- model and state
 
     start_weights = None
@@ -120,12 +129,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     # -------------------------------------------------------------------------------- resume
 
-    precise_images = num_precise * config.batch_size if state.batch_stats else 0
+    def reserve():
+        # For the images of the precise statistics, which stay after the first evaluation.
+        if not state.batch_stats or precise_batches.cache_info().currsize:
+            return 0.0
+        num = num_precise * config.batch_size
+        return num * 3 * config.image_size**2 / len(sharding.devices)
+
     checkpoints = Checkpoints(
-        os.path.join(workdir, "checkpoints"),
-        keep=config.keep_checkpoints,
-        # The images of the precise statistics, which stay after the first evaluation.
-        reserve=precise_images * 3 * config.image_size**2 / len(sharding.devices),
+        os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints, reserve=reserve
     )
     first_step, before = 0, {"seconds": 0.0, "speed": ()}
     if checkpoints.latest_step() is not None:
@@ -146,17 +158,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         speed=before["speed"],
     )
     start = time.perf_counter() - before["seconds"]
-
-    @functools.cache
-    def precise_batches():
-        # By threads: worker processes would keep their memory to the end of the run.
-        num_threads = min(num_precise, max(1, reading.num_workers))
-        threads = pipeline.Reading(0, num_threads, 1, 1)
-        processes.print_once(
-            f"before each evaluation {num_precise * config.batch_size:,} training images give "
-            "BatchNorm's statistics (config.precise_bn_examples)"
-        )
-        return list(itertools.islice(new_train_batches(first_step=0, reading=threads), num_precise))
 
     def precise(found):
         batch_stats = precise_batch_stats(jit_batch_statistics, found, precise_batches())

@@ -75,28 +75,25 @@ def test_train_step(tmp_path):
     file = tmp_path / "train_step.json"
     flags = ["--models=vitp_tiny", "--batch=4", "--steps=1", "--repeats=3", f"--json={file}"]
     flags += ["--implementations", "convstem_jax", "torchvision", "timm"]
-    flags += ["--xla_options", "xla_backend_optimization_level=0", "xla_unheard_of=1"]
+    flags += ["--xla_options", "xla_unheard_of=1"]
     # As a file, of which the contenders' processes know too, and from anywhere.
     command = [sys.executable, ROOT / "benchmarks/train_step.py", *flags]
     command += ["--torch_mode=eager", "--matmul_size=64"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     rows = json.loads(file.read_text())
-    names = [row["implementation"] for row in rows]
-    option = "xla_backend_optimization_level=0"
-    assert names == ["convstem_jax", "torchvision", f"convstem_jax {option}"]
+    assert [row["implementation"] for row in rows] == ["convstem_jax", "torchvision"]
     for row in rows:
         assert row["images_per_second"] > 0 and row["mfu"] > 0 and row["batch"] == 4
     assert rows[0]["speed_over_its"] == 1
-    assert done.stdout.count("vitp_tiny") == 3 and "left out: timm" in done.stderr
+    assert done.stdout.count("vitp_tiny") == 2 and "left out: timm" in done.stderr
     assert "left out: convstem_jax xla_unheard_of=1, vitp_tiny: " in done.stderr
 
 
 def test_steps_in_one_call_are_the_same_steps(monkeypatch):
     monkeypatch.setitem(MODELS, "vitp_tiny", dataclasses.replace(MODELS["vitp_tiny"], depth=1))
-    same = {name: np.ones((2, *shape), kind) for name, shape, kind in (
-        ("image", (32, 32, 3), np.uint8), ("label", (), np.int32),
-    )}  # fmt: skip
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    same = {"image": images, "label": np.arange(2, dtype=np.int32)}
     two = jax_contenders.Training.of(Case("vitp_tiny", "convstem_jax", 2)).batches
     (a, b), (c, d) = ([next(two)[name] for _ in range(2)] for name in ("image", "label"))
     assert a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer() and (a != b).any()
@@ -277,8 +274,12 @@ def test_what_is_timed_computes_in_the_type_that_is_asked_for(dtype, monkeypatch
     network = torch_contenders.torchvision_network(MODELS["vitc_tiny"])
     network.register_forward_hook(lambda _, inputs, logits: found.append(str(logits.dtype)))
     monkeypatch.setattr(torch_contenders, "new_network", lambda *_: lambda: network)
-    torch_contenders.TorchStep(Case("vitc_tiny", "torchvision", 2, dtype=dtype))
+    step = torch_contenders.TorchStep(Case("vitc_tiny", "torchvision", 2, dtype=dtype))
     assert set(found) == {f"torch.{dtype}"}
+    batches, loss_of = [], step._loss_of
+    step._loss_of = lambda *args: (batches.append(args[0].data_ptr()), loss_of(*args))[1]
+    step.run(4)
+    assert batches[:2] == batches[2:] and batches[0] != batches[1], "two batches in turns"
 
 
 COUNT, EVEN = "must be a whole number of 1 or more", "must be an even number of 2 or more"
@@ -321,25 +322,27 @@ def test_train_step_refuses_what_does_not_fit_together(capsys):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu for this machine")
-def test_tpu_cycles(tmp_path):
+def test_tpu_cycles(tmp_path, monkeypatch, capsys):
+    """Of the compiler itself tests/test_preflight.py has more."""
+    monkeypatch.setitem(MODELS, "vitp_tiny", dataclasses.replace(MODELS["vitp_tiny"], depth=1))
+    compiled = []
+
+    def compile_step(traced, slice_, *, quick, known):
+        if known:
+            return known
+        compiled.append(str(traced.jaxpr))
+        return {"cycles": 10**6 * len(compiled)}
+
+    monkeypatch.setattr(tpu_cycles.tpu, "compile_step", compile_step)
     file = tmp_path / "cycles.json"
     names = ["convstem_jax", "plain Flax, bfloat16"]
     flags = ["--models", "vitp_tiny", "--topology", "v5e:1x1", "--batch=8", f"--json={file}"]
-    command = [sys.executable, "-m", "benchmarks.tpu_cycles", *flags, "--implementations", *names]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(file.read_text())
-    assert [row["implementation"] for row in rows] == names
-    ours, plain = (row["cycles"] for row in rows)
-    line = f"{ours / 1e6:.1f} | {plain / 1e6:.1f} | {ours / plain:.2f}"
-    assert line in " ".join(done.stdout.split())
-    # An estimate is not made again (tests/test_preflight.py has when it is).
-    rows[0]["cycles"] = rows[1]["cycles"] = 7
-    file.write_text(json.dumps(rows))
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(file.read_text()) == rows
+    for _ in range(2):  # An estimate is not made again.
+        assert tpu_cycles.main([*flags, "--implementations", *names]) == 0
+        assert "1.0 | 2.0 | 0.50" in " ".join(capsys.readouterr().out.split())
+    assert [row["implementation"] for row in json.loads(file.read_text())] == names
+    ours, plain = compiled
+    assert ours != plain, "two networks"
 
 
 def test_tpu_cycles_refuses_a_file_of_something_else(tmp_path, capsys):
@@ -428,6 +431,7 @@ def test_the_kernels_of_a_step(tmp_path, monkeypatch, capsys):
     assert profile_step.main([*flags, "--host"]) == 0
     found = {row["name"]: row["times"] for row in json.loads(file.read_text())}
     assert found["PjitFunction(jit(train_step))"] >= 1
+    assert not [name for name in found if name.startswith(("while", "call", "conditional"))]
     assert not found.keys() & {row["name"] for row in rows}
     with pytest.raises(SystemExit):
         profile_step.main(["--model=regnety_tiny", "--implementation=plain Flax, bfloat16"])

@@ -124,7 +124,7 @@ def test_without_room_for_a_copy_a_save_waits_for_the_arrays(
         "_inspect",
         lambda state: (threads.append(threading.current_thread()), inspect(state))[1],
     )
-    checkpoints = Checkpoints(str(tmp_path / "c"), room=room, reserve=reserve)
+    checkpoints = Checkpoints(str(tmp_path / "c"), room=room, reserve=lambda: reserve)
     state = make_state(1)
     with monkeypatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: [*devices, Device()])

@@ -36,6 +36,7 @@ def test_links_lead_to_committed_files(page):
 
 def anchors(page):
     titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    assert len(titles) == len(set(titles)), page
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
@@ -81,9 +82,14 @@ def test_cycles_of_the_newer_compiler():
     rows = json.loads((ROOT / "results/benchmarks/tpu_cycles_jax_0.12.json").read_text())
     assert {row["versions"]["libtpu"] for row in rows} == {"0.0.50.1"}
     cycles = {(row["model"], row["topology"], row["implementation"]): row["cycles"] for row in rows}
-    for (model, topology, name), plain in cycles.items():
-        if name != "convstem_jax":
-            assert cycles[model, topology, "convstem_jax"] <= 0.8 * plain
+    ratios = [
+        cycles[model, topology, "convstem_jax"] / plain
+        for (model, topology, name), plain in cycles.items()
+        if name == "plain Flax, bfloat16"
+    ]
+    assert max(ratios) <= 0.8
+    told = f"it is {min(ratios):.2f} to {max(ratios):.2f} of plain Flax's cycles in bfloat16"
+    assert told in PERFORMANCE.read_text()
     for size, most in (("1gf", 1.12), ("4gf", 1.10), ("36gf", 1.02)):
         c, p = (cycles[f"vit{stem}_{size}", "v6e:2x2", "convstem_jax"] for stem in "cp")
         assert c <= most * p

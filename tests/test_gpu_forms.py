@@ -20,10 +20,16 @@ from tests.test_program import trace
 NUM_CLASSES = 5
 
 
+# Two blocks, one of which is the last, and a block a stage.
+FEW_BLOCKS = {"vit": {"depth": 2}, "reg": {"depths": (1, 1, 1)}}
+
+
 def logits_gradients_and_statistics(name, num_devices=1, dtype=jnp.float32):
     """Of a model with random parameters."""
     mesh = sharding.Sharding(jax.devices()[:num_devices])
-    model = create_model(name, num_classes=NUM_CLASSES, dtype=dtype, rngs=nnx.Rngs(0))
+    model = create_model(
+        name, num_classes=NUM_CLASSES, dtype=dtype, rngs=nnx.Rngs(0), **FEW_BLOCKS[name[:3]]
+    )
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     params, batch_stats = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
     keys = iter(jax.random.split(jax.random.key(1), 200))

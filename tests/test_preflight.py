@@ -142,22 +142,32 @@ def test_only_what_the_compiler_said_of_the_same_is_known(monkeypatch):
         tpu.compile_step(Lowered(), None, False, known)
 
 
+ON_A_CHIP = ["--quick", "--topology", "v5e:1x1", "--config"]
+TOO_LARGE = "configs/quickstart.py:batch_size=262144"
+
+
+@pytest.fixture(scope="module")
+def too_large():
+    """Its record."""
+    status, [record] = json_of(*ON_A_CHIP, TOO_LARGE)
+    assert status == 6
+    return record
+
+
 @needs_compiler
-def test_what_does_not_fit_comes_with_the_remedy():
-    config = "configs/quickstart.py:batch_size=262144"
-    flags = ["--quick", "--topology", "v5e:1x1", "--config"]
-    status, [record] = json_of(*flags, config)
-    assert status == 6 and not record["fits"]
-    assert record["bytes_per_chip"] > record["chip_bytes"]
-    remedy = record["remedy"].removeprefix("set config.")
-    assert remedy.startswith("accumulate=")
-    largest = record["largest_batch"]
-    assert 10_000 < largest < 262144
-    if not DRILL:
-        return
-    others = [f"{config},{remedy}"]
-    others += [f"configs/quickstart.py:batch_size={n}" for n in (largest, 2 * largest)]
-    status, records = json_of(*flags, *others)
+def test_what_does_not_fit_comes_with_the_remedy(too_large):
+    assert not too_large["fits"] and too_large["bytes_per_chip"] > too_large["chip_bytes"]
+    assert too_large["remedy"].startswith("set config.accumulate=")
+    assert 10_000 < too_large["largest_batch"] < 262144
+
+
+@needs_compiler
+@pytest.mark.skipif(not DRILL, reason="make drill runs it")
+def test_the_remedy_and_the_largest_batch_fit(too_large):
+    largest, remedy = too_large["largest_batch"], too_large["remedy"].removeprefix("set config.")
+    configs = [f"{TOO_LARGE},{remedy}"]
+    configs += [f"configs/quickstart.py:batch_size={n}" for n in (largest, 2 * largest)]
+    _, records = json_of(*ON_A_CHIP, *configs)
     assert [record["fits"] for record in records] == [True, True, False]
 
 

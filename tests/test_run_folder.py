@@ -64,6 +64,18 @@ def test_other_data_of_the_same_name_are_another_run(tmp_path):
         run_folder.prepare(str(tmp_path), config, {"train_examples": 5000})
 
 
+def test_classes_keep_their_numbers(tmp_path):
+    config = load_config("configs/quickstart.py")
+    run_folder.prepare(str(tmp_path), config, {}, ["bag", "shoe"])
+    run_folder.prepare(str(tmp_path), config, {}, ["bag", "boot"])  # nothing is saved
+    assert (tmp_path / "classes.txt").read_text() == "bag\nboot\n"
+    (tmp_path / "checkpoints/5").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="class 1 is boot there and shoe here"):
+        run_folder.prepare(str(tmp_path), config, {}, ["bag", "shoe"])
+    (tmp_path / "classes.txt").unlink()  # as of an earlier version
+    run_folder.prepare(str(tmp_path), config, {}, ["bag", "shoe"])
+
+
 def test_a_finished_run_keeps_its_folder_without_checkpoints(tmp_path):
     run_folder.prepare(str(tmp_path), load_config("configs/quickstart.py"), {})
     run_folder.write_result(str(tmp_path), {"top1_error": 10.0})

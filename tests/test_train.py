@@ -318,7 +318,7 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys, mo
     errors, reserved = {}, []
 
     def new_checkpoints(*args, reserve, **kwargs):
-        reserved.append(reserve)
+        reserved.append((reserve, reserve()))
         return Checkpoints(*args, reserve=reserve, **kwargs)
 
     monkeypatch.setattr(train_module, "Checkpoints", new_checkpoints)
@@ -330,7 +330,9 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys, mo
         assert said.count("256 training images give BatchNorm's statistics") == (num == "256")
         assert "the EMA is updated after the first step alone" in said
         assert ("at the end the EMA is still 37% what it was" in said) == (num == "0")
-    assert reserved == [0, 256 * 32 * 32 * 3], "the images stay on the device"
+    assert [(before, reserve()) for reserve, before in reserved] == [
+        (0, 0), (256 * 32 * 32 * 3, 0),
+    ], "what the images take of the device, until they are there"  # fmt: skip
     # Cut short by the end.
     assert profiled_steps(tmp_path / "256") == [2] and not (tmp_path / "0/plugins").exists()
     _, plain = restore_latest(tmp_path / "0")
