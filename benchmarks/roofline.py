@@ -43,7 +43,8 @@ from convstem_jax.step import train_step
 
 OURS = jax_contenders.IMPLEMENTATIONS[0]
 PAPER = [f"vit{stem}_{size}gf" for size in (1, 4, 18, 36) for stem in "cp"]
-VIEWS = ("transpose", "reshape", "squeeze", "expand_dims", "copy")  # cost nothing of their own
+# Cost nothing of their own: at best what is before them writes in that order.
+VIEWS = ("transpose", "reshape", "squeeze", "expand_dims", "copy", "layout_constraint")
 # Programs inside an instruction that run once, on its operands.
 CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "closed_call", "shard_map")
 

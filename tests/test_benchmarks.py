@@ -476,9 +476,11 @@ def test_the_roofline_counts_three_forward_passes(name, least, most):
 
 
 def test_on_gpus_attention_weights_stay_on_the_chip():
-    found = [roofline.step_kernels("vitp_1gf", 64, kind) for kind in ("cpu", "NVIDIA H200")]
-    here, on_gpu = [(sum(k.flops for k in x), sum(k.bytes for k in x)) for x in found]
+    kinds = "cpu", "NVIDIA H200", "TPU v5 lite"
+    found = [roofline.step_kernels("vitp_1gf", 64, kind) for kind in kinds]
+    here, on_gpu, on_tpu = [(sum(k.flops for k in x), sum(k.bytes for k in x)) for x in found]
     assert on_gpu[0] == pytest.approx(here[0], rel=0.02)
+    assert on_tpu == pytest.approx(here, rel=0.1), "pinned layouts are no kernels"
     assert 0.7 * here[1] < on_gpu[1] < 0.95 * here[1]
 
 
