@@ -169,11 +169,11 @@ def test_the_step_is_compiled_with_options_that_xla_knows():
         ("gpu", "NVIDIA A100-SXM4-40GB", "cudnn"),
         ("gpu", "NVIDIA B200", "cudnn"),
         ("gpu", "NVIDIA L4", "cudnn"),
-        ("gpu", "Tesla T4", "own"),
-        ("gpu", "AMD Instinct MI300X", "own"),
-        ("tpu", "TPU v5 lite", "own"),
-        ("cpu", "cpu", "own"),
-        ("", "", "own"),
+        ("gpu", "Tesla T4", "xla"),
+        ("gpu", "AMD Instinct MI300X", "xla"),
+        ("tpu", "TPU v5 lite", "xla"),
+        ("cpu", "cpu", "xla"),
+        ("", "", "xla"),
     ],
 )
 def test_the_forms_are_chosen_by_the_device_that_is_traced_for(
@@ -193,8 +193,8 @@ def test_the_forms_are_chosen_by_the_device_that_is_traced_for(
     def form(num_tokens, head_width, dtype=jnp.bfloat16):
         return attention.form(jnp.zeros((2, 1, 1), dtype), num_tokens, head_width)
 
-    assert form(197, 64, jnp.float32) == form(17, 32, jnp.float32) == "own"
-    by_xla_or_cudnn = "own" if expected == "own" else "cudnn"
+    assert form(197, 64, jnp.float32) == form(17, 32, jnp.float32) == "xla"
+    by_xla_or_cudnn = "xla" if expected == "xla" else "cudnn"
     assert {form(17, 32), form(197, 32), form(128, 64), form(257, 64)} == {by_xla_or_cudnn}
     assert form(129, 64) == form(197, 64) == form(256, 64) == expected
     monkeypatch.setattr(kernels, "triton", None)

@@ -1,8 +1,9 @@
-"""Scaled dot-product attention with a backward pass that reads the weights in one pass.
+"""Multi-head self-attention in the form that is fastest on the device that is traced for.
 
 The `[N, h, T, T]` tensors are what costs here: at 197 tokens and heads of 64 a pass over one of
-them takes about as long as a product with it. So the weights are computed from the scores in one
-pass, kept in the type of the inputs, and their gradient is made in one pass too.
+them takes about as long as a product with it. cuDNN and the kernel of `packed_attention` keep them
+out of the memory. Elsewhere, in `attend`, the weights are computed from the scores in one pass,
+kept in the type of the inputs, and their gradient is made in one pass too.
 """
 
 import functools
@@ -19,11 +20,76 @@ def form(x: jax.Array, num_tokens: int, head_width: int) -> str:
     """Which form is to be used for tokens `x`, on the device that is traced for.
 
     "packed" for `packed_attention`, "cudnn" for `attend_fused`, which cuDNN has for 16 bits, and
-    "own" for `attend`.
+    "xla" for `attend`.
     """
     if packed_attention.fits(x, num_tokens, head_width):
         return "packed"
-    return "cudnn" if x.dtype == jnp.bfloat16 and has_fused_attention() else "own"
+    return "cudnn" if x.dtype == jnp.bfloat16 and has_fused_attention() else "xla"
+
+
+def pad(x: jax.Array, num_heads: int) -> jax.Array:
+    """Tokens `[N, T, C]`, and where cuDNN attends one more if T is odd: see `attend_fused`."""
+    _, t, c = x.shape
+    return jnp.pad(x, ((0, 0), (0, t % 2), (0, 0))) if form(x, t, c // num_heads) == "cudnn" else x
+
+
+def of_all_tokens(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, num_tokens: int
+) -> jax.Array:
+    """Multi-head self-attention up to its output layer.
+
+    Args:
+        x: tokens, `[N, T, C]`.
+        kernel: `[C, 3 * C]`: for queries, keys and values, each by heads.
+        bias: `[3 * C]`, likewise.
+        num_heads: into which C is divided.
+        num_tokens: how many of the T tokens are attended to: all but those of `pad`.
+
+    Returns:
+        `[N, T, C]`, of the type of `x`.
+    """
+    n, _, c = x.shape
+    how = form(x, num_tokens, c // num_heads)
+    if how == "packed":
+        kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
+        return packed_attention.project_and_attend(x, kernel, bias, num_heads)
+    q, k, v = _project(x, kernel, bias, num_heads, how)
+    if how == "cudnn":
+        return attend_fused(q, k, v, num_tokens).reshape(n, -1, c)
+    q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))
+    return attend(q, k, v).transpose(0, 3, 1, 2).reshape(n, -1, c)
+
+
+def of_class_token(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, num_tokens: int
+) -> jax.Array:
+    """The same for the class token alone, the first, which attends to all: `[N, 1, C]`."""
+    n, _, c = x.shape
+    how = form(x, num_tokens, c // num_heads)
+    q, k, v = _project(x, kernel, bias, num_heads, how, class_token_only=True)
+    q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))
+    return attend_from_one(q[..., 0], k, v, num_tokens).reshape(n, 1, c)
+
+
+def _project(x, kernel, bias, num_heads, how, class_token_only=False):
+    """Queries, of the class token alone or of all, keys and values: `[N, T, h, d]`."""
+    n, _, c = x.shape
+    heads = num_heads, c // num_heads
+    # cuBLAS adds a bias that is a vector; TPUs write `[h, d]` from the product.
+    shape = heads if how == "xla" else (c,)
+    kernels = kernel.astype(x.dtype).reshape(c, 3, *shape)
+    biases = bias.astype(x.dtype).reshape(3, *shape)
+    # One parameter and three products: the gradient of a single product would have to be
+    # concatenated, which takes TPUs as long as the product.
+    return [
+        (jnp.tensordot(tokens, kernel, axes=1) + bias).reshape(n, -1, *heads)
+        for tokens, kernel, bias in zip(
+            (x[:, :1] if class_token_only else x, x, x),
+            jnp.unstack(kernels, axis=1),
+            biases,
+            strict=True,
+        )
+    ]
 
 
 def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int) -> jax.Array:
@@ -63,7 +129,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         `[N, h, d, T]`, of the type of the inputs.
     """
     q = q * q.shape[2] ** -0.5
-    return in_order(_attend(*map(in_order, (q, k, v))))
+    return pin_layout(_attend(*map(pin_layout, (q, k, v))))
 
 
 def attend_from_one(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int) -> jax.Array:
@@ -78,7 +144,7 @@ def attend_from_one(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int) -
     Returns:
         `[N, h, d]`, of the type of the inputs.
     """
-    k, v = in_order(k), in_order(v)
+    k, v = pin_layout(k), pin_layout(v)
     scores = _scores_of_one(q * q.shape[2] ** -0.5, k)
     scores = jnp.where(jnp.arange(k.shape[3]) < num_tokens, scores, -jnp.inf)
     return jnp.einsum("nht,nhdt->nhd", jax.nn.softmax(scores).astype(v.dtype), v)
@@ -143,7 +209,7 @@ def _inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum("ghd,nhdt->ngt", own, x * y, preferred_element_type=jnp.float32)[:, :, None]
 
 
-def in_order(x: jax.Array) -> jax.Array:
+def pin_layout(x: jax.Array) -> jax.Array:
     """Keeps the compiler for TPUs from permuting the axes, which ends in copies of `[T, T]`.
 
     `x` has the batch first.

@@ -9,10 +9,9 @@ from jax.nn import initializers
 import jax.numpy as jnp
 
 from convstem_jax.models import attention, stems
-from convstem_jax.models.attention import attend, attend_from_one, attend_fused, in_order
+from convstem_jax.models.attention import pin_layout
 from convstem_jax.models.gelu import gelu
 from convstem_jax.models.norms import NORMS, before_linear, layer_norm
-from convstem_jax.models.packed_attention import project_and_attend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,36 +100,9 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, norm: nnx.LayerNorm, num_tokens: int, *, class_token_only: bool
     ) -> jax.Array:
-        n, _, d = x.shape
-        heads = self.num_heads, d // self.num_heads
-        form = attention.form(x, num_tokens, heads[1])
-        x, y, kernels, biases = before_linear(norm, self.qkv, x)
-        if form == "packed" and not class_token_only:
-            kernels, biases = kernels.astype(x.dtype), biases.astype(x.dtype)
-            return x + self.out(project_and_attend(y, kernels, biases, self.num_heads))
-        # cuBLAS adds a bias that is a vector; TPUs write `[h, d / h]` from the product.
-        shape = heads if form == "own" else (d,)
-        kernels = kernels.astype(x.dtype).reshape(d, 3, *shape)
-        biases = biases.astype(x.dtype).reshape(3, *shape)
-        # One parameter and three products: the gradient of a single product would have to be
-        # concatenated, which takes TPUs as long as the product.
-        q, k, v = (
-            (jnp.tensordot(tokens, kernel, axes=1) + bias).reshape(n, -1, *heads)
-            for tokens, kernel, bias in zip(
-                (y[:, :1] if class_token_only else y, y, y),
-                jnp.unstack(kernels, axis=1),
-                biases,
-                strict=True,
-            )
-        )
-        if form == "cudnn" and not class_token_only:
-            return x + self.out(attend_fused(q, k, v, num_tokens).reshape(n, -1, d))
-        q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))  # [N, h, d / h, T]
-        if class_token_only:
-            y = attend_from_one(q[..., 0], k, v, num_tokens)
-        else:
-            y = attend(q, k, v).transpose(0, 3, 1, 2)
-        y = self.out(y.reshape(n, -1, d))
+        x, y, kernel, bias = before_linear(norm, self.qkv, x)
+        attend = attention.of_class_token if class_token_only else attention.of_all_tokens
+        y = self.out(attend(y, kernel, bias, self.num_heads, num_tokens))
         return (x[:, :1] if class_token_only else x) + y
 
 
@@ -152,7 +124,7 @@ class MLP(nnx.Module):
         x, y, kernel, bias = before_linear(norm, self.fc1, x)
         kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
         # `reshape` as in nnx.Linear, so that programs for TPUs stay those that were estimated.
-        return x + self.fc2(gelu(in_order(y @ kernel + bias.reshape(1, 1, -1))))
+        return x + self.fc2(gelu(pin_layout(y @ kernel + bias.reshape(1, 1, -1))))
 
 
 class Block(nnx.Module):
@@ -171,8 +143,8 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, num_tokens: int, *, class_token_only: bool) -> jax.Array:
         x = self.attention(x, self.norm1, num_tokens, class_token_only=class_token_only)
-        x = in_order(x)
-        return in_order(self.mlp(x, self.norm2))
+        x = pin_layout(x)
+        return pin_layout(self.mlp(x, self.norm2))
 
 
 class ViT(nnx.Module):
@@ -236,9 +208,7 @@ class ViT(nnx.Module):
         x = jnp.concatenate([class_token, x], axis=1)  # [N, T, d]
         x = x + self.position_embedding[...].astype(x.dtype)
         num_tokens = x.shape[1]
-        if attention.form(x, num_tokens, d // self.spec.num_heads) == "cudnn":
-            x = jnp.pad(x, ((0, 0), (0, num_tokens % 2), (0, 0)))  # see `attend_fused`
-        x = in_order(x)
+        x = pin_layout(attention.pad(x, self.spec.num_heads))
         for i, block in enumerate(self.blocks, 1):
             is_last = i == len(self.blocks)
             x = block(x, num_tokens, class_token_only=is_last and not all_tokens)
