@@ -1,7 +1,7 @@
 """ViT_C, the paper's convolutional stem, on ImageNet-1k.
 
     python -m convstem_jax.main --config configs/vitc.py                  ViT_C-4GF, AdamW
-    python -m convstem_jax.main --config configs/vitc.py:1gf              1gf, 4gf, 18gf or 36gf
+    python -m convstem_jax.main --config configs/vitc.py:1gf              1gf, 4gf, 18gf, 36gf, 72gf
     python -m convstem_jax.main --config configs/vitc.py:18gf,sgd         SGD
     python -m convstem_jax.main --config configs/vitc.py:1gf,stability    lr and wd of section 5
     python -m convstem_jax.main --config configs/vitc.py:4gf,epochs=50    any field

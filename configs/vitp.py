@@ -1,7 +1,7 @@
 """ViT_P, the patchify stem of the original ViT, on ImageNet-1k: the paper's baseline.
 
     python -m convstem_jax.main --config configs/vitp.py                  ViT_P-4GF, AdamW
-    python -m convstem_jax.main --config configs/vitp.py:1gf              1gf, 4gf, 18gf or 36gf
+    python -m convstem_jax.main --config configs/vitp.py:1gf              1gf, 4gf, 18gf, 36gf, 72gf
     python -m convstem_jax.main --config configs/vitp.py:18gf,sgd         SGD
     python -m convstem_jax.main --config configs/vitp.py:1gf,stability    lr and wd of section 5
     python -m convstem_jax.main --config configs/vitp.py:4gf,epochs=50    any field

@@ -61,7 +61,7 @@ def load_run_config(workdir: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"{workdir} is no run's folder: give --config, for what the images are")
     try:
         with open(os.path.join(workdir, "config.json")) as file:
-            fields = {"profile_step": 0} | json.load(file)  # earlier runs have none
+            fields = json.load(file)
         fields = {name: fields[name] for name in RULES}
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(

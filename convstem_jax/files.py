@@ -29,7 +29,7 @@ def _write(path: str, content: str | bytes, mode: str) -> None:
 
 
 def writable(path: str) -> str:
-    """The path, if a file can be written there: a `type` of argparse, so that none works in vain.
+    """The path, if a file can be written there: a `type` of argparse, checked before the work.
 
     Raises:
         argparse.ArgumentTypeError: it cannot.

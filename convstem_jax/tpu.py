@@ -120,7 +120,7 @@ def compile_step(traced: jax.stages.Traced, slice_: Slice, quick: bool, known: d
         "versions": provenance.versions(),
         "flags": {name: os.environ[name] for name in FLAGS if os.environ.get(name)},
     }
-    if known and program.items() <= ({"flags": {}} | known).items():
+    if known and program.items() <= known.items():
         return known
     said = program | dict.fromkeys(
         ("bytes", "code_bytes", "temporaries_needed", "flops", "cycles", "collectives")

@@ -388,12 +388,6 @@ def test_what_a_packed_file_does_not_have(packed_dir, split, message):
         sources.open_split(str(packed_dir), NAME, split)
 
 
-def test_a_file_of_an_earlier_version_is_told_from_a_damaged_one(tmp_path):
-    np.savez(tmp_path / f"{NAME}.npz", num_classes=10)
-    with pytest.raises(ConfigError, match="by an earlier version, .* pack it again"):
-        sources.open_split(str(tmp_path), NAME, "test")
-
-
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_log_file_gets_few_progress_bars(monkeypatch, is_terminal):
     shown = io.StringIO()

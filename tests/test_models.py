@@ -297,7 +297,7 @@ def assert_all(x, value):
 
 @pytest.mark.parametrize("name", ["vitp_1gf", "vitc_1gf"])
 def test_initialisation_is_the_authors(name):
-    """Section 2 of the figures: the code of mid-2021."""
+    """Their code of mid-2021."""
     d, mlp_dim = 192, 576
     model = create_model(name, depth=2, rngs=nnx.Rngs(0))
     stem = model.stem

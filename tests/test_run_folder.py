@@ -72,8 +72,6 @@ def test_classes_keep_their_numbers(tmp_path):
     (tmp_path / "checkpoints/5").mkdir(parents=True)
     with pytest.raises(ConfigError, match="class 1 is boot there and shoe here"):
         run_folder.prepare(str(tmp_path), config, {}, ["bag", "shoe"])
-    (tmp_path / "classes.txt").unlink()  # as of an earlier version
-    run_folder.prepare(str(tmp_path), config, {}, ["bag", "shoe"])
 
 
 def test_a_finished_run_keeps_its_folder_without_checkpoints(tmp_path):

@@ -14,7 +14,6 @@ from convstem_jax.errors import ConfigError, Preempted
 from convstem_jax.models import MODELS
 from convstem_jax.study import __main__ as program
 from convstem_jax.study import claims, experiments
-from convstem_jax.study.claims import edf_area
 from convstem_jax.study.experiments import Population
 from convstem_jax.study.finished import Study, Trials, choose
 from convstem_jax.study.programs import Trial
@@ -166,8 +165,8 @@ def test_experiments_that_were_not_made_have_no_claims():
 
 
 def test_area_under_the_edf():
-    assert edf_area(np.array([5.0, 5.0]), 5) == 1
-    assert edf_area(np.array([5.0, 10.0, 99.0]), 5) == pytest.approx((1 + 0.5 + 0) / 3)
+    assert set(claims._shares(np.array([5.0, 5.0]), 5)) == {1}
+    assert list(claims._shares(np.array([5.0, 10.0, 99.0]), 5)) == pytest.approx([1, 0.5, 0])
     # A better setting than those drawn was found on the grid.
     records = made_up(2.0)
     next(r for r in records if r["kind"] == "grid" and r["model"] == "vitc_tiny")["top1_error"] = 9

@@ -92,11 +92,6 @@ def read(path: str, split: str) -> tuple[PackedRecords, list[str]]:
     name, *bounds = match.groups()
     try:
         with open(path, "rb") as file, np.load(file) as arrays:
-            if "num_classes" in arrays:
-                raise ConfigError(
-                    f"{path} was packed by an earlier version, without its classes' names: pack it "
-                    "again (python -m convstem_jax.data.packed --help)"
-                )
             if f"{name}/labels" not in arrays:
                 known = sorted(key.partition("/")[0] for key in arrays if key.endswith("/labels"))
                 raise ConfigError(f"{path} has no split '{name}': it has {', '.join(known)}")

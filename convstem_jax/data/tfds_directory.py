@@ -19,7 +19,7 @@ def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], list[
         split: name of one of its splits, or a part as tfds writes it: `train[:90%]`.
 
     Returns:
-        The records, each with `image`, encoded, and `label`; and the number of classes.
+        The records, each with `image`, encoded, and `label`; and the names of the classes.
 
     Raises:
         ConfigError: there is no such folder or split, or it is not in ArrayRecord.

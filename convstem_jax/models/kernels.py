@@ -75,7 +75,7 @@ def call(
 
 
 def load(ref, exists: jax.Array) -> jax.Array:
-    """What exists, and zeros elsewhere.
+    """Reads a block: what exists of it, and zeros elsewhere.
 
     Args:
         ref: of a block.
@@ -85,5 +85,5 @@ def load(ref, exists: jax.Array) -> jax.Array:
 
 
 def store(ref, x: jax.Array, exists: jax.Array) -> None:
-    """Writes what exists, likewise, in the type of `ref`."""
+    """Writes what exists of a block, in the type of `ref`."""
     triton.store(ref, x.astype(ref.dtype), mask=exists)

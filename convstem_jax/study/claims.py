@@ -47,11 +47,6 @@ class Group:
     num_diverged: int = 0
 
 
-def edf_area(errors: np.ndarray, best: float) -> float:
-    """Area under the empirical distribution of the errors above the best one, from 0 to 1."""
-    return float(_shares(errors, best).mean())
-
-
 def claims(study: Study) -> list[Claim]:
     """All claims that the study's experiments have something to say about."""
     return [
