@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import jax
 from jax.experimental import multihost_utils
 
 _interrupted = threading.Event()
+_asked = itertools.count(1)  # how often JAX has been asked
 
 
 def interrupt(signum, unused_frame):
@@ -24,11 +26,11 @@ def interrupt(signum, unused_frame):
 
 
 @contextlib.contextmanager
-def stop_requested() -> Iterator[Callable[[int], bool]]:
+def stop_requested() -> Iterator[Callable[[], bool]]:
     """Catches SIGTERM and Ctrl-C inside the block, and yields a function that tells of them.
 
-    The function is called once after each step, with the step's number; where several processes
-    run it becomes true at the same step in all of them, whichever got the signal.
+    The function is called once after each step; where several processes run it becomes true at the
+    same step in all of them, whichever got the signal.
 
     A second signal of the same kind acts as if nothing caught it. A signal that the process was
     started to ignore stays ignored, such as Ctrl-C in a shell script's background job. Outside the
@@ -54,9 +56,11 @@ def stop_requested() -> Iterator[Callable[[int], bool]]:
                 old[signum] = signal.signal(signum, handle)
     try:
         if distributed:
-            yield multihost_utils.reached_preemption_sync_point
+            # JAX stops all at the number after the largest that it was asked of, which is 1 for a
+            # signal that comes before: a resumed run would never ask of it if it gave its steps.
+            yield lambda: multihost_utils.reached_preemption_sync_point(next(_asked))
         else:
-            yield lambda unused_step: event.is_set()
+            yield event.is_set
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)

@@ -207,7 +207,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             is_due = build.is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last
             if is_due:
                 results = evaluate_at(step)
-            stopping = stop_requested(step)  # perhaps during the evaluation
+            stopping = stop_requested()  # perhaps during the evaluation
             if is_due:
                 save(step, results)
             elif step % config.checkpoint_every_steps == 0 or stopping:

@@ -64,7 +64,7 @@ def run(config, trials, folder, *, progress=None, stop=None, new_programs=None):
     with population.open_readers(config, memory=1e6) as readers:
         results = train_population(
             config, trials, str(folder), readers=readers, progress=progress or Progress(),
-            stop_requested=stop or (lambda step: False),
+            stop_requested=stop or (lambda: False),
             new_programs=new_programs or (lambda num: programs()),
         )  # fmt: skip
     for result in results:
@@ -135,7 +135,7 @@ class StopAtTen(Progress):
 def interrupt(c, trials, folder, **options):
     stop = threading.Event()
     with pytest.raises(Preempted, match="stopped at step 11 of 19"):
-        run(c, trials, folder, progress=StopAtTen(stop), stop=lambda step: stop.is_set(), **options)
+        run(c, trials, folder, progress=StopAtTen(stop), stop=stop.is_set, **options)
 
 
 def never(num_trials):

@@ -1,11 +1,13 @@
 """The first signal is a request, the second one is not."""
 
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from convstem_jax import preemption
+from convstem_jax import launch_local, preemption
 from convstem_jax.preemption import stop_requested
 
 
@@ -23,14 +25,14 @@ def usual_handlers():
 def test_the_second_signal_acts():
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with stop_requested() as stop:
-        assert not stop(1)
+        assert not stop()
         signal.raise_signal(signal.SIGINT)
-        assert stop(1)
+        assert stop()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     with stop_requested() as stop:
         signal.raise_signal(signal.SIGTERM)
-        assert stop(1)
+        assert stop()
     assert before == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
 
@@ -39,9 +41,9 @@ def test_what_is_ignored_stays_ignored():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with stop_requested() as stop:
         signal.raise_signal(signal.SIGINT)
-        assert not stop(1)
+        assert not stop()
         signal.raise_signal(signal.SIGTERM)
-        assert stop(1)
+        assert stop()
 
 
 @pytest.mark.usefixtures("usual_handlers")
@@ -54,12 +56,31 @@ def test_an_interruption_that_a_callback_swallowed_counts(monkeypatch):
         pass
 
 
+JOINED = """
+import os, signal, sys, time
+import jax
+from convstem_jax.preemption import stop_requested
+jax.distributed.initialize(sys.argv[1], 1, 0)
+os.kill(os.getpid(), signal.SIGTERM)
+with stop_requested() as stop:
+    time.sleep(3)  # JAX notices after about a second
+    print(any(stop() for _ in range(3)), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_request_before_the_first_step_is_met_after_it_where_processes_are_joined():
+    command = [sys.executable, "-c", JOINED, launch_local.free_address()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_a_thread_may_train_too():
     seen = []
 
     def run():
         with stop_requested() as stop:
-            seen.append(stop(1))
+            seen.append(stop())
 
     thread = threading.Thread(target=run)
     thread.start()

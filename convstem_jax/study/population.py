@@ -68,7 +68,7 @@ def train_population(
     readers: tuple[Reader, Reader],
     new_programs: Callable[[int], Programs],
     progress: Callable[[int, int, float, float, np.ndarray], None],
-    stop_requested: Callable[[int], bool],
+    stop_requested: Callable[[], bool],
 ) -> list[dict]:
     """Trains all trials, or those that `folder` does not hold the results of.
 
@@ -81,7 +81,7 @@ def train_population(
         progress: called at log points with the number of trials done, of those in training, the
             share of their steps that an earlier session made, the share that is made by now, and
             the losses of those that have not diverged.
-        stop_requested: of the step made, whether the machine asks to stop after it.
+        stop_requested: whether the machine asks to stop after the step made.
 
     Returns:
         For each trial: `lr`, `wd`, `seed`, `top1_error` in percent (EMA weights), `diverged_at`,
@@ -204,7 +204,7 @@ def _train_part(
         for step, batch in enumerate(batches, first_step + 1):
             with jax.transfer_guard("disallow"):
                 state, metrics = programs.step(state, batch, hparams)
-            is_last, stopping = step == num_steps, stop_requested(step)
+            is_last, stopping = step == num_steps, stop_requested()
             if build.is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last:
                 evaluate_trials(step)
             if step % config.log_every_steps == 0 or is_last:
