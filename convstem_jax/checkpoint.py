@@ -27,6 +27,7 @@ from convstem_jax.errors import (
     StorageError,
     first_line,
     is_passing,
+    is_shortage,
 )
 from convstem_jax.sharding import bytes_on_device
 from convstem_jax.step import PyTree, TrainState
@@ -231,6 +232,10 @@ class Checkpoints:
                 raise StorageError(
                     f"checkpoint {self.directory}/{step} cannot be read now: try again "
                     f"({first_line(error)})"
+                ) from error
+            if is_shortage(error):
+                raise CheckpointError(
+                    f"checkpoint {self.directory}/{step} cannot be read here: {first_line(error)}"
                 ) from error
             others = sorted(s for s in self._manager.all_steps() if s != step)
             older = [s for s in others if s < step]

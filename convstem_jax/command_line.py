@@ -14,7 +14,14 @@ import ml_collections
 
 from convstem_jax import processes
 from convstem_jax.config import load_config, set_fields, split_argument
-from convstem_jax.errors import Preempted, UserError, first_line
+from convstem_jax.errors import (
+    Preempted,
+    StorageError,
+    UserError,
+    exit_status_of,
+    first_line,
+    is_passing,
+)
 from convstem_jax.run_folder import FREE_FIELDS
 
 EXIT_STATUS = """\
@@ -62,18 +69,22 @@ def run(
             raise
         prefix = "" if isinstance(error, Preempted) else "error: "
         print(f"{prefix}{error}", file=sys.stderr)
-        return error.exit_status
-    except (RuntimeError, ValueError, TimeoutError) as error:
-        if not processes.is_lost_peer(error):
+        status = exit_status_of(error)
+        if status != error.exit_status:
+            print("storage did not answer: first give the same command again", file=sys.stderr)
+        return status
+    except (RuntimeError, ValueError, OSError) as error:
+        is_lost_peer = processes.is_lost_peer(error)
+        if not (is_lost_peer or is_passing(error)):
             raise
         if args.traceback:
             traceback.print_exc()
+        what = "another process of the run was lost" if is_lost_peer else "storage did not answer"
         print(
-            "another process of the run was lost: the same command goes on from the last "
-            f"checkpoint ({first_line(error)[:200]})",
+            f"{what}: the same command goes on from the last checkpoint ({first_line(error)})",
             file=sys.stderr,
         )
-        return Preempted.exit_status
+        return StorageError.exit_status
     except KeyboardInterrupt:
         print("interrupted: what was saved before is kept", file=sys.stderr)
         return 130

@@ -10,6 +10,10 @@ _PASSING = [
     os.strerror(code)
     for code in (errno.EIO, errno.EREMOTEIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT)
 ]
+_SHORTAGE = ["RESOURCE_EXHAUSTED"] + [
+    os.strerror(code)
+    for code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
+]
 
 
 def is_passing(error: BaseException) -> bool:
@@ -22,6 +26,11 @@ def is_passing(error: BaseException) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that this process lacks memory, files to open or permission."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _SHORTAGE)
 
 
 def first_line(error: Exception) -> str:
@@ -69,6 +78,11 @@ class StorageError(UserError):
     """Storage did not answer: the same command goes on from the last checkpoint."""
 
     exit_status = 75
+
+
+def exit_status_of(error: UserError) -> int:
+    """With which to end: StorageError's for all that comes of storage that did not answer."""
+    return StorageError.exit_status if is_passing(error) else error.exit_status
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from convstem_jax.errors import ConfigError, PeerError, UserError, first_line
+from convstem_jax.errors import ConfigError, PeerError, UserError, exit_status_of, first_line
 
 MEET_SECONDS = 10  # for the others to reach the end
 
@@ -99,7 +99,7 @@ def together():
     except UserError as own:
         error = own
     if jax.process_count() > 1:
-        statuses = gather([error.exit_status if error else 0])[:, 0]
+        statuses = gather([exit_status_of(error) if error else 0])[:, 0]
         if error is None and statuses.any():
             raise PeerError(int(np.flatnonzero(statuses)[0]), int(statuses[statuses > 0][0]))
     if error is not None:

@@ -69,14 +69,22 @@ def prepare(
                 _check_same(json.load(file), new, workdir)
             _check_same_classes(class_names, workdir)
         if processes.is_first():
-            write_json(path, new)
+            _write_if_new(path, json.dumps(new, indent=2) + "\n")
             if class_names:
                 text = "".join(f"{name}\n" for name in class_names)
-                write_text(os.path.join(workdir, CLASSES), text)
+                _write_if_new(os.path.join(workdir, CLASSES), text)
             write_text(os.path.join(workdir, _TOKEN), secrets.token_hex())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"--workdir {workdir} cannot be used: {error}; name another") from error
     return workdir
+
+
+def _write_if_new(path: str, text: str) -> None:
+    """Other processes may read the file at this moment, from storage that has no old one then."""
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        if file.read() == text:
+            return
+    write_text(path, text)
 
 
 def check_shared(workdir: str) -> None:

@@ -221,10 +221,15 @@ def test_cut_off_files_are_noticed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "reason, kind",
-    [("Input/output error", StorageError), ("No space left on device", CheckpointError)],
+    "reason, kind, message",
+    [
+        ("Input/output error", StorageError, "cannot be read now"),
+        ("No space left on device", CheckpointError, "is damaged"),
+        ("Too many open files", CheckpointError, "cannot be read here"),
+        ("RESOURCE_EXHAUSTED: Out of memory", CheckpointError, "cannot be read here"),
+    ],
 )
-def test_storage_that_does_not_answer_is_told_from_damage(tmp_path, monkeypatch, reason, kind):
+def test_what_is_no_damage_is_told_from_it(tmp_path, monkeypatch, reason, kind, message):
     """As TensorStore words it; a loop that starts runs again goes by the exit status."""
 
     def fail(*unused_args, **unused_kwargs):
@@ -241,7 +246,7 @@ def test_storage_that_does_not_answer_is_told_from_damage(tmp_path, monkeypatch,
     assert raised.value.exit_status == (75 if kind is StorageError else 4)
     checkpoints = Checkpoints(str(tmp_path / "c"))
     monkeypatch.setattr(checkpoints._manager, "restore", fail)
-    with pytest.raises(kind, match="cannot be read now" if kind is StorageError else "is damaged"):
+    with pytest.raises(kind, match=message):
         checkpoints.restore(make_state(0))
     checkpoints.close()
 

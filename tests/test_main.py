@@ -1,7 +1,10 @@
 """The command line: what it accepts, and that it refuses the rest before compiling anything."""
 
+import errno
 import json
+import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -169,6 +172,18 @@ def test_the_run_is_named_after_the_configuration():
     assert pathlib.PurePath(name).parts == ("runs", "vitc_18gf_sgd_dtype=x_y_lr=1e-3")
     again = "configs/vitc.py:sgd,num_workers=4,18gf,lr=1e-3"
     assert command_line.default_workdir(again, {"dtype": "x/y"}) == name
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, OSError])
+def test_storage_that_does_not_answer_is_worth_another_try(kind, monkeypatch, capsys):
+    def fail(*args):
+        raise kind("why") from OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(train, "train", fail)
+    assert main([*QUICK, "--compilation_cache="]) == 75
+    assert re.search(
+        "why.*storage did not|storage did not.*why", capsys.readouterr().err, re.DOTALL
+    )
 
 
 @pytest.mark.parametrize(

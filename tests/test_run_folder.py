@@ -1,6 +1,7 @@
 """The folder of a run."""
 
 import contextlib
+import json
 import os
 import tempfile
 
@@ -62,6 +63,19 @@ def test_other_data_of_the_same_name_are_another_run(tmp_path):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     with pytest.raises(ConfigError, match="train_examples is 100 there and 5000 here"):
         run_folder.prepare(str(tmp_path), config, {"train_examples": 5000})
+
+
+def test_what_other_processes_may_be_reading_is_written_only_if_it_changes(tmp_path):
+    config = load_config("configs/quickstart.py")
+    files = [tmp_path / "config.json", tmp_path / "classes.txt"]
+    run_folder.prepare(str(tmp_path), config, {}, ["bag", "shoe"])
+    for file in files:
+        os.utime(file, (0, 0))
+    run_folder.prepare(str(tmp_path), config, {}, ["bag", "shoe"])
+    assert not any(file.stat().st_mtime for file in files)
+    run_folder.prepare(str(tmp_path), config, {"num_classes": 2}, ["bag", "boot"])
+    assert all(file.stat().st_mtime for file in files)
+    assert json.loads(files[0].read_text())["num_classes"] == 2
 
 
 def test_classes_keep_their_numbers(tmp_path):
