@@ -68,7 +68,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             "eval_examples": len(eval_split),
             "num_classes": train_split.num_classes,
         }
+        fingerprints = train_split.fingerprint() + eval_split.fingerprint()
         workdir = run_folder.prepare(workdir, config, data, train_split.class_names)
+    processes.check_same(
+        fingerprints,
+        lambda i: (
+            f"the {config.dataset} of process {i} is another than of process 0: copy the data anew "
+            "to all machines"
+        ),
+    )
     run_folder.check_shared(workdir)
     if (result := run_folder.read_result(workdir)) is not None:
         if processes.is_first():
@@ -138,6 +146,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     checkpoints = Checkpoints(
         os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints, reserve=reserve
+    )
+    processes.check_same(
+        str(checkpoints.latest_step()),
+        lambda i: (
+            f"process {i} does not see the checkpoints of --workdir {workdir} that process 0 sees: "
+            "name a folder that shows all machines the same, or wait until it does"
+        ),
     )
     first_step, before = 0, {"seconds": 0.0, "speed": ()}
     if checkpoints.latest_step() is not None:

@@ -1,6 +1,7 @@
 """From a tfds directory to batches: order, exactness, damage."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -361,6 +362,10 @@ def test_a_packed_file_is_the_data_set(packed_dir, test_split):
     assert split.class_names == test_split.class_names and split.class_names[9] == "Ankle boot"
     for i in (0, 1, 1999):
         assert same(split[i], test_split[i])
+    assert split.fingerprint() == test_split.fingerprint()
+    reordered = dataclasses.replace(split, class_names=split.class_names[::-1])
+    shorter = sources.open_split(str(packed_dir), NAME, "test[1:]")
+    assert len({x.fingerprint() for x in (split, reordered, shorter)}) == 3
     part = sources.open_split(str(packed_dir), NAME, "test[50%:1005]")
     assert len(part) == 5 and same(part[0], test_split[1000])
     assert len(sources.open_split(str(packed_dir), NAME, "train")) == 100

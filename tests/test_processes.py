@@ -270,6 +270,34 @@ def test_processes_with_different_commands_are_refused(other, tmp_path):
         assert "the configuration of process 1 is another than of process 0" in output
 
 
+OTHER = """
+import sys
+from convstem_jax import checkpoint, main
+from convstem_jax.data import sources
+
+{name} = lambda self: {value}
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not DRILL, reason="make drill runs it")
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("sources.Split.fingerprint", "'other'", "of process 1 is another than of process 0"),
+        ("checkpoint.Checkpoints.latest_step", "None", "process 1 does not see the checkpoints"),
+    ],
+)
+def test_processes_that_see_other_files_are_refused(name, value, message, one_device, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(one_device, workdir)
+    (workdir / "result.json").unlink()
+    other = ["-c", OTHER.format(name=name, value=value)]
+    statuses, outputs = start_two([flags(workdir), flags(workdir)], other)
+    assert statuses == [2, 2], outputs
+    assert all(message in output for output in outputs)
+
+
 def test_an_error_in_one_process_ends_the_other_with_the_same_status(tmp_path):
     statuses, outputs = start_two([flags(tmp_path / "a"), flags("/proc/nowhere")])
     assert statuses == [2, 2]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import hashlib
 import os
 from typing import Any
 
@@ -28,6 +29,16 @@ class Split:
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.class_names)
+
+    def fingerprint(self) -> str:
+        """Tells it from splits of other records, classes or orders.
+
+        Raises:
+            DataError: the first record or the last cannot be read.
+        """
+        ends = [self[i] for i in (0, len(self) - 1)]
+        parts = [len(self), *self.class_names, *(x for record in ends for x in record.values())]
+        return hashlib.sha256(b"\0".join(np.asarray(part).tobytes() for part in parts)).hexdigest()
 
     def __len__(self) -> int:
         return len(self.records)
