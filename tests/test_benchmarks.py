@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import time
 import types
 
 from flax import nnx
@@ -20,6 +22,7 @@ import pytest
 from benchmarks import (
     around_step,
     contenders,
+    input_speed,
     jax_contenders,
     population,
     profile_step,
@@ -31,6 +34,7 @@ from benchmarks import (
 )
 from benchmarks.workload import Case
 from convstem_jax.complexity import complexity
+from convstem_jax.data import autoaugment
 from convstem_jax.models import MODELS, create_model
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -69,6 +73,40 @@ def test_reading(tmp_path, capsys):
     assert need["images_per_second_and_host"] == 2000 and need["mb_per_second_and_host"] == 230
     assert "v5e:4x4" in capsys.readouterr().out
     assert sorted(tmp_path.iterdir()) == [file, preflight], "it cleans up"
+
+
+def test_input_speed(tmp_path, monkeypatch, capsys):
+    def slow(image, rng):
+        time.sleep(0.02)
+        return image
+
+    rng = np.random.default_rng(1)
+    some = itertools.cycle([input_speed.photograph(rng) for _ in range(3)])
+    assert 100_000 < np.mean([len(next(some)) for _ in range(3)]) < 130_000
+    monkeypatch.setattr(input_speed, "photograph", lambda rng: next(some))
+    monkeypatch.setattr(autoaugment, "auto_augment", slow)
+    by_workers = input_speed.batches_per_second
+
+    def by_threads(examples, batch_size, num_workers, seconds):
+        assert num_workers == 3
+        found = examples[0]["image"]
+        assert found.shape == (224, 224, 3) and 40 < found.std() < 80
+        return by_workers(examples, batch_size, 0, seconds)
+
+    monkeypatch.setattr(input_speed, "batches_per_second", by_threads)
+    file = tmp_path / "input_speed.json"
+    flags = ["--workers=3", "--batch=8", "--images=3", "--seconds=0.3", f"--json={file}"]
+    assert input_speed.main(flags) == 0
+    decode, crop, augment, all_of_it, batches = json.loads(file.read_text())
+    seconds = [1 / row["images_per_second"] for row in (decode, crop, augment, all_of_it)]
+    assert max(seconds[:2]) < 0.02 <= seconds[2] and sum(seconds[:3]) == pytest.approx(seconds[3])
+    assert batches["workers"] == 3 and 10 < batches["images_per_second"] < 1 / 0.02
+    assert "AutoAugment" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        input_speed.main(["--batch=12"])
+    assert "--batch 12 is no multiple of the 8 devices here" in capsys.readouterr().err
+    assert input_speed.main(["--config", "configs/vitc.py:data_dir=nowhere"]) == 2
+    assert "error: data set 'imagenet2012' is not in nowhere" in capsys.readouterr().err
 
 
 def test_train_step(tmp_path):
