@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -73,6 +74,58 @@ def test_the_latest_and_the_best_are_kept(tmp_path, num_sessions):
     assert checkpoints.latest_step() == 6
     assert same(checkpoints.restore(make_state(0), step=2)[0], make_state(2))
     checkpoints.close()
+
+
+def test_few_programs_of_a_save_wait_on_a_device_at_once(monkeypatch):
+    waiting, most, sum_words, device_get = [0], [0], checkpoint._sum_words, jax.device_get
+
+    def count(x):
+        waiting[0] += 1
+        most[0] = max(most[0], waiting[0])
+        return sum_words(x)
+
+    def get(found):
+        waiting[0] = 0
+        return device_get(found)
+
+    monkeypatch.setattr(checkpoint, "_sum_words", count)
+    monkeypatch.setattr(jax, "device_get", get)
+    arrays = {f"{i:02}": jnp.full(3, float(i)) for i in range(20)}
+    checksums, finite = checkpoint._inspect(arrays)
+    words = np.arange(20, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    assert list(checksums.values()) == (3 * words % 2**32).tolist() and finite
+    assert most[0] == checkpoint.AT_ONCE < 32
+
+
+# Of a step on two devices with a state of many arrays that is saved all the time.
+BUSY = """
+import os, sys, threading, time
+import jax, jax.numpy as jnp
+from convstem_jax import checkpoint
+from convstem_jax.sharding import Sharding
+
+sharding = Sharding(jax.devices()).batch
+shapes = [(2, 400, 400), *[(2, 1 + i % 5, 64) for i in range(300)]]
+state = [jax.device_put(jnp.zeros(shape), sharding) for shape in shapes]
+step = jax.jit(lambda state: [jnp.tanh(state[0] @ state[0]), *state[1:]], donate_argnums=0)
+thread, start = threading.Thread(), time.perf_counter()
+while time.perf_counter() - start < float(sys.argv[1]):
+    state = step(state)
+    if not thread.is_alive():
+        thread = threading.Thread(target=checkpoint._inspect, args=(checkpoint._copy(state),))
+        thread.start()
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif("DRILL" not in os.environ, reason="make drill runs it")
+def test_steps_on_several_devices_do_not_hang_beside_a_save():
+    subprocess.run(
+        [sys.executable, "-c", BUSY, "60"],
+        check=True,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"},
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize("room", [None, 0.0])
