@@ -33,7 +33,7 @@ from convstem_jax.sharding import bytes_on_device
 from convstem_jax.step import PyTree, TrainState
 
 # Programs that wait on a device while a state is inspected. CPUs take 32 at most: where a thread
-# fills that, and another begins a step on several devices, neither ever goes on (JAX 0.10 and 0.11).
+# fills that, and another begins a step on several devices, neither ever goes on (JAX 0.10, 0.11).
 AT_ONCE = 8
 
 
