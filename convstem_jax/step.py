@@ -1,8 +1,8 @@
 """The training step and the evaluation step, as pure functions of arrays.
 
 There is one `train_step`. The loop jits it, the study vmaps it over `hparams`, the benchmarks time
-it and the preflight compiles it for other machines. Bind its first two arguments, which are
-static, with `functools.partial`.
+it and the preflight compiles it for other machines. Its first two arguments are static:
+`Sharding.jit` binds them.
 """
 
 import dataclasses
