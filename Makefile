@@ -33,8 +33,9 @@ study: .venv/.runtime  ## Run the short stability study and write its report
 test: .venv/.test  ## Run the tests (ARGS="-k …")
 	$(PY) -m pytest $(ARGS)
 
-drill: .venv/.test  ## Run the long form of the tests of several processes and of TPUs (more than half an hour on 2 cores)
-	DRILL=1 $(PY) -m pytest -n0 --timeout=1200 tests/test_processes.py tests/test_preflight.py tests/test_tpu_forms.py $(ARGS)
+drill: .venv/.test  ## Run the long form of the tests of several processes, of saves and of TPUs (more than half an hour on 2 cores)
+	DRILL=1 $(PY) -m pytest -n0 --timeout=1200 tests/test_processes.py tests/test_checkpoint.py tests/test_preflight.py \
+		tests/test_tpu_forms.py $(ARGS)
 
 lint: .venv/.test  ## Check style and formatting
 	$(PY) -m ruff check .

@@ -60,7 +60,9 @@ def one_by_one(examples: TrainExamples, num: int) -> dict[str, float]:
     """Seconds of one image for each thing that is done to it, on one core."""
     split, rng = examples.split, np.random.default_rng(0)
     crop = dataclasses.replace(examples.transform, auto_augment=False)
-    seconds = {"decode": 0.0, "crop, resize, flip": 0.0, "AutoAugment": 0.0}
+    seconds = {"decode": 0.0, "crop, resize, flip": 0.0}
+    if examples.transform.auto_augment:
+        seconds["AutoAugment"] = 0.0
     for i in progress_bar(range(num), "one by one", "image"):
         times = [time.perf_counter()]
         record = split[i % len(split)]
@@ -69,7 +71,7 @@ def one_by_one(examples: TrainExamples, num: int) -> dict[str, float]:
         times.append(time.perf_counter())
         if examples.transform.auto_augment:
             autoaugment.auto_augment(image, rng)
-        times.append(time.perf_counter())
+            times.append(time.perf_counter())
         for name, took in zip(seconds, np.diff(times), strict=True):
             seconds[name] += took / num
     return seconds | {"all of it": sum(seconds.values())}
@@ -78,7 +80,7 @@ def one_by_one(examples: TrainExamples, num: int) -> dict[str, float]:
 def batches_per_second(
     examples: TrainExamples, batch_size: int, num_workers: int, seconds: float
 ) -> float:
-    """Of the input pipeline, as training has it, for so many seconds."""
+    """Of the input pipeline with training's defaults, for so many seconds."""
     reading = pipeline.Reading(num_workers, num_threads=1, read_ahead=1, prefetch=2)
     batches = pipeline.train_batches(
         examples,
@@ -124,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
             split = sources.open_split(config.data_dir, config.dataset, config.train_split)
             examples = build.train_examples(config, split)
             rows = [
-                {"what": name, "workers": None, "images_per_second": 1 / took if took else None}
+                {"what": name, "workers": None, "images_per_second": 1 / took}
                 for name, took in one_by_one(examples, args.images).items()
             ]
             for num in progress_bar(args.workers, "batches", "line"):

@@ -26,15 +26,15 @@ from convstem_jax.errors import (
     NotFiniteError,
     StorageError,
     first_line,
+    is_of_this_process,
     is_passing,
-    is_shortage,
 )
 from convstem_jax.sharding import bytes_on_device
 from convstem_jax.step import PyTree, TrainState
 
-# Programs that wait on a device while a state is inspected. CPUs take 32 at most: where a thread
+# Programs that wait on a CPU device while a state is inspected. It takes 32 at most: where a thread
 # fills that, and another begins a step on several devices, neither ever goes on (JAX 0.10, 0.11).
-AT_ONCE = 8
+MAX_WAITING = 8
 
 
 class Checkpoints:
@@ -142,7 +142,12 @@ class Checkpoints:
         if self._copies is None:
             self._copies = jax.process_count() == 1 and _fits(state, self._room, self._reserve())
         if self._copies:
-            self._saving = self._thread.submit(self._save, step, _copy(state), loop, metrics)
+            # One copy of what lies whole on several devices: Orbax would share out its saving among
+            # them, by a program for each array and device. See MAX_WAITING.
+            copy_of_state = jax.tree.map(
+                lambda x: x.addressable_data(0) if x.is_fully_replicated else x, _copy(state)
+            )
+            self._saving = self._thread.submit(self._save, step, copy_of_state, loop, metrics)
         else:
             self._save(step, state, loop, metrics)
 
@@ -237,9 +242,10 @@ class Checkpoints:
                     f"checkpoint {self.directory}/{step} cannot be read now: try again "
                     f"({first_line(error)})"
                 ) from error
-            if is_shortage(error):
+            if is_of_this_process(error):
                 raise CheckpointError(
-                    f"checkpoint {self.directory}/{step} cannot be read here: {first_line(error)}"
+                    f"checkpoint {self.directory}/{step} cannot be read by this process: give it "
+                    f"more memory or open files, or the right to read ({first_line(error)})"
                 ) from error
             others = sorted(s for s in self._manager.all_steps() if s != step)
             older = [s for s in others if s < step]
@@ -355,15 +361,17 @@ def _inspect(state: PyTree) -> tuple[dict[str, int], bool]:
     """A checksum of each array, by name, and whether all numbers are finite."""
     # Each device sums up what it holds, but copies count once. One program for each shape compiles
     # ten times faster than one for all the arrays.
-    arrays, found = _by_name(state), []
-    for first in range(0, len(arrays), AT_ONCE):
-        some = list(arrays.values())[first : first + AT_ONCE]
+    arrays = _by_name(state)
+    wanted, found = list(arrays.values()), []
+    at_once = MAX_WAITING if jax.default_backend() == "cpu" else len(wanted)
+    while wanted:
         found += jax.device_get(
             [
                 [_sum_words(part.data) for part in x.addressable_shards if not part.replica_id]
-                for x in some
+                for x in wanted[:at_once]
             ]
         )
+        del wanted[:at_once]
     own = [sum(int(total) for total, _ in parts) % 2**32 for parts in found]
     broken = sum(not finite for parts in found for _, finite in parts)
     if not all(x.is_fully_addressable for x in arrays.values()):

@@ -80,8 +80,9 @@ def run(
         if args.traceback:
             traceback.print_exc()
         what = "another process of the run was lost" if is_lost_peer else "storage did not answer"
+        reason = first_line(error)[:1000]
         print(
-            f"{what}: the same command goes on from the last checkpoint ({first_line(error)})",
+            f"{what}: the same command goes on from the last checkpoint ({reason})",
             file=sys.stderr,
         )
         return StorageError.exit_status

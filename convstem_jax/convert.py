@@ -14,7 +14,13 @@ import safetensors
 import safetensors.numpy
 
 from convstem_jax import command_line, files, layouts, weights
-from convstem_jax.errors import CheckpointError, ConfigError, UserError, first_line
+from convstem_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    UserError,
+    exit_status_of,
+    first_line,
+)
 from convstem_jax.models import MODELS
 
 TORCH_SUFFIXES = (".pt", ".pth", ".pyth", ".bin")
@@ -180,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             weights.save(args.target, converted, architecture)
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 2)
+        return exit_status_of(error) if isinstance(error, UserError) else 2
     print(f"{args.target}: {architecture.model}, {architecture.num_classes} classes")
     return 0
 

@@ -10,7 +10,7 @@ _PASSING = [
     os.strerror(code)
     for code in (errno.EIO, errno.EREMOTEIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT)
 ]
-_SHORTAGE = ["RESOURCE_EXHAUSTED"] + [
+_LACKING = ["RESOURCE_EXHAUSTED"] + [
     os.strerror(code)
     for code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
 ]
@@ -28,9 +28,13 @@ def is_passing(error: BaseException) -> bool:
     return False
 
 
-def is_shortage(error: BaseException) -> bool:
+def is_of_this_process(error: BaseException) -> bool:
     """Whether an error says that this process lacks memory, files to open or permission."""
-    return isinstance(error, MemoryError) or any(text in str(error) for text in _SHORTAGE)
+    while error is not None:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in _LACKING):
+            return True
+        error = error.__cause__
+    return False
 
 
 def first_line(error: Exception) -> str:
@@ -81,7 +85,7 @@ class StorageError(UserError):
 
 
 def exit_status_of(error: UserError) -> int:
-    """With which to end: StorageError's for all that comes of storage that did not answer."""
+    """The exit status to end with: 75 for whatever storage that did not answer caused."""
     return StorageError.exit_status if is_passing(error) else error.exit_status
 
 

@@ -48,16 +48,14 @@ def prepare(
         class_names: for classes.txt, which `convstem_jax.predict` reads.
 
     Returns:
-        Its absolute path.
+        Its absolute path, for `describe`.
 
     Raises:
-        ConfigError: it cannot be written, or belongs to another configuration.
+        ConfigError: it cannot be used, or belongs to another configuration.
     """
     if "://" in workdir:
         raise ConfigError(f"--workdir {workdir} is not a folder: mount the bucket and name that")
     workdir = os.path.abspath(os.path.expanduser(workdir))
-    path = os.path.join(workdir, "config.json")
-    new = json.loads(config.to_json()) | data
     try:
         os.makedirs(workdir, exist_ok=True)
         if processes.is_first():
@@ -65,30 +63,53 @@ def prepare(
             _lock(workdir)
         # With none of them there is nothing that could be mixed up.
         if has_checkpoint(workdir) or _has_populations(workdir) or read_result(workdir) is not None:
-            with open(path) as file:
-                _check_same(json.load(file), new, workdir)
+            with open(os.path.join(workdir, "config.json")) as file:
+                _check_same(json.load(file), _described(config, data), workdir)
             _check_same_classes(class_names, workdir)
-        if processes.is_first():
-            _write_if_new(path, json.dumps(new, indent=2) + "\n")
-            if class_names:
-                text = "".join(f"{name}\n" for name in class_names)
-                _write_if_new(os.path.join(workdir, CLASSES), text)
-            write_text(os.path.join(workdir, _TOKEN), secrets.token_hex())
     except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--workdir {workdir} cannot be used: {error}; name another") from error
+        raise _unusable(workdir, error) from error
     return workdir
 
 
-def _write_if_new(path: str, text: str) -> None:
-    """Other processes may read the file at this moment, from storage that has no old one then."""
-    with contextlib.suppress(FileNotFoundError), open(path) as file:
-        if file.read() == text:
-            return
-    write_text(path, text)
+def describe(
+    workdir: str,
+    config: ml_collections.ConfigDict,
+    data: dict[str, int],
+    class_names: Sequence[str] = (),
+) -> None:
+    """Writes config.json and classes.txt, once all processes have read the old ones.
+
+    Args:
+        workdir: from `prepare`.
+        config: as there, and so on.
+        data: likewise.
+        class_names: likewise.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    if not processes.is_first():
+        return
+    try:
+        write_json(os.path.join(workdir, "config.json"), _described(config, data))
+        if class_names:
+            text = "".join(f"{name}\n" for name in class_names)
+            write_text(os.path.join(workdir, CLASSES), text)
+        write_text(os.path.join(workdir, _TOKEN), secrets.token_hex())
+    except OSError as error:
+        raise _unusable(workdir, error) from error
+
+
+def _described(config: ml_collections.ConfigDict, data: dict[str, int]) -> dict:
+    return json.loads(config.to_json()) | data
+
+
+def _unusable(workdir: str, error: Exception) -> ConfigError:
+    return ConfigError(f"--workdir {workdir} cannot be used: {error}; name another")
 
 
 def check_shared(workdir: str) -> None:
-    """Checks, after `prepare`, that every process sees what process 0 wrote just now.
+    """Checks, after `describe`, that every process sees what process 0 wrote just now.
 
     Raises:
         ConfigError: one does not.
@@ -175,7 +196,7 @@ def _check_same(old: dict, new: dict, workdir: str) -> None:
 def _check_same_classes(names: Sequence[str], workdir: str) -> None:
     """Checks that classes have the numbers that they had when the run began."""
     path = os.path.join(workdir, CLASSES)
-    if not os.path.exists(path):  # a study, or a run of an earlier version
+    if not os.path.exists(path):  # a study
         return
     with open(path) as file:
         for i, (old, new) in enumerate(zip(file.read().splitlines(), names, strict=False)):

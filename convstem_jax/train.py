@@ -70,6 +70,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         }
         fingerprints = train_split.fingerprint() + eval_split.fingerprint()
         workdir = run_folder.prepare(workdir, config, data, train_split.class_names)
+    with processes.together():
+        run_folder.describe(workdir, config, data, train_split.class_names)
     processes.check_same(
         fingerprints,
         lambda i: (

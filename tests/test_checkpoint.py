@@ -18,6 +18,7 @@ import pytest
 from convstem_jax import checkpoint
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError, NotFiniteError, StorageError
+from convstem_jax.sharding import Sharding
 from convstem_jax.step import TrainState
 
 # Reads of damaged files that Orbax has given up would be told at the end, in pages.
@@ -94,20 +95,37 @@ def test_few_programs_of_a_save_wait_on_a_device_at_once(monkeypatch):
     checksums, finite = checkpoint._inspect(arrays)
     words = np.arange(20, dtype=np.float32).view(np.uint32).astype(np.uint64)
     assert list(checksums.values()) == (3 * words % 2**32).tolist() and finite
-    assert most[0] == checkpoint.AT_ONCE < 32
+    assert most[0] == checkpoint.MAX_WAITING < 32
 
 
-# Of a step on two devices with a state of many arrays that is saved all the time.
+def test_a_thread_saves_one_copy_of_what_lies_on_several_devices(tmp_path, monkeypatch):
+    """Of several Orbax would take a part from each, by many programs at once."""
+    saved = []
+    monkeypatch.setattr(Checkpoints, "_save", lambda self, step, state, *_: saved.append(state))
+    sharding = Sharding(jax.devices()[:2])
+    state = {"whole": jnp.ones((4, 3)), "split": jnp.ones((4, 3))}
+    state = jax.device_put(state, {"whole": sharding.replicated, "split": sharding.batch})
+    with contextlib.closing(Checkpoints(str(tmp_path / "c"))) as checkpoints:
+        checkpoints.save(1, state, {})
+    assert {name: len(x.sharding.device_set) for name, x in saved[0].items()} == {
+        "whole": 1,
+        "split": 2,
+    }
+
+
+# Steps on two devices, beside a thread that always inspects the state as a save does.
 BUSY = """
 import os, sys, threading, time
 import jax, jax.numpy as jnp
 from convstem_jax import checkpoint
 from convstem_jax.sharding import Sharding
 
-sharding = Sharding(jax.devices()).batch
+split = Sharding(jax.devices()).batch
 shapes = [(2, 400, 400), *[(2, 1 + i % 5, 64) for i in range(300)]]
-state = [jax.device_put(jnp.zeros(shape), sharding) for shape in shapes]
-step = jax.jit(lambda state: [jnp.tanh(state[0] @ state[0]), *state[1:]], donate_argnums=0)
+state = [jax.device_put(jnp.zeros(shape), split) for shape in shapes]
+step = jax.jit(
+    lambda state: [jnp.tanh(state[0] @ state[0]), *[x + 1 for x in state[1:]]], donate_argnums=0
+)
 thread, start = threading.Thread(), time.perf_counter()
 while time.perf_counter() - start < float(sys.argv[1]):
     state = step(state)
@@ -200,13 +218,13 @@ def test_the_loop_gets_the_interpreter_back_from_a_save(tmp_path, monkeypatch):
             pass
         return inspect(state)
 
-    def median_wait():
+    def typical_wait():
         waits = []
-        for _ in range(50):
+        for _ in range(100):
             start = time.perf_counter()
             time.sleep(0)  # gives it away
             waits.append(time.perf_counter() - start)
-        return np.median(waits)
+        return np.percentile(waits, 25)  # others may be at work on this machine
 
     monkeypatch.setattr(checkpoint, "_inspect", inspect_busily)
     try:
@@ -214,13 +232,14 @@ def test_the_loop_gets_the_interpreter_back_from_a_save(tmp_path, monkeypatch):
         with contextlib.closing(Checkpoints(str(tmp_path / "c"))) as checkpoints:
             checkpoints.save(1, make_state(1), {})
             assert busy.wait(60)
-            wait = median_wait()
+            wait = typical_wait()
             sys.setswitchinterval(5e-3)
-            assert wait < 0.6 * median_wait()
+            usual = typical_wait()
             done.set()
     finally:
         done.set()
         sys.setswitchinterval(before)
+    assert wait < 0.6 * usual
 
 
 @pytest.mark.parametrize("then", ["save", "close"])
@@ -278,8 +297,8 @@ def test_cut_off_files_are_noticed(tmp_path):
     [
         ("Input/output error", StorageError, "cannot be read now"),
         ("No space left on device", CheckpointError, "is damaged"),
-        ("Too many open files", CheckpointError, "cannot be read here"),
-        ("RESOURCE_EXHAUSTED: Out of memory", CheckpointError, "cannot be read here"),
+        ("Too many open files", CheckpointError, "cannot be read by this process"),
+        ("RESOURCE_EXHAUSTED: Out of memory", CheckpointError, "cannot be read by this process"),
     ],
 )
 def test_what_is_no_damage_is_told_from_it(tmp_path, monkeypatch, reason, kind, message):

@@ -113,7 +113,7 @@ def test_fused_attention_of_an_odd_number_of_tokens(monkeypatch, cudnns_numbers_
     choose(monkeypatch, gpu=False)
     elsewhere = logits_gradients_and_statistics("vitp_tiny")
     choose(monkeypatch, gpu=True)
-    monkeypatch.setattr(attention, "form", lambda *_: "cudnn")
+    monkeypatch.setattr(attention, "choose_form", lambda *_: "cudnn")
     assert_the_same(logits_gradients_and_statistics("vitp_tiny", num_devices=2), elsewhere)
     assert set(cudnns_numbers_of_tokens) == {18}
 
@@ -190,7 +190,7 @@ def test_the_forms_are_chosen_by_the_device_that_is_traced_for(
     assert ("feature_group_count=4" in str(program)) == (platform == "gpu")
 
     def form(num_tokens, head_width, dtype=jnp.bfloat16):
-        return attention.form(jnp.zeros((2, 1, 1), dtype), num_tokens, head_width)
+        return attention.choose_form(jnp.zeros((2, 1, 1), dtype), num_tokens, head_width)
 
     assert form(197, 64, jnp.float32) == form(17, 32, jnp.float32) == "xla"
     by_xla_or_cudnn = "xla" if expected == "xla" else "cudnn"

@@ -64,7 +64,7 @@ jax.distributed.initialize(sys.argv[1], 1, 0)
 os.kill(os.getpid(), signal.SIGTERM)
 with stop_requested() as stop:
     time.sleep(3)  # JAX notices after about a second
-    print(any(stop() for _ in range(3)), flush=True)
+    print(stop(), flush=True)
 os._exit(0)
 """
 

@@ -5,6 +5,7 @@ them.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -296,6 +297,17 @@ def test_processes_that_see_other_files_are_refused(name, value, message, one_de
     statuses, outputs = start_two([flags(workdir), flags(workdir)], other)
     assert statuses == [2, 2], outputs
     assert all(message in output for output in outputs)
+
+
+def test_the_others_end_as_one_for_which_storage_did_not_answer(monkeypatch):
+    told = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        processes, "gather", lambda numbers: (told.append(numbers), np.zeros((2, 1)))[1]
+    )
+    with pytest.raises(ConfigError), processes.together():
+        raise ConfigError("cannot be used") from OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    assert told == [[75]]
 
 
 def test_an_error_in_one_process_ends_the_other_with_the_same_status(tmp_path):

@@ -31,7 +31,7 @@ class Split:
         return len(self.class_names)
 
     def fingerprint(self) -> str:
-        """Tells it from splits of other records, classes or orders.
+        """A hash of its length, its classes' names, its first and its last record.
 
         Raises:
             DataError: the first record or the last cannot be read.

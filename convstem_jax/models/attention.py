@@ -16,7 +16,7 @@ from convstem_jax.models import packed_attention
 from convstem_jax.models.target import by_device, has_fused_attention, on_tpu
 
 
-def form(x: jax.Array, num_tokens: int, head_width: int) -> str:
+def choose_form(x: jax.Array, num_tokens: int, head_width: int) -> str:
     """Which form is to be used for tokens `x`, on the device that is traced for.
 
     "packed" for `packed_attention`, "cudnn" for `attend_fused`, which cuDNN has for 16 bits, and
@@ -28,9 +28,11 @@ def form(x: jax.Array, num_tokens: int, head_width: int) -> str:
 
 
 def pad(x: jax.Array, num_heads: int) -> jax.Array:
-    """Tokens `[N, T, C]`, and where cuDNN attends one more if T is odd: see `attend_fused`."""
+    """Tokens `[N, T, C]`; where `attend_fused` is used, with one of zeros more if T is odd."""
     _, t, c = x.shape
-    return jnp.pad(x, ((0, 0), (0, t % 2), (0, 0))) if form(x, t, c // num_heads) == "cudnn" else x
+    if choose_form(x, t, c // num_heads) == "cudnn":
+        x = jnp.pad(x, ((0, 0), (0, t % 2), (0, 0)))
+    return x
 
 
 def of_all_tokens(
@@ -49,14 +51,15 @@ def of_all_tokens(
         `[N, T, C]`, of the type of `x`.
     """
     n, _, c = x.shape
-    how = form(x, num_tokens, c // num_heads)
-    if how == "packed":
+    form = choose_form(x, num_tokens, c // num_heads)
+    if form == "packed":
         kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
         return packed_attention.project_and_attend(x, kernel, bias, num_heads)
-    q, k, v = _project(x, kernel, bias, num_heads, how)
-    if how == "cudnn":
+    q, k, v = _project(x, kernel, bias, num_heads, form)
+    if form == "cudnn":
         return attend_fused(q, k, v, num_tokens).reshape(n, -1, c)
-    q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))
+    assert num_tokens == x.shape[1], "nothing is filled up"
+    q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))  # [N, h, d, T]
     return attend(q, k, v).transpose(0, 3, 1, 2).reshape(n, -1, c)
 
 
@@ -65,18 +68,18 @@ def of_class_token(
 ) -> jax.Array:
     """The same for the class token alone, the first, which attends to all: `[N, 1, C]`."""
     n, _, c = x.shape
-    how = form(x, num_tokens, c // num_heads)
-    q, k, v = _project(x, kernel, bias, num_heads, how, class_token_only=True)
-    q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))
+    form = choose_form(x, num_tokens, c // num_heads)
+    q, k, v = _project(x, kernel, bias, num_heads, form, class_token_only=True)
+    q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))  # [N, h, d, T]
     return attend_from_one(q[..., 0], k, v, num_tokens).reshape(n, 1, c)
 
 
-def _project(x, kernel, bias, num_heads, how, class_token_only=False):
+def _project(x, kernel, bias, num_heads, form, class_token_only=False):
     """Queries, of the class token alone or of all, keys and values: `[N, T, h, d]`."""
     n, _, c = x.shape
     heads = num_heads, c // num_heads
     # cuBLAS adds a bias that is a vector; TPUs write `[h, d]` from the product.
-    shape = heads if how == "xla" else (c,)
+    shape = heads if form == "xla" else (c,)
     kernels = kernel.astype(x.dtype).reshape(c, 3, *shape)
     biases = bias.astype(x.dtype).reshape(3, *shape)
     # One parameter and three products: the gradient of a single product would have to be

@@ -101,8 +101,8 @@ class Attention(nnx.Module):
         self, x: jax.Array, norm: nnx.LayerNorm, num_tokens: int, *, class_token_only: bool
     ) -> jax.Array:
         x, y, kernel, bias = before_linear(norm, self.qkv, x)
-        attend = attention.of_class_token if class_token_only else attention.of_all_tokens
-        y = self.out(attend(y, kernel, bias, self.num_heads, num_tokens))
+        attend_from = attention.of_class_token if class_token_only else attention.of_all_tokens
+        y = self.out(attend_from(y, kernel, bias, self.num_heads, num_tokens))
         return (x[:, :1] if class_token_only else x) + y
 
 

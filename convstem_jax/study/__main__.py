@@ -58,6 +58,7 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
     train_split, eval_split = open_splits(config)
     data = {"train_examples": len(train_split), "eval_examples": len(eval_split)}
     workdir = run_folder.prepare(workdir, config, data)
+    run_folder.describe(workdir, config, data)
     if run_folder.read_result(workdir) is not None:
         print("this study is finished: only its report is written again")
         return _report(workdir)
