@@ -144,10 +144,10 @@ class Checkpoints:
         if self._copies:
             # One copy of what lies whole on several devices: Orbax would share out its saving among
             # them, by a program for each array and device. See MAX_WAITING.
-            copy_of_state = jax.tree.map(
-                lambda x: x.addressable_data(0) if x.is_fully_replicated else x, _copy(state)
+            own = jax.tree.map(
+                lambda x: x.addressable_data(0) if _is_whole_on_several(x) else x, _copy(state)
             )
-            self._saving = self._thread.submit(self._save, step, copy_of_state, loop, metrics)
+            self._saving = self._thread.submit(self._save, step, own, loop, metrics)
         else:
             self._save(step, state, loop, metrics)
 
@@ -349,6 +349,10 @@ def _fits(state: PyTree, room: float | None, reserve: float) -> bool:
             flush=True,
         )
     return need <= room
+
+
+def _is_whole_on_several(x: jax.Array) -> bool:
+    return x.is_fully_replicated and len(x.sharding.device_set) > 1
 
 
 @jax.jit
