@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from benchmarks import around_step, roofline, tpu_cycles, train_step
+from benchmarks import around_step, input_speed, roofline, tpu_cycles, train_step
 from convstem_jax import preflight
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -136,6 +136,11 @@ def test_the_bound_and_what_is_around_the_step_are_told_of_their_results():
     told = PERFORMANCE.read_text()
     assert roofline.table(bound) in told
     assert around_step.table([*around[0], *around[1]]) in told
+
+
+def test_the_table_of_processors_is_the_results():
+    rows = json.loads((ROOT / "results/input_speed.json").read_text())
+    assert input_speed.table(rows) in (ROOT / "docs/data_on_a_pod.md").read_text()
 
 
 # With less training.

@@ -186,7 +186,7 @@ def _train_part(
             ema = ema | {"batch_stats": precise}
         batches = eval_reader.read(range(eval_reader.num_batches()), programs.replicated)
         sums = evaluation_sums(programs.eval_step, {"ema": ema}, batches)["ema"]
-        errors = 100 * sums["top1_errors"] / sums["examples"]
+        errors = 100 * np.asarray(sums["top1_errors"], np.float64) / sums["examples"]
         is_alive = jax.device_get(state.updates) == step
         before = curves[-1][1] if curves else [100.0] * len(trials)
         kept = [
