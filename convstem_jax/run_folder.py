@@ -79,11 +79,7 @@ def describe(
 ) -> None:
     """Writes config.json and classes.txt, once all processes have read the old ones.
 
-    Args:
-        workdir: from `prepare`.
-        config: as there, and so on.
-        data: likewise.
-        class_names: likewise.
+    Takes the path that `prepare` gave, and what else it took.
 
     Raises:
         ConfigError: they cannot be written.
