@@ -14,6 +14,7 @@ harder set of `convstem_jax.study.colour_set`, in place of the grey Fashion-MNIS
 
 from configs import common, quickstart
 from convstem_jax.config import set_fields
+from convstem_jax.errors import ConfigError
 
 
 def get_config(arg: str = ""):
@@ -22,7 +23,8 @@ def get_config(arg: str = ""):
     (scale, colours), fields = common.parse(arg, scales, ("grey", "colour"))
     config = common.base() if scale == "imagenet" else quickstart.get_config()
 
-    own = ("model", "optimizer", "epochs", "lr", "wd", "seed")  # the study sets them for each trial
+    # The study sets them for each trial.
+    own = ("model", "optimizer", "epochs", "lr", "wd", "seed", "warmup_epochs", "eval_every_epochs")
     for name in (*own, "init_from", "state_sharding", "profile_step"):
         del config[name]
 
@@ -32,10 +34,13 @@ def get_config(arg: str = ""):
     config.cnn = "regnety_tiny"
     config.cnn_image_size, config.cnn_eval_resize = 32, 32
     config.lengths = (5.0, 10.0, 20.0, 40.0)  # epochs; most experiments use the first alone
+    config.warmup_share = 0.1  # of the shortest length, for all of them
+    config.evals_of_shortest = 2  # evaluations in it; longer ones have as many an epoch
     config.num_seeds = 4  # of every comparison at one setting; fewer decide nothing
     config.num_random = 64  # settings drawn for each model and optimiser, in `lr_wd` and `depth`
     # The coarse grid from which each model's own optimum is taken: factors to these centres.
     config.grid_factors = (0.25, 1.0, 4.0)
+    config.grid_seeds = 3  # of each point; the best points lie as close together as seeds do
     config.adamw_center = (2e-3, 0.2)  # learning rate, weight decay
     config.sgd_center = (0.1, 5e-4)
     config.memory_gb = 0.0  # of each device to use; 0 for nine tenths of what it has
@@ -49,6 +54,7 @@ def get_config(arg: str = ""):
         config.ema_alpha = 1.28e-2  # the paper's 1e-5, for 1,281 times fewer examples
         config.ema_every = 4
         config.lengths = (3.0, 6.0)
+        config.grid_seeds = 1
         config.num_seeds = 2
         config.num_random = 4
     elif scale == "cpu":
@@ -68,15 +74,16 @@ def get_config(arg: str = ""):
     else:
         config.vitp, config.vitc, config.cnn = "vitp_4gf", "vitc_4gf", "regnety_4gf"
         config.cnn_image_size, config.cnn_eval_resize = 240, 272
+        config.grid_seeds = 1
         config.accumulate = 4  # a trial has one device for its whole batch
         config.lengths = (50.0, 100.0, 200.0, 400.0)
         config.adamw_center = (2e-3, 0.2)
         config.sgd_center = (1.9, 2e-5)
-    if colours == "colour" and scale != "imagenet":
+    if colours == "colour":
+        if scale == "imagenet":
+            raise ConfigError("'imagenet' has colours already: leave out 'colour'")
         config.dataset = config.dataset.replace("mnist", "photos")
         config.mean = (0.513, 0.473, 0.364)
         config.std = (0.254, 0.248, 0.268)
-    config.warmup_epochs = 0.1 * config.lengths[0]
-    config.eval_every_epochs = config.lengths[0] / 2
     set_fields(config, fields)
     return config

@@ -51,8 +51,11 @@ RULES = {
     "lengths": (tuple, _are_increasing, "numbers of epochs above 0, the shortest first"),
     "cnn_image_size": rules.integer(1),
     "cnn_eval_resize": rules.integer(1),
+    "warmup_share": rules.number(lambda v: 0 <= v < 1, "of 0 or more, below 1"),
+    "evals_of_shortest": rules.integer(1),
     "num_seeds": rules.integer(1),
     "num_random": rules.integer(1),
+    "grid_seeds": rules.integer(1),
     "grid_factors": (tuple, _are_increasing, "factors above 0, the smallest first"),
     "adamw_center": _CENTER,
     "sgd_center": _CENTER,
@@ -92,10 +95,10 @@ def grids(config: ml_collections.ConfigDict) -> list[Population]:
     pairs = list(itertools.product(names, OPTIMIZERS))
     centers = {pair: config[f"{pair[1]}_center"] for pair in pairs}
     needed = {(family_of(p.model, names), p.optimizer) for p in populations(config, centers)}
-    factors = list(itertools.product(config.grid_factors, repeat=2))
+    factors = (config.grid_factors, config.grid_factors, range(config.grid_seeds))
 
     def trials(lr, wd):
-        return tuple(Trial(lr * a, wd * b, 0) for a, b in factors)
+        return tuple(Trial(lr * a, wd * b, seed) for a, b, seed in itertools.product(*factors))
 
     return [
         Population("grid", *pair, config.lengths[0], trials(*centers[pair]))
@@ -135,8 +138,9 @@ def populations(config: ml_collections.ConfigDict, optima: Optima) -> list[Popul
     def trials(kind, model, optimizer):
         lr, wd = optima[family_of(model, families(config)), optimizer]
         if kind == "seeds":
-            # The grid's seed, 0, would count an error that was chosen for being low.
-            return tuple(Trial(lr, wd, seed) for seed in range(1, config.num_seeds + 1))
+            # The grid's seeds would count errors that were chosen for being low.
+            chosen = config.grid_seeds
+            return tuple(Trial(lr, wd, seed) for seed in range(chosen, chosen + config.num_seeds))
         # Log-uniform in an interval of the paper's width around the optimum.
         rng = np.random.default_rng(zlib.crc32(f"{model} {optimizer}".encode()))
         exponents = rng.uniform(-0.5, 0.5, size=(config.num_random, 2))
@@ -190,6 +194,9 @@ def run_config(
     run.model, run.optimizer, run.epochs = population.model, population.optimizer, population.epochs
     run.lr, run.wd, run.seed = population.trials[0]
     run.init_from, run.state_sharding, run.profile_step = "", "replicated", 0
+    # In epochs they are the same for all lengths, as in the paper.
+    run.warmup_epochs = config.warmup_share * config.lengths[0]
+    run.eval_every_epochs = config.lengths[0] / config.evals_of_shortest
     if population.model.startswith(config.cnn):
         run.image_size, run.eval_resize = config.cnn_image_size, config.cnn_eval_resize
     rules.validate(run)

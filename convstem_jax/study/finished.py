@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 import dataclasses
-import itertools
 import json
 import os
 
@@ -58,17 +57,8 @@ class Study:
         return self.lengths[:2][-1]
 
     def seeds(self, model: str, optimizer: str, epochs: float) -> list[dict]:
-        """Trials of a model's seeds at its own optimum.
-
-        One that the coarse grid holds too does not count: it was chosen for its error.
-        """
-        same = {"model": model, "optimizer": optimizer, "epochs": epochs}
-        chosen = {(t["lr"], t["wd"], t["seed"]) for t in self.trials.select(kind="grid", **same)}
-        return [
-            trial
-            for trial in self.trials.select(kind="seeds", **same)
-            if (trial["lr"], trial["wd"], trial["seed"]) not in chosen
-        ]
+        """Trials of a model's seeds at its own optimum."""
+        return self.trials.select(kind="seeds", model=model, optimizer=optimizer, epochs=epochs)
 
     @staticmethod
     def errors(trials: list[dict]) -> np.ndarray:
@@ -88,14 +78,13 @@ class Study:
         return sum(trial["diverged_at"] is not None for trial in trials)
 
     def best(self, model: str, optimizer: str) -> float:
-        """The lowest error of all settings tried with the shortest schedule.
+        """The lowest error of a model's random settings.
 
         Where all diverged it is 0, which none of them is near.
         """
-        same = {"model": model, "optimizer": optimizer, "epochs": self.lengths[0]}
-        tried = (self.trials.select(kind=kind, **same) for kind in ("grid", "random"))
-        survived = (t for t in itertools.chain(*tried) if t["diverged_at"] is None)
-        return min((trial["top1_error"] for trial in survived), default=0.0)
+        tried = self.trials.select(kind="random", model=model, optimizer=optimizer)
+        survived = (trial["top1_error"] for trial in tried if trial["diverged_at"] is None)
+        return min(survived, default=0.0)
 
     def optimum(self, model: str, optimizer: str) -> tuple[float, float] | None:
         """What the coarse grid chose, for the model or the one that it is a variant of: lr, wd."""
@@ -122,9 +111,19 @@ def family_of(model: str, families: Sequence[str]) -> str:
 
 
 def choose(grid: list[dict]) -> tuple[float, float]:
-    """Learning rate and weight decay of the best trial; a diverged one only if all are."""
-    best = min(grid, key=lambda trial: (trial["diverged_at"] is not None, trial["top1_error"]))
-    return best["lr"], best["wd"]
+    """The learning rate and weight decay of which the fewest seeds diverged.
+
+    Of several that with the lowest mean error.
+    """
+    settings = {}
+    for trial in grid:
+        settings.setdefault((trial["lr"], trial["wd"]), []).append(trial)
+
+    def badness(setting):
+        trials = settings[setting]
+        return Study.num_diverged(trials), Study.errors(trials).mean()
+
+    return min(settings, key=badness)
 
 
 def read(folders: list[str]) -> Study:

@@ -98,9 +98,9 @@ def conditions(study: Study) -> list[str]:
         "paper. All trials read the same batches in the same order: seeds differ in their initial "
         "weights, and in what mixes images where that is used. The 95 % intervals are over seeds, "
         "or over random settings, for these test images and this order; they are not corrected for "
-        "the number of claims, and leave out that each point of the coarse grid has one trial, so "
-        "that another might have chosen another optimum. A trial that diverged keeps its "
-        f"last error in the figures, and counts as {FAILED:g} % in the claims.",
+        "the number of claims, and leave out the choice of each optimum, from a coarse grid (seeds "
+        f"of each point: {study.config['grid_seeds']}). A trial that diverged keeps its last error "
+        f"in the figures, and counts as {FAILED:g} % in the claims.",
     ]
 
 
