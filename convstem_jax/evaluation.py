@@ -51,10 +51,9 @@ def precise_batch_stats(
     Returns:
         Statistics to evaluate `weights["params"]` with.
     """
-    sums = jax.tree.map(jnp.zeros_like, weights["batch_stats"])
+    sums = zeros = jax.tree.map(jnp.zeros_like, weights["batch_stats"])
     for i, batch in enumerate(batches):
-        params, batch_stats = weights["params"], weights["batch_stats"]
-        new = batch_statistics(params, batch_stats, batch, jax.random.key(i))
+        new = batch_statistics(weights["params"], zeros, batch, jax.random.key(i))
         sums = jax.tree.map(jnp.add, sums, new)
     return jax.tree.map(lambda x: x / len(batches), sums)
 

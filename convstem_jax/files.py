@@ -21,11 +21,13 @@ def write_json(path: str, content: dict | list) -> None:
 
 
 def _write(path: str, content: str | bytes, mode: str) -> None:
-    with open(path + ".tmp", mode) as file:
+    folder, name = os.path.split(path)
+    unfinished = os.path.join(folder, f".{name}.tmp")
+    with open(unfinished, mode) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    os.replace(unfinished, path)
 
 
 def writable(path: str) -> str:

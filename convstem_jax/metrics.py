@@ -67,7 +67,8 @@ class Records:
             import tensorflow as tf
 
             tf.config.set_visible_devices([], "GPU")  # it would take their memory from JAX
-            self._tensorboard = metric_writers.SummaryWriter(workdir)
+            with _writing_events(workdir):
+                self._tensorboard = metric_writers.SummaryWriter(workdir)
 
     def train(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of `step`, and writes those of the log point before it."""
@@ -173,7 +174,8 @@ class Records:
         if self._main:
             with writing(self.path):
                 self._file.close()
-            self._tensorboard.close()
+            with _writing_events(os.path.dirname(self.path)):
+                self._tensorboard.close()
 
     def _write(self, step: int, kind: str, metrics: dict, timing: dict) -> None:
         if self._main:
@@ -185,13 +187,26 @@ class Records:
             with writing(self.path):
                 self._file.write(json.dumps(record) + "\n")
             scalars = {f"{kind}/{name}": value for name, value in values.items()}
-            self._tensorboard.write_scalars(step, scalars)
+            with _writing_events(os.path.dirname(self.path)):
+                self._tensorboard.write_scalars(step, scalars)
 
     def _say(self, step: int, text: str) -> None:
         if self._main:
             width = len(str(self._num_steps))
             epoch = step / self._steps_per_epoch
             print(f"step {step:{width}}/{self._num_steps}  epoch {epoch:.1f}  {text}", flush=True)
+
+
+@contextlib.contextmanager
+def _writing_events(workdir: str):
+    """`writing` of TensorBoard's files, for which TensorFlow has errors of its own."""
+    import tensorflow as tf
+
+    with writing(os.path.join(workdir, "events.out.tfevents")):
+        try:
+            yield
+        except tf.errors.OpError as error:
+            raise OSError(error.message.partition("\n")[0]) from error
 
 
 class _Clock:
@@ -283,4 +298,5 @@ def plot_curves(workdir: str, records: list[dict], title: str) -> None:
     for axes in (loss_axes, error_axes):
         axes.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)

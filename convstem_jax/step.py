@@ -174,7 +174,7 @@ def batch_statistics(
         graphdef: the model's structure, from `split`.
         recipe: what is fixed.
         params: parameters to compute them for.
-        batch_stats: of the same shapes; their values do not matter.
+        batch_stats: any of the same shapes that are finite.
         batch: `image` as in `train_step`. It is lit, but not mixed, as in the authors' code.
         key: random key of the lighting.
     """

@@ -9,9 +9,11 @@ import pathlib
 import pickle
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import cv2
 import grain
@@ -221,6 +223,11 @@ def test_a_label_outside_the_classes_names_split_record_and_label(copied):
 
 
 def test_an_image_that_cannot_be_decoded_names_its_record():
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)  # OpenCV raises at the size
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header
+    png += struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    for content in (b"no image", b"", png):
+        assert sources.decode(content) is None
     split = sources.Split("x/train", [{"image": b"no image", "label": 1}], "ab")
     with pytest.raises(DataError, match=r"x/train, record 0: the image cannot be decoded"):
         split[0]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 
 import jax.numpy as jnp
 import pytest
@@ -130,6 +131,22 @@ def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch, code, kind, words)
     with pytest.raises(kind, match=match):
         with records.pause(1, {}):
             raise AssertionError("the checkpoint would outlive the records before it")
+    records.close()
+
+
+def test_a_full_disk_under_tensorboard_is_told_likewise(tmp_path):
+    """TensorFlow writes its files, and raises errors of its own."""
+    records = records_of(tmp_path)
+    records.train(1, step_metrics(2.0))
+    (events,) = tmp_path.glob("events*")
+    size, limits = events.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="events.out.* cannot be written.*File too large"):
+            records.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(metrics.read_jsonl(records.path)) == 1, "the limit lies below the other file"
     records.close()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+from unittest import mock
 
 import pytest
 
@@ -42,6 +43,15 @@ def test_a_folder_of_the_same_run_is_accepted(tmp_path):
     path = prepare(tmp_path / "a" / "b", config, {})
     assert path == prepare(tmp_path / "a" / "b", config, {})
     assert sorted(os.listdir(path)) == [".lock", ".token", "config.json"]
+
+
+def test_a_start_that_is_cut_off_can_be_repeated(tmp_path, monkeypatch):
+    config = load_config("configs/quickstart.py")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", mock.Mock(side_effect=KeyboardInterrupt))
+        prepare(tmp_path, config, {})
+    assert "config.json" not in os.listdir(tmp_path)
+    prepare(tmp_path, config, {})
 
 
 def test_a_damaged_description_is_refused_where_there_is_a_run(tmp_path):

@@ -70,8 +70,10 @@ def decode(encoded: bytes) -> np.ndarray | None:
 
     OpenCV turns it as EXIF says, as it does for the authors.
     """
-    array = np.frombuffer(encoded, np.uint8)
-    return cv2.imdecode(array, cv2.IMREAD_COLOR_RGB) if array.size else None
+    try:
+        return cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:  # of no bytes, or of more pixels than it takes
+        return None
 
 
 def open_split(data_dir: str, dataset: str, split: str) -> Split:
