@@ -8,7 +8,7 @@
 
 `quick`, the first, passes through all experiments with few trials on a part of the embedded data:
 it shows that everything works, and decides little. `cpu` has enough trials to decide: results/study
-holds `cpu,num_seeds=5`, 97 minutes. `full` and `imagenet` have not been run yet. `colour` is the
+holds `cpu,num_seeds=10`, 163 minutes. `full` and `imagenet` have not been run yet. `colour` is the
 harder set of `convstem_jax.study.colour_set`, in place of the grey Fashion-MNIST.
 """
 
