@@ -18,6 +18,7 @@ import argparse
 from collections import deque
 from collections.abc import Callable
 import fnmatch
+import os
 import pathlib
 import platform
 import sys
@@ -186,6 +187,12 @@ def main(argv: list[str] | None = None) -> int:
     if not cases:
         parser.error("nothing is left to be timed: see --models, --implementations and --skip")
     args.matmul_size = args.matmul_size or jax_contenders.matmul_size()
+    if jax.default_backend() == "cpu" and os.getloadavg()[0] > os.cpu_count() / 2:
+        print(
+            f"other programs use these {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}): the "
+            "ratios will be wrong, since PyTorch's threads, which wait for each other, lose most",
+            file=sys.stderr,
+        )
     print("measuring what products of matrices reach", file=sys.stderr)
     peak = jax_contenders.matmul_flops(args.matmul_size, args.dtype)
     print(

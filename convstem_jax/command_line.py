@@ -109,7 +109,8 @@ def _parse(
     )
     parser.add_argument(
         "--config", required=default_config is None, default=default_config, metavar="FILE[:ARG]",
-        help="configuration file, with its argument after a colon: configs/vitc.py:18gf,sgd",
+        help="configuration file, with its argument after a colon"
+        + (f" (default: {default_config})" if default_config else ": configs/vitc.py:18gf,sgd"),
     )  # fmt: skip
     add_overrides(parser)
     parser.add_argument(

@@ -30,9 +30,8 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     """
     path, _, arg = spec.partition(":")
     if not (os.path.isfile(path) and path.endswith(".py")):
-        raise ConfigError(
-            f"--config {path} is not a Python file: configs/ holds those of this project"
-        )
+        wrong = "a Python file" if os.path.exists(path) else f"there, seen from {os.getcwd()}"
+        raise ConfigError(f"--config {path} is not {wrong}: configs/ holds those of this project")
     name = f"config_{os.path.splitext(os.path.basename(path))[0]}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(module_spec)
@@ -219,6 +218,8 @@ def validate(config) -> None:
     Raises:
         ConfigError: naming the field, its value and what it must be.
     """
+    if "experiments" in config:
+        raise ConfigError("--config is a study's: give it to python -m convstem_jax.study")
     check_fields(config, RULES)
     if config.warmup_epochs >= config.epochs:
         raise ConfigError(
