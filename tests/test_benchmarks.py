@@ -179,6 +179,7 @@ def fake_serve(pipe, case):
 def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsys, together):
     monkeypatch.setattr(contenders, "_serve", fake_serve)
     monkeypatch.setattr(train_step, "missing", lambda *_: None)
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 0.0, 0.0))
     file = tmp_path / "train_step.json"
     flags = ["--models", "vitp_tiny", "vitc_tiny", "--batch", "4", "2", "--repeats=2"]
     flags += ["--matmul_size=64", "--overlap=1", f"--together={together}", f"--json={file}"]
@@ -191,6 +192,7 @@ def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsy
         for name in ("convstem_jax", "convstem_jax (2 steps a call)")
     ]
     error = capsys.readouterr().err
+    assert ("(load 99.0): the ratios will be wrong" in error) == (jax.default_backend() == "cpu")
     for name, reason in (
         ("plain Flax, bfloat16", "its process ended with status 7"),
         ("plain Flax, float32", "its loss is nan"),

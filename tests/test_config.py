@@ -176,6 +176,11 @@ def test_a_configuration_without_a_field_or_with_an_unknown_one_is_refused():
         validate(config)
 
 
+def test_a_configuration_of_a_study_is_refused():
+    with pytest.raises(ConfigError, match="a study's: give it to python -m convstem_jax.study"):
+        validate(load_config("configs/study.py"))
+
+
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
     with pytest.raises(ConfigError, match="config.batch_size=100 .* 8 devices: use 96"):
         check_divides(100, 8, "8 devices")

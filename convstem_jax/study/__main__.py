@@ -28,7 +28,7 @@ from convstem_jax.study.programs import Programs, trials_per_device
 _EPILOG = f"""\
 examples:
   python -m convstem_jax.study                                   10 minutes on 2 CPU cores
-  python -m convstem_jax.study --config configs/study.py:cpu     two hours on them
+  python -m convstem_jax.study --config configs/study.py:cpu     an hour or two
   python -m convstem_jax.study --config configs/study.py:full --workdir runs/study
   python -m convstem_jax.study --config configs/study.py:full,num_seeds=5
 
