@@ -54,12 +54,15 @@ def new_model(
     Raises:
         ValueError: its sizes do not fit together.
     """
+    # Flax folds each parameter's number into the key, as the training step does its own number:
+    # a number that no step reaches keeps the two apart.
+    key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
     return create_model(
         config.model,
         num_classes=num_classes,
         image_size=config.image_size,
         dtype=jnp.dtype(config.dtype),
-        rngs=nnx.Rngs(jax.random.key(seed)),
+        rngs=nnx.Rngs(key),
         **({} if config.stem_init == "paper" else {"stem_init": config.stem_init}),
     )
 

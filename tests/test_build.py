@@ -1,5 +1,6 @@
 """The configuration reaches the step."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -40,3 +41,14 @@ def test_every_field_arrives():
     assert model.dtype == jnp.bfloat16 and model.head.out_features == 10
     other = build.new_model(config, 10, seed=8)
     assert (model.position_embedding[...] != other.position_embedding[...]).any()
+
+
+def test_parameters_and_steps_have_keys_of_their_own(monkeypatch):
+    config = load_config("configs/quickstart.py:seed=9")
+    monkeypatch.setattr(build, "create_model", lambda name, rngs, **kwargs: rngs)
+    rngs = build.new_model(config, 10, seed=9)
+    of_parameters = {tuple(jax.random.key_data(rngs.params()).tolist()) for _ in range(100)}
+    of_steps = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(9), jnp.arange(1000))
+    of_steps = set(map(tuple, jax.random.key_data(of_steps).tolist()))
+    assert (len(of_parameters), len(of_steps)) == (100, 1000)
+    assert not of_parameters & of_steps
