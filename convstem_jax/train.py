@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import math
 import os
 import time
@@ -116,7 +115,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             f"before each evaluation {num_precise * config.batch_size:,} training images give "
             "BatchNorm's statistics (config.precise_bn_examples)"
         )
-        return list(itertools.islice(new_train_batches(first_step=0, reading=threads), num_precise))
+        return list(new_train_batches(numbers=range(num_precise), reading=threads))
 
     # ----------------------------------------------------------------------- model and state
 
@@ -200,7 +199,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     results = step_metrics = None
     steps = range(first_step + 1, num_steps + 1)
-    batches = new_train_batches(first_step=first_step)
+    batches = new_train_batches(numbers=range(first_step, num_steps))
     with (
         preemption.stop_requested() as stop_requested,  # until the last checkpoint is written
         contextlib.closing(records),

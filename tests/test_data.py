@@ -64,13 +64,13 @@ def sharding(num_devices=1):
     return jax.NamedSharding(mesh, jax.P("data"))
 
 
-def train_batches(split, *, seed=0, first_step=0, reading=THREADS, transform=TRANSFORM):
+def train_batches(split, *, seed=0, reading=THREADS, transform=TRANSFORM, **kwargs):
     return pipeline.train_batches(
         TrainExamples(split, transform, seed),
         batch_size=64,
         sharding=sharding(),
         reading=reading,
-        first_step=first_step,
+        **kwargs,
     )
 
 
@@ -120,11 +120,13 @@ def test_every_epoch_is_another_permutation_of_the_whole_split():
 
 def test_resuming_and_worker_processes_change_no_bit(train_split):
     reference = take(train_batches(train_split), 6)
-    resumed = take(train_batches(train_split, first_step=4), 2)
+    resumed = list(map(jax.device_get, train_batches(train_split, numbers=range(4, 6))))
     workers = pipeline.Reading(num_workers=2, num_threads=1, read_ahead=1, prefetch=1)
-    worked = take(train_batches(train_split, first_step=3, reading=workers), 3)
+    worked = train_batches(train_split, numbers=range(3, 6), reading=workers)
     assert same(reference[4], resumed[0]) and same(reference[5], resumed[1])
     assert all(same(a, b) for a, b in zip(reference[3:], worked, strict=True))
+    with contextlib.closing(train_batches(train_split, numbers=range(5, 6), reading=workers)) as one:
+        assert same(reference[5], next(one))  # a worker has nothing to do
     assert not same(reference[0], reference[1])
 
 

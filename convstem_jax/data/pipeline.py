@@ -43,24 +43,24 @@ def train_batches(
     batch_size: int,
     sharding: jax.sharding.Sharding,
     reading: Reading,
-    first_step: int = 0,
+    numbers: range = range(sys.maxsize),
 ) -> grain.DatasetIterator:
-    """Endless shuffled batches `{"image": uint8 [N, H, W, 3], "label": int32 [N]}`.
+    """Shuffled batches `{"image": uint8 [N, H, W, 3], "label": int32 [N]}`.
 
-    Batches run across the boundary between two epochs. Batch k is the same whatever `first_step`
-    is, which is what makes resuming exact: the state of the input is the number of the next batch.
-    (Grain's own iterator state says the same, but only fits the number of workers that it was taken
-    with.)
+    Batches run across the boundary between two epochs. Batch k is the same wherever `numbers`
+    begin, which is what makes resuming exact: the state of the input is the number of the next
+    batch. (Grain's own iterator state says the same, but only fits the number of workers that it
+    was taken with.)
 
     Args:
         examples: which example comes when.
         batch_size: of all processes together.
         sharding: of the batch over the devices.
         reading: how hard the host works.
-        first_step: number of the first batch to yield.
+        numbers: of the batches to yield, one after another.
     """
     endless = grain.MapDataset.range(sys.maxsize).map(examples.__getitem__)
-    return iter(_to_devices(endless, batch_size, sharding, reading, first_batch=first_step))
+    return iter(_to_devices(endless, batch_size, sharding, reading, numbers))
 
 
 class EvalBatches:
@@ -128,11 +128,11 @@ def _to_devices(
     batch_size: int,
     sharding: jax.sharding.Sharding,
     reading: Reading,
-    first_batch: int = 0,
+    numbers: range = range(sys.maxsize),
 ) -> grain.IterDataset:
     local = local_batches(
         examples, batch_size, process=jax.process_index(), num_processes=jax.process_count()
-    )[first_batch:]
+    )[numbers.start : numbers.stop]
     options = grain.ReadOptions(
         num_threads=reading.num_threads,
         prefetch_buffer_size=max(reading.num_threads, reading.read_ahead),
