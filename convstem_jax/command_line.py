@@ -14,14 +14,7 @@ import ml_collections
 
 from convstem_jax import processes
 from convstem_jax.config import load_config, set_fields, split_argument
-from convstem_jax.errors import (
-    Preempted,
-    StorageError,
-    UserError,
-    exit_status_of,
-    first_line,
-    is_passing,
-)
+from convstem_jax.errors import Preempted, StorageError, UserError, first_line, is_passing
 from convstem_jax.run_folder import FREE_FIELDS
 
 EXIT_STATUS = """\
@@ -69,10 +62,9 @@ def run(
             raise
         prefix = "" if isinstance(error, Preempted) else "error: "
         print(f"{prefix}{error}", file=sys.stderr)
-        status = exit_status_of(error)
-        if status != error.exit_status:
+        if error.exit_status != error.status:
             print("storage did not answer: first give the same command again", file=sys.stderr)
-        return status
+        return error.exit_status
     except (RuntimeError, ValueError, OSError) as error:
         is_lost_peer = processes.is_lost_peer(error)
         if not (is_lost_peer or is_passing(error)):
@@ -85,7 +77,7 @@ def run(
             f"{what}: the same command goes on from the last checkpoint ({reason})",
             file=sys.stderr,
         )
-        return StorageError.exit_status
+        return StorageError.status
     except KeyboardInterrupt:
         print("interrupted: what was saved before is kept", file=sys.stderr)
         return 130

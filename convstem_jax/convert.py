@@ -14,13 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from convstem_jax import command_line, files, layouts, weights
-from convstem_jax.errors import (
-    CheckpointError,
-    ConfigError,
-    UserError,
-    exit_status_of,
-    first_line,
-)
+from convstem_jax.errors import CheckpointError, ConfigError, UserError, first_line
 from convstem_jax.models import MODELS
 
 TORCH_SUFFIXES = (".pt", ".pth", ".pyth", ".bin")
@@ -186,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
             weights.save(args.target, converted, architecture)
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_status_of(error) if isinstance(error, UserError) else 2
+        return error.exit_status if isinstance(error, UserError) else 2
     print(f"{args.target}: {architecture.model}, {architecture.num_classes} classes")
     return 0
 

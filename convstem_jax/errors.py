@@ -45,48 +45,48 @@ def first_line(error: Exception) -> str:
 class UserError(Exception):
     """Base of the errors that `main` prints as one line instead of a traceback."""
 
-    exit_status = 1
+    status = 1  # to end with
+
+    @property
+    def exit_status(self) -> int:
+        """`status`, but 75 for whatever storage that did not answer caused."""
+        return StorageError.status if is_passing(self) else self.status
 
 
 class ConfigError(UserError):
     """A field, a flag or a folder is wrong: change it and run again."""
 
-    exit_status = 2
+    status = 2
 
 
 class DataError(UserError):
     """The data set is not what its own description says, or a record cannot be used."""
 
-    exit_status = 3
+    status = 3
 
 
 class CheckpointError(UserError):
     """A checkpoint cannot be read, or does not fit this configuration."""
 
-    exit_status = 4
+    status = 4
 
 
 class NotFiniteError(UserError):
     """The training loss, or a number of the state, became NaN or infinite."""
 
-    exit_status = 5
+    status = 5
 
 
 class Preempted(UserError):
     """Asked to stop; the state is saved, and the same command goes on from there."""
 
-    exit_status = 75
+    status = 75
 
 
 class StorageError(UserError):
     """Storage did not answer: the same command goes on from the last checkpoint."""
 
-    exit_status = 75
-
-
-def exit_status_of(error: UserError) -> int:
-    """The exit status to end with: 75 for whatever storage that did not answer caused."""
-    return StorageError.exit_status if is_passing(error) else error.exit_status
+    status = 75
 
 
 @contextlib.contextmanager
@@ -114,6 +114,6 @@ def writing(path: str) -> Iterator[None]:
 class PeerError(UserError):
     """Another process of the run failed in what all of them do together."""
 
-    def __init__(self, process: int, exit_status: int):
+    def __init__(self, process: int, status: int):
         super().__init__(f"process {process} of the run failed: see the error that it printed")
-        self.exit_status = exit_status
+        self.status = status

@@ -16,7 +16,7 @@ import ml_collections
 from convstem_jax import build, command_line, weights
 from convstem_jax.config import load_config, load_run_config, set_fields, validate
 from convstem_jax.data import pipeline, sources
-from convstem_jax.errors import ConfigError, UserError, exit_status_of
+from convstem_jax.errors import ConfigError, UserError
 from convstem_jax.evaluation import evaluate
 from convstem_jax.progress import progress_bar
 from convstem_jax.sharding import Sharding
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         results = evaluate_weights(config, args.weights, raw=args.raw, step=args.step)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_status_of(error)
+        return error.exit_status
     if args.format == "json":
         print(json.dumps(results, indent=2))
     else:

@@ -21,7 +21,7 @@ from convstem_jax import command_line, run_folder, weights
 from convstem_jax.config import load_config, load_run_config
 from convstem_jax.data.augment import center_crop
 from convstem_jax.data.sources import decode
-from convstem_jax.errors import ConfigError, DataError, UserError, exit_status_of
+from convstem_jax.errors import ConfigError, DataError, UserError
 from convstem_jax.sharding import Sharding
 
 _EPILOG = """\
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         model = architecture.with_weights(loaded, jnp.dtype(config.dtype))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_status_of(error)
+        return error.exit_status
     paths, status = [], 0
 
     def images():
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
                 image = load_image(path, config)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
-                status = max(status, exit_status_of(error))
+                status = max(status, error.exit_status)
             else:
                 paths.append(path)
                 yield image

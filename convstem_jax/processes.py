@@ -1,6 +1,5 @@
 """Several processes, on one machine or on many, that train one model."""
 
-from collections.abc import Callable
 import contextlib
 import hashlib
 import os
@@ -12,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from convstem_jax.errors import ConfigError, PeerError, UserError, exit_status_of, first_line
+from convstem_jax.errors import ConfigError, PeerError, UserError, first_line
 
 MEET_SECONDS = 10  # for the others to reach the end
 
@@ -99,23 +98,23 @@ def together():
     except UserError as own:
         error = own
     if jax.process_count() > 1:
-        statuses = gather([exit_status_of(error) if error else 0])[:, 0]
+        statuses = gather([error.exit_status if error else 0])[:, 0]
         if error is None and statuses.any():
             raise PeerError(int(np.flatnonzero(statuses)[0]), int(statuses[statuses > 0][0]))
     if error is not None:
         raise error
 
 
-def check_same(text: str, message: Callable[[int], str]) -> None:
+def check_same(text: str, message: str) -> None:
     """Checks that `text` is the same in every process. Never inside `together`, which gathers too.
 
     Raises:
-        ConfigError: it is not; `message` makes its text from the number of one that differs.
+        ConfigError: it is not; `message` says of a process that differs what is wrong and to do.
     """
     if jax.process_count() > 1:
         digests = gather([int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])])[:, 0]
         if different := np.flatnonzero(digests != digests[0]).tolist():
-            raise ConfigError(message(different[0]))
+            raise ConfigError(f"process {different[0]} {message}")
 
 
 # What the transports and the service that watches the processes say.

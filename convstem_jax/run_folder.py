@@ -115,10 +115,8 @@ def check_shared(workdir: str) -> None:
         token = file.read()
     processes.check_same(
         token,
-        lambda i: (
-            f"process {i} does not see what process 0 wrote in --workdir {workdir}: "
-            "name a folder that all machines share"
-        ),
+        f"does not see what process 0 wrote in --workdir {workdir}: name a folder that all "
+        "machines share",
     )
 
 

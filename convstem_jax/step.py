@@ -170,6 +170,8 @@ def batch_statistics(
 ) -> PyTree:
     """BatchNorm's means and variances over one training batch, in place of the running ones.
 
+    With micro-batches they are the means of theirs, by which training normalises too.
+
     Args:
         graphdef: the model's structure, from `split`.
         recipe: what is fixed.
@@ -178,12 +180,21 @@ def batch_statistics(
         batch: `image` as in `train_step`. It is lit, but not mixed, as in the authors' code.
         key: random key of the lighting.
     """
-    model = nnx.merge(graphdef, params, batch_stats)
-    model.train()
-    model.set_attributes(nnx.BatchNorm, momentum=0.0)
-    light = mixing.lighting(key, len(batch["image"]), recipe.lighting_std)
-    model(normalize(batch["image"], recipe, light))
-    return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+    images = batch["image"]
+
+    def of_micro_batch(images, light):
+        model = nnx.merge(graphdef, params, batch_stats)
+        model.train()
+        model.set_attributes(nnx.BatchNorm, momentum=0.0)
+        model(normalize(images, recipe, light))
+        return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    light = mixing.lighting(key, len(images), recipe.lighting_std)
+    if recipe.accumulate == 1:
+        return of_micro_batch(images, light)
+    micro_batches = [_interleave(x, recipe.accumulate) for x in (images, light)]
+    found = jax.lax.map(lambda xs: of_micro_batch(*xs), micro_batches)
+    return jax.tree.map(lambda x: x.mean(axis=0), found)
 
 
 def eval_step(

@@ -49,10 +49,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     processes.check_same(
         config.to_json(),
-        lambda i: (
-            f"the configuration of process {i} is another than of process 0: "
-            "give all processes the same command"
-        ),
+        "has another configuration than process 0: give all processes the same command",
     )
     with processes.together():
         validate(config)
@@ -73,10 +70,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         run_folder.describe(workdir, config, data, train_split.class_names)
     processes.check_same(
         fingerprints,
-        lambda i: (
-            f"the {config.dataset} of process {i} is another than of process 0: copy the data anew "
-            "to all machines"
-        ),
+        f"has another {config.dataset} than process 0: copy the data anew to all machines",
     )
     run_folder.check_shared(workdir)
     if (result := run_folder.read_result(workdir)) is not None:
@@ -150,10 +144,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     )
     processes.check_same(
         str(checkpoints.latest_step()),
-        lambda i: (
-            f"process {i} does not see the checkpoints of --workdir {workdir} that process 0 sees: "
-            "name a folder that shows all machines the same, or wait until it does"
-        ),
+        f"does not see the checkpoints of --workdir {workdir} that process 0 sees: name a folder "
+        "that shows all machines the same, or wait until it does",
     )
     first_step, before = 0, {"seconds": 0.0, "speed": ()}
     if checkpoints.latest_step() is not None:

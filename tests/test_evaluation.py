@@ -1,5 +1,6 @@
 """Means over examples, not over batches; precise BatchNorm statistics."""
 
+import dataclasses
 import functools
 
 import jax
@@ -77,3 +78,9 @@ def test_precise_statistics_are_means_over_batches():
     np.testing.assert_allclose(first["mean"], mean, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(first["var"], var, rtol=1e-3)
     assert jax.tree.structure(got) == jax.tree.structure(batch_stats)
+
+    recipe = dataclasses.replace(recipe, accumulate=2)
+    halves = jax.jit(functools.partial(batch_statistics, graphdef, recipe))
+    got = halves(params, batch_stats, batches[1], jax.random.key(1))["stem"]["norms"][0]["var"]
+    expected = np.mean([convolved[1][i::2].var(axis=(0, 1, 2)) for i in range(2)], axis=0)
+    np.testing.assert_allclose(got, expected, rtol=1e-3)

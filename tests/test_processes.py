@@ -268,7 +268,7 @@ def test_processes_with_different_commands_are_refused(other, tmp_path):
     statuses, outputs = start_two([flags(tmp_path), flags(tmp_path, **other)])
     assert statuses == [2, 2], outputs
     for output in outputs:
-        assert "the configuration of process 1 is another than of process 0" in output
+        assert "process 1 has another configuration than process 0" in output
 
 
 OTHER = """
@@ -285,7 +285,7 @@ sys.exit(main.main(sys.argv[1:]))
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("sources.Split.fingerprint", "'other'", "of process 1 is another than of process 0"),
+        ("sources.Split.fingerprint", "'other'", "process 1 has another fashion_mnist_10k"),
         ("checkpoint.Checkpoints.latest_step", "None", "process 1 does not see the checkpoints"),
     ],
 )

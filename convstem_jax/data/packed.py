@@ -246,7 +246,7 @@ def main(argv: list[str]) -> int:
         return error.exit_status
     except OSError as error:
         print(f"error: --output {args.output} cannot be written: {error}", file=sys.stderr)
-        return ConfigError.exit_status
+        return ConfigError.status
     counts = ", ".join(f"{len(split):,} in {name}" for name, split in splits.items())
     print(f"{path}: {len(class_names)} classes, {counts}, {os.path.getsize(path) / 1e6:.1f} MB")
     return 0

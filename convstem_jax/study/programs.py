@@ -150,7 +150,7 @@ class Programs:
         fast = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else {}
         self.init = jit(init, (trials,), state, compiler_options=fast)
         evaluate = jit(vmap(eval_step, 0, 0, None), (trials, trials, all_devices))
-        self.batch_statistics = jit(
+        statistics = jit(
             vmap(batch_statistics, 0, 0, None, None), (trials, trials, all_devices, all_devices)
         )
         step = jit(
@@ -168,7 +168,14 @@ class Programs:
             self.step = step.lower(*shapes).compile()
             self.eval_step = evaluate.lower(ema["params"], ema["batch_stats"], eval_batch).compile()
             state = self.step.memory_analysis().alias_size_in_bytes
-            self.need = need = max(_need(self.step), _need(self.eval_step) + state)
+            need = max(_need(self.step), _need(self.eval_step) + state)
+            if ema["batch_stats"] and config.precise_bn_examples:
+                key = jax.eval_shape(lambda: jax.random.key(0))
+                arguments = ema["params"], ema["batch_stats"], shapes[1], key
+                self.batch_statistics = statistics.lower(*arguments).compile()
+                images = config.precise_bn_examples * 3 * config.image_size**2  # which stay there
+                need = max(need, _need(self.batch_statistics) + state) + images
+            self.need = need
             if need <= memory:
                 return
             if per_device == 1:
