@@ -96,6 +96,20 @@ def test_studies_of_the_same_are_reported_as_one(finished, tmp_path, capsys):
     assert "studies differ in batch_size: 256 and 7" in capsys.readouterr().err
 
 
+def test_studies_of_other_optima_are_not_reported_as_one(finished, tmp_path, capsys):
+    """Their random settings lie around other points too."""
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    trials = [json.loads(line) for line in (other / "trials.jsonl").read_text().splitlines()]
+    grid = [trial for trial in trials if trial["kind"] == "grid" and trial["model"] == "vitc_tiny"]
+    for trial in grid:
+        trial["lr"] *= 4
+    kept = [trial for trial in trials if trial["kind"] in ("grid", "random")]
+    (other / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in kept))
+    assert report.main([str(finished), str(other)]) == 2
+    assert "studies have other optima of vitc_tiny with adamw" in capsys.readouterr().err
+
+
 def test_equal_studies_give_equal_reports(finished, tmp_path):
     for name in ("first", "second"):
         report.main([str(finished), "--output", str(tmp_path / name)])

@@ -134,7 +134,7 @@ def read(folders: list[str]) -> Study:
     Raises:
         ConfigError: one is not finished, or they do not belong together.
     """
-    configs, results, trials = [], [], {}
+    configs, results, trials, optima = [], [], {}, {}
     for folder in folders:
         try:
             with open(os.path.join(folder, "config.json")) as file:
@@ -147,18 +147,18 @@ def read(folders: list[str]) -> Study:
             raise ConfigError(f"{folder} holds no finished study: {error}") from error
         for record in records:
             trials.setdefault(tuple(record[name] for name in _IDENTITY), record)
+        grid = Trials(records).select(kind="grid")
+        for pair in sorted({(trial["model"], trial["optimizer"]) for trial in grid}):
+            found = choose([t for t in grid if (t["model"], t["optimizer"]) == pair])
+            if found != optima.setdefault(pair, found):
+                raise ConfigError(
+                    f"studies have other optima of {pair[0]} with {pair[1]}: lr, wd "
+                    f"{optima[pair]} and {found}; report them one by one"
+                )
     for name in sorted(set().union(*configs) - set(MAY_DIFFER)):
         values = {str(config.get(name)) for config in configs}
         if len(values) > 1:
             raise ConfigError(f"studies differ in {name}: {' and '.join(sorted(values))}")
     experiments = [name for config in configs for name in config["experiments"]]
     config = configs[0] | {"experiments": list(dict.fromkeys(experiments))}
-    study = Study(config, results, Trials(trials.values()))
-    for trial in study.trials.select(kind="seeds"):
-        optimum = study.optimum(trial["model"], trial["optimizer"])
-        if optimum and optimum != (trial["lr"], trial["wd"]):
-            raise ConfigError(
-                f"studies have other optima of {trial['model']} with {trial['optimizer']}: lr, wd "
-                f"{optimum} and {(trial['lr'], trial['wd'])}; report them one by one"
-            )
-    return study
+    return Study(config, results, Trials(trials.values()))
