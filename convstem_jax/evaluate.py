@@ -64,6 +64,14 @@ def evaluate_weights(
             f"{path} has {architecture.num_classes} classes, {config.dataset} "
             f"{split.num_classes}: set config.dataset to one of the same classes"
         )
+    if not architecture.has_classes(split.class_names):
+        pairs = zip(architecture.class_names, split.class_names, strict=True)
+        i, (there, here) = next((i, pair) for i, pair in enumerate(pairs) if len(set(pair)) == 2)
+        print(
+            f"the classes have other names: class {i} is {there} for {path}, and {here} in "
+            f"{config.dataset}; the errors mean something only if both are the same",
+            file=sys.stderr,
+        )
     sharding = Sharding(jax.devices())
     batches = pipeline.EvalBatches(
         build.eval_examples(config, split),

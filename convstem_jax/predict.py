@@ -5,10 +5,9 @@ images are prepared; for a file --config names one.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import itertools
 import json
-import os
 import sys
 
 from flax import nnx
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from convstem_jax import command_line, run_folder, weights
+from convstem_jax import command_line, weights
 from convstem_jax.config import load_config, load_run_config
 from convstem_jax.data.augment import center_crop
 from convstem_jax.data.sources import decode
@@ -102,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     command_line.add_checkpoint(parser)
     parser.add_argument(
         "--names", metavar="FILE",
-        help="names of the classes, one a line (default: classes.txt of the run, else numbers)",
+        help="names of the classes, one a line (default: those of the run, else numbers)",
     )  # fmt: skip
     parser.add_argument("--top", type=int, default=5, metavar="K", help="default: %(default)s")
     parser.add_argument(
@@ -117,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(args.config) if args.config else load_run_config(args.weights)
         loaded, architecture = weights.load(args.weights, raw=args.raw, step=args.step)
         architecture.check(config, args.weights)
-        names = _names(args.names, args.weights, architecture.num_classes)
+        names = _names(args.names, architecture)
         model = architecture.with_weights(loaded, jnp.dtype(config.dtype))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -154,11 +153,10 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def _names(path: str | None, workdir: str, num_classes: int) -> list[str]:
-    own = os.path.join(os.path.expanduser(workdir), run_folder.CLASSES)
-    if path is None and not os.path.exists(own):  # a file
-        return [str(i) for i in range(num_classes)]
-    path = path or own
+def _names(path: str | None, architecture: weights.Architecture) -> Sequence[str]:
+    num_classes = architecture.num_classes
+    if path is None:
+        return architecture.class_names or [str(i) for i in range(num_classes)]
     try:
         with open(path) as file:
             names = file.read().splitlines()

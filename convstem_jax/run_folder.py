@@ -187,18 +187,23 @@ def _check_same(old: dict, new: dict, workdir: str) -> None:
         )
 
 
+def read_classes(workdir: str) -> list[str]:
+    """Names of the classes; none where there are none, as of a study."""
+    try:
+        with open(os.path.join(workdir, CLASSES)) as file:
+            return file.read().splitlines()
+    except FileNotFoundError:
+        return []
+
+
 def _check_same_classes(names: Sequence[str], workdir: str) -> None:
     """Checks that classes have the numbers that they had when the run began."""
-    path = os.path.join(workdir, CLASSES)
-    if not os.path.exists(path):  # a study
-        return
-    with open(path) as file:
-        for i, (old, new) in enumerate(zip(file.read().splitlines(), names, strict=False)):
-            if old != new:
-                raise ConfigError(
-                    f"{workdir} holds a run of other classes (class {i} is {old} there and {new} "
-                    "here): name another --workdir, or delete that folder"
-                )
+    for i, (old, new) in enumerate(zip(read_classes(workdir), names, strict=False)):
+        if old != new:
+            raise ConfigError(
+                f"{workdir} holds a run of other classes (class {i} is {old} there and {new} "
+                "here): name another --workdir, or delete that folder"
+            )
 
 
 def write_result(workdir: str, result: dict) -> None:

@@ -116,7 +116,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     start_weights = None
     if config.init_from and not run_folder.has_checkpoint(workdir):
         try:
-            start_weights, _ = weights.load(config.init_from)
+            start_weights, start_model = weights.load(config.init_from)
         except UserError as error:
             raise type(error)(f"config.init_from: {error}") from error
     shardings = sharding.of_state(jax.eval_shape(new_state))
@@ -153,7 +153,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         first_step = checkpoints.latest_step()
         processes.print_once(f"resumed from step {first_step}")
     elif start_weights is not None:
-        started, table = transfer(start_weights, state.ema)
+        same_classes = start_model.has_classes(train_split.class_names)
+        started, table = transfer(start_weights, state.ema, same_classes=same_classes)
         started = jax.device_put(started, sharding.of_state(started))
         state = state._replace(**started, ema=jax.tree.map(jnp.copy, started))
         processes.print_once(f"from {config.init_from}:\n{table}")

@@ -11,7 +11,7 @@ from convstem_jax.errors import CheckpointError
 from convstem_jax.weights import Weights
 
 
-def transfer(old: Weights, new: Weights) -> tuple[Weights, str]:
+def transfer(old: Weights, new: Weights, *, same_classes: bool = True) -> tuple[Weights, str]:
     """Puts the weights of one model into another of the same architecture.
 
     A position embedding for another image size is resized, bicubically and but for the class
@@ -20,23 +20,25 @@ def transfer(old: Weights, new: Weights) -> tuple[Weights, str]:
     Args:
         old: weights to take.
         new: weights of the new model, freshly drawn.
+        same_classes: whether as many classes are the same ones.
 
     Returns:
         The new model's weights, and a table of what was not simply taken.
 
     Raises:
-        CheckpointError: listing every array that does not fit.
+        CheckpointError: naming arrays that do not fit.
     """
     old, new = (traverse_util.flatten_dict(tree) for tree in (old, new))
     result, lines, wrong = {}, [], []
     for path in sorted(old.keys() | new.keys(), key=str):
         name = "/".join(map(str, path[1:]))
         shapes = [tree[path].shape if path in tree else "–" for tree in (old, new)]
-        if shapes[0] == shapes[1]:
+        is_new_head = path[1] == "head" and not (same_classes and shapes[0] == shapes[1])
+        if shapes[0] == shapes[1] and not is_new_head:
             result[path] = old[path]
-        elif path[1] == "head" and "–" not in shapes and shapes[0][:-1] == shapes[1][:-1]:
+        elif is_new_head and "–" not in shapes and shapes[0][:-1] == shapes[1][:-1]:
             result[path] = new[path]
-            lines.append([name, *shapes, "replaced: new"])
+            lines.append([name, *shapes, "new: other classes"])
         elif path[1] == "position_embedding" and shapes[0][-1] == shapes[1][-1]:
             result[path] = resize_position_embedding(old[path], new[path].shape[1])
             lines.append([name, *shapes, "resized"])
@@ -44,7 +46,8 @@ def transfer(old: Weights, new: Weights) -> tuple[Weights, str]:
             wrong.append(f"{name}: {shapes[0]} there, {shapes[1]} here")
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} arrays belong to another architecture:\n  " + "\n  ".join(wrong)
+            f"{len(wrong)} arrays belong to another architecture, such as\n  "
+            + "\n  ".join(wrong[:5])
         )
     lines.append([f"the other {len(result) - len(lines)}", "", "", "loaded"])
     table = tabulate(lines, ["array", "there", "here", ""], disable_numparse=True)

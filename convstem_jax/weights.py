@@ -1,5 +1,6 @@
 """Weights of a trained model, from a run's folder or a file, and back into a model."""
 
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
@@ -26,6 +27,7 @@ class Architecture:
     model: str  # a key of `models.MODELS`
     num_classes: int
     image_size: int
+    class_names: tuple[str, ...] = ()  # in the order of the logits; none where they are unknown
 
     def build(self, **kwargs) -> nnx.Module:
         """A new model; `kwargs` as in `create_model`."""
@@ -55,6 +57,10 @@ class Architecture:
         asked = words(config.model, config.image_size)
         if own != asked:
             raise ConfigError(f"{path} is {own}, the configuration of {asked}: give another")
+
+    def has_classes(self, names: Sequence[str]) -> bool:
+        """Whether its classes have these names, as far as is known."""
+        return not self.class_names or self.class_names == tuple(names)
 
     def shapes(self) -> Weights:
         """Shapes of the model's weights."""
@@ -108,7 +114,9 @@ def load(
     if "convstem_jax" not in metadata:
         raise CheckpointError(f"{path} was not written by this project: {convert}")
     try:
-        architecture = Architecture(**json.loads(metadata["convstem_jax"]))
+        described = json.loads(metadata["convstem_jax"])
+        class_names = tuple(described.pop("class_names", ()))
+        architecture = Architecture(**described, class_names=class_names)
         shapes = architecture.shapes()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no model of this version: {error}") from error
@@ -171,4 +179,5 @@ def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Ar
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}/config.json cannot be read: {error}") from error
     num_classes = len(weights["params"]["head"]["bias"])
-    return weights, Architecture(model, num_classes, image_size)
+    class_names = tuple(run_folder.read_classes(path))
+    return weights, Architecture(model, num_classes, image_size, class_names)

@@ -139,7 +139,7 @@ def test_a_run_is_evaluated_as_it_was_in_training(uninterrupted, capsys):
         name: result[name] for name in ("top1_error", "top5_error", "examples")
     }
     # Other weights, on other images.
-    flags = ["--raw", "--step", "16", f"--config.eval_split={PART[:-4]}100]"]
+    flags = ["--raw", "--step", "30", f"--config.eval_split={PART[:-4]}100]"]
     assert evaluate.main([str(workdir), *flags]) == 0
     assert f"on the 100 images of {result['dataset'][:-4]}100]" in capsys.readouterr().out
     for path, flags, status, message in (
@@ -152,6 +152,22 @@ def test_a_run_is_evaluated_as_it_was_in_training(uninterrupted, capsys):
         assert evaluate.main([str(path), *flags]) == status
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_other_classes_of_the_same_number_are_noticed(uninterrupted, tmp_path, capsys, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], workdir)
+    lines = (workdir / "classes.txt").read_text().splitlines()
+    (workdir / "classes.txt").write_text("\n".join([lines[0], *lines[:0:-1]]))
+    assert evaluate.main([str(workdir)]) == 0
+    message = f"the classes have other names: class 1 is {lines[-1]} for {workdir}, and {lines[1]}"
+    assert message in capsys.readouterr().err
+
+    monkeypatch.setattr(train_module.metrics, "Records", stop)  # the table is printed before
+    for path, num_new in ((workdir, 2), (uninterrupted[0], 0)):
+        with pytest.raises(Stop):
+            train_module.train(config(init_from=str(path)), str(tmp_path / str(num_new)))
+        assert capsys.readouterr().out.count("new: other classes") == num_new
 
 
 def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capfd, monkeypatch):

@@ -308,8 +308,13 @@ def test_another_size_and_other_classes_are_adapted():
     assert_same(result["params"]["stem"], old["params"]["stem"])
     assert_same(result["batch_stats"], old["batch_stats"])
     assert "position_embedding" in table and "resized" in table
-    assert table.count("replaced") == 2 and "loaded" in table
-    with pytest.raises(CheckpointError, match="belong to another architecture(.|\n)*stem"):
+    assert table.count("new: other classes") == 2 and "loaded" in table
+    fresh = jax.tree.map(lambda x: x + 1, old)
+    result, table = transfer(old, fresh, same_classes=False)
+    assert_same(result["params"]["head"], fresh["params"]["head"])
+    assert_same(result["params"]["stem"], old["params"]["stem"])
+    assert table.count("new: other classes") == 2
+    with pytest.raises(CheckpointError, match="belong to another architecture(.|\n)*there"):
         transfer(old, random_weights("vitp_tiny")[0])
 
 
