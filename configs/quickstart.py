@@ -5,8 +5,8 @@
     python -m convstem_jax.main --config configs/quickstart.py:regnety,sgd  the CNN
     python -m convstem_jax.main --config configs/quickstart.py:seed=1,epochs=10
 
-1.5 to 2.5 minutes on 2 shared CPU cores, 3.3 for the CNN, compilation included. README.md has the
-errors of each, with three seeds.
+2 to 3 minutes on 2 CPU cores, 4 for the CNN, compilation included. README.md has the errors of
+each, with three seeds.
 """
 
 import os

@@ -344,8 +344,8 @@ def _fits(state: PyTree, room: float | None, reserve: float) -> bool:
     room -= reserve
     if need > room:
         print(
-            f"the devices have no room for a copy of the state, {need / 2**20:,.0f} MiB: training "
-            "waits until a checkpoint has left them",
+            f"the devices have no room for a copy of the state ({need / 2**20:,.0f} MiB): at each "
+            "checkpoint training waits until the state is on the host",
             flush=True,
         )
     return need <= room

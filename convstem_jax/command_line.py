@@ -118,10 +118,11 @@ def _parse(
     if several_processes:
         group = parser.add_argument_group(
             "several processes",
-            "found on Cloud TPU (GKE's too), under SLURM, Open MPI; elsewhere give each all three",
+            "they find each other on Cloud TPU, in GKE too, under SLURM and Open MPI; elsewhere "
+            "give every process all three",
         )
         group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-        group.add_argument("--processes", type=int, metavar="N", help="1 to look for no others")
+        group.add_argument("--processes", type=int, metavar="N", help="1 looks for no others")
         group.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
     args, rest = parser.parse_known_args(argv)
     return args, read_overrides(parser, rest)

@@ -61,8 +61,8 @@ def evaluate_weights(
     architecture.check(config, path)
     if architecture.num_classes != split.num_classes:
         raise ConfigError(
-            f"{path} has {architecture.num_classes} classes, {config.dataset} "
-            f"{split.num_classes}: set config.dataset to one of the same classes"
+            f"{path} has {architecture.num_classes} classes and {config.dataset} has "
+            f"{split.num_classes}: set config.dataset to data of the model's classes"
         )
     if not architecture.has_classes(split.class_names):
         pairs = zip(architecture.class_names, split.class_names, strict=True)

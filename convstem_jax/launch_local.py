@@ -101,7 +101,10 @@ def _wait(started: list[subprocess.Popen]) -> None:
 
 def exit_status(statuses: list[int]) -> int:
     """The status of a run from those of its processes, negative where a signal ended one."""
-    for wanted in (2, 3, 4, 5, 1):
+    interrupted = 130
+    statuses = [interrupted if status == -signal.SIGINT else status for status in statuses]
+    # The others lose the one that a person interrupted, and say so.
+    for wanted in (2, 3, 4, 5, 1, interrupted):
         if wanted in statuses:
             return wanted
     if 75 in statuses or any(status < 0 for status in statuses):

@@ -160,9 +160,9 @@ class Records:
         self._paused = False
 
     @property
-    def speed(self) -> tuple[int, float]:
-        """Steps made and the seconds that they took, compilation and evaluation left out."""
-        return self._clock.steps, self._clock.seconds
+    def speed(self) -> tuple[int, float, float]:
+        """Steps made, the seconds that they took without compilation, and those of pauses."""
+        return self._clock.steps, self._clock.seconds, self._clock.paused
 
     @property
     def images_per_second(self) -> float:
@@ -212,10 +212,9 @@ def _writing_events(workdir: str):
 class _Clock:
     """Speed of training, without what comes before the first tick (compilation) and the pauses."""
 
-    def __init__(self, steps: int = 0, seconds: float = 0.0):
+    def __init__(self, steps: int = 0, seconds: float = 0.0, paused: float = 0.0):
         self._last = None  # (step, time) of the last tick
-        self.steps, self.seconds = steps, seconds
-        self._paused = 0.0
+        self.steps, self.seconds, self.paused = steps, seconds, paused
 
     def tick(self, step: int) -> None:
         """Notes that `step` is reached now."""
@@ -231,7 +230,7 @@ class _Clock:
         self.tick(step)
         start = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - start
+        self.paused += time.perf_counter() - start
         self._last = step, time.perf_counter()
 
     @property
@@ -242,7 +241,7 @@ class _Clock:
         """Time for `num_steps` more, pauses included since evaluations go on happening."""
         if not self.steps:
             return "?"
-        seconds = round((self.seconds + self._paused) / self.steps * num_steps)
+        seconds = round((self.seconds + self.paused) / self.steps * num_steps)
         hours, minutes = divmod(seconds // 60, 60)
         return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds % 60:02d} s"
 

@@ -183,7 +183,7 @@ def _bytes_on_device(tree, shardings) -> int:
 def _remedy(config, num_devices: int, rest: int, free: float, parts: dict[str, int]) -> str:
     """Which fields to change where the memory is too small.
 
-    Splitting the state comes first, since it changes no number.
+    Splitting the state comes first, since it changes no number but by rounding.
 
     Args:
         config: that does not fit.

@@ -10,12 +10,13 @@ import secrets
 import ml_collections
 
 from convstem_jax import processes
-from convstem_jax.errors import ConfigError, writing
+from convstem_jax.errors import ConfigError, first_line, writing
 from convstem_jax.files import write_json, write_text
 
 CLASSES = "classes.txt"
 _TOKEN = ".token"  # another at each start
-# Fields that may change when a run is resumed, since no result depends on them.
+# Fields that may change when a run is resumed: no result depends on them, but for rounding on
+# `state_sharding`, whose sums have another order.
 FREE_FIELDS = (
     "data_dir",  # what it holds is compared
     "num_workers",
@@ -36,7 +37,7 @@ FREE_FIELDS = (
 def prepare(
     workdir: str,
     config: ml_collections.ConfigDict,
-    data: dict[str, int],
+    data: dict,
     class_names: Sequence[str] = (),
 ) -> str:
     """Makes the folder, or checks that it holds a run of the same configuration and data.
@@ -44,7 +45,7 @@ def prepare(
     Args:
         workdir: the folder.
         config: the configuration.
-        data: what tells the data from others of the same names, such as their sizes.
+        data: what tells the data from others of the same names, such as their sizes; for JSON.
         class_names: for classes.txt, which `convstem_jax.predict` reads.
 
     Returns:
@@ -63,10 +64,9 @@ def prepare(
             _lock(workdir)
         # With none of them there is nothing that could be mixed up.
         if has_checkpoint(workdir) or _has_populations(workdir) or read_result(workdir) is not None:
-            with open(os.path.join(workdir, "config.json")) as file:
-                _check_same(json.load(file), _described(config, data), workdir)
+            _check_same(_read(workdir, "config.json"), _described(config, data), workdir)
             _check_same_classes(class_names, workdir)
-    except (OSError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise _unusable(workdir, error) from error
     return workdir
 
@@ -74,7 +74,7 @@ def prepare(
 def describe(
     workdir: str,
     config: ml_collections.ConfigDict,
-    data: dict[str, int],
+    data: dict,
     class_names: Sequence[str] = (),
 ) -> None:
     """Writes config.json and classes.txt, once all processes have read the old ones.
@@ -96,7 +96,7 @@ def describe(
         raise _unusable(workdir, error) from error
 
 
-def _described(config: ml_collections.ConfigDict, data: dict[str, int]) -> dict:
+def _described(config: ml_collections.ConfigDict, data: dict) -> dict:
     return json.loads(config.to_json()) | data
 
 
@@ -128,6 +128,11 @@ def _check_own(workdir: str) -> None:
     """
     with os.scandir(workdir) as entries:
         names = {entry.name for entry in entries if not entry.name.startswith(".")}
+    if "checkpoints" in names and "config.json" not in names:
+        raise ConfigError(
+            f"--workdir {workdir} holds checkpoints and no config.json: restore that file, which "
+            "says whose they are, or name a new folder"
+        )
     if names and "config.json" not in names:
         raise ConfigError(
             f"--workdir {workdir} holds other files ({min(names)}) and no run: name an empty or a "
@@ -215,8 +220,21 @@ def write_result(workdir: str, result: dict) -> None:
 
 def read_result(workdir: str) -> dict | None:
     """Reads result.json; None where the run is not finished."""
-    path = os.path.join(workdir, "result.json")
-    if not os.path.exists(path):
-        return None
-    with open(path) as file:
-        return json.load(file)
+    return _read(workdir, "result.json") if _exists(workdir, "result.json") else None
+
+
+def _exists(workdir: str, name: str) -> bool:
+    return os.path.exists(os.path.join(workdir, name))
+
+
+def _read(workdir: str, name: str) -> dict:
+    path = os.path.join(workdir, name)
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except ValueError as error:
+        remedy = {
+            "config.json": "restore it from where the folder was copied, or name another --workdir",
+            "result.json": "delete it, and the same command goes on from the last checkpoint",
+        }[name]
+        raise ConfigError(f"{path} is damaged ({first_line(error)}): {remedy}") from error

@@ -63,15 +63,16 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             "train_examples": len(train_split),
             "eval_examples": len(eval_split),
             "num_classes": train_split.num_classes,
+            "fingerprints": [train_split.fingerprint(), eval_split.fingerprint()],
         }
-        fingerprints = train_split.fingerprint() + eval_split.fingerprint()
+    processes.check_same(
+        str(data["fingerprints"]),
+        f"has another {config.dataset} than process 0: copy the data anew to all machines",
+    )
+    with processes.together():
         workdir = run_folder.prepare(workdir, config, data, train_split.class_names)
     with processes.together():
         run_folder.describe(workdir, config, data, train_split.class_names)
-    processes.check_same(
-        fingerprints,
-        f"has another {config.dataset} than process 0: copy the data anew to all machines",
-    )
     run_folder.check_shared(workdir)
     if (result := run_folder.read_result(workdir)) is not None:
         if processes.is_first():
@@ -262,13 +263,13 @@ def _print_overview(config, workdir: str, state, num_images: int, num_steps: int
     exempt = ", ".join(sorted({path[-1].key for path, is_decayed in paths if not is_decayed}))
     if num_images < config.batch_size:
         print(
-            f"each batch has images more than once: config.batch_size={config.batch_size:,} is for "
-            f"more than {num_images:,} training images"
+            f"each batch has images more than once: config.batch_size={config.batch_size:,} is "
+            f"more than the {num_images:,} training images"
         )
     if num_steps <= config.ema_every:
         print(
-            "the EMA is updated after the first step alone: lower config.ema_every, which is "
-            f"{config.ema_every}, since the errors that are told first are the EMA's"
+            "the EMA is updated once, after the first step, and the errors that are told are its: "
+            f"lower config.ema_every={config.ema_every} for a run of {num_steps} steps"
         )
     # A run's updates of the EMA have this sum of rates, whatever its batches and epochs.
     if (moved := config.ema_alpha * num_images) < 3:

@@ -56,7 +56,7 @@ class Architecture:
         own = words(self.model, self.image_size)
         asked = words(config.model, config.image_size)
         if own != asked:
-            raise ConfigError(f"{path} is {own}, the configuration of {asked}: give another")
+            raise ConfigError(f"{path} is {own}, but the configuration is of {asked}: give its own")
 
     def has_classes(self, names: Sequence[str]) -> bool:
         """Whether its classes have these names, as far as is known."""

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+from unittest import mock
 import zlib
 
 import cv2
@@ -199,6 +200,19 @@ def test_center_crop_is_the_middle_of_the_resized_image(shape, resized_size):
     resized = cv2.resize(image, resized_size)
     top, left = -(-(resized.shape[0] - 224) // 2), -(-(resized.shape[1] - 224) // 2)
     assert (crop == resized[top : top + 224, left : left + 224]).all()
+
+
+def test_of_a_strip_only_the_middle_is_resized(monkeypatch):
+    resize = mock.Mock(wraps=cv2.resize)
+    monkeypatch.setattr(cv2, "resize", resize)
+    strip = np.tile((np.arange(20_000) // 80).astype(np.uint8)[None, :, None], 3)
+    for image in (strip, strip.transpose(1, 0, 2)):
+        crop = augment.center_crop(image, resize=256, size=224).astype(int)
+        assert np.abs(crop - 125).max() <= 1, "it is not the middle"
+        assert max(resize.call_args.args[1]) == 16 * 256
+    wide = np.zeros((10, 160, 3), np.uint8)
+    augment.center_crop(wide, resize=256, size=224)
+    assert resize.call_args.args[0].shape == wide.shape
 
 
 def test_colours_arrive_as_rgb():
@@ -452,6 +466,11 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
     assert packed.main(flags) == 2
     assert "without images: " in (error := capsys.readouterr().err) and "train/empty\n" in error
     (tmp_path / "photos/train/empty").rmdir()
+    for name in ("caf\udce9", "a\nb"):
+        (tmp_path / "photos/train/b").rename(unprintable := tmp_path / "photos/train" / name)
+        assert packed.main(flags) == 2
+        assert f"{name!r}: that is no printable name".lstrip("'") in capsys.readouterr().err
+        unprintable.rename(tmp_path / "photos/train/b")
     put("test", "c", 40)
     for name in ("notes.txt", "more.webp"):
         (tmp_path / "photos/train/b" / name).write_text("x")

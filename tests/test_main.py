@@ -132,7 +132,7 @@ def test_the_folder_of_another_run_is_refused(no_compilation, capsys, tmp_path):
     (tmp_path / "checkpoints" / "100").mkdir(parents=True)
     assert main([*QUICK, f"--workdir={tmp_path}", "--compilation_cache="]) == 2
     message = one_error(capsys)
-    assert "another configuration (lr is 7.0 there and" in message
+    assert "lr is 7.0 there and 0.002 here" in message
     assert "num_threads" not in message, "a field that changes no result must not count"
 
 

@@ -37,6 +37,8 @@ def test_speed_leaves_out_compilation_and_pauses(clock_at):
     # 25 steps in 12.5 s of training and 30 s of evaluation, which goes on to happen.
     assert clock.time_left(50) == "1 min 25 s"
     assert clock.time_left(25 * 200) == "2 h 21 min"
+    resumed = metrics._Clock(clock.steps, clock.seconds, clock.paused)
+    assert resumed.time_left(50) == "1 min 25 s"
 
 
 def records_of(workdir, first_step=0):

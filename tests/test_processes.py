@@ -94,10 +94,10 @@ def weights(workdir):
 
 
 def assert_same_run(workdir, reference):
-    """Losses to 1e-5, weights to 0.5 % of each array's norm, error counts exactly.
+    """Losses to 1e-5, weights to 1e-4 of each array's norm, error counts exactly.
 
-    Sums of other orders differ in their last bits, which AdamW's first steps, of a size that does
-    not depend on the gradient's, enlarge.
+    But for the keys' biases: they change no weight of the attention, and their gradient is what
+    rounding left, which AdamW enlarges to steps as large as any other's.
     """
     records, expected = (read_jsonl(str(d / "metrics.jsonl")) for d in (workdir, reference))
     assert [r["step"] for r in records] == [r["step"] for r in expected]
@@ -110,8 +110,10 @@ def assert_same_run(workdir, reference):
     ours, theirs = weights(workdir), weights(reference)
     assert ours.keys() == theirs.keys() and len(ours) > 100
     for name in ours:
-        scale = np.linalg.norm(theirs[name]) + 1e-6
-        assert np.linalg.norm(ours[name] - theirs[name]) / scale < 5e-3, name
+        a, b = ours[name], theirs[name]
+        if name.endswith("['qkv']['bias']"):
+            a, b = (np.delete(x.reshape(3, -1), 1, axis=0) for x in (a, b))
+        assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b) + 1e-6, name
     assert json.loads((workdir / "result.json").read_text())["examples"] == 500
 
 
@@ -345,7 +347,18 @@ def test_without_a_cluster_a_process_is_alone():
 
 @pytest.mark.parametrize(
     "statuses, status",
-    [([0, 0], 0), ([0, -9], 75), ([130, 0], 130), ([75, 3], 3), ([1, 75], 1), ([5, 2], 2)],
+    [
+        ([0, 0], 0),
+        ([0, -9], 75),
+        ([130, 0], 130),
+        ([75, 3], 3),
+        ([130, -6], 130),
+        ([-2, -2], 130),
+        ([75, 130], 130),
+        ([-15, -15], 75),
+        ([1, 75], 1),
+        ([5, 2], 2),
+    ],
 )
 def test_the_status_of_a_run_says_what_to_do(statuses, status):
     assert launch_local.exit_status(statuses) == status

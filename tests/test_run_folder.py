@@ -61,8 +61,14 @@ def test_a_damaged_description_is_refused_where_there_is_a_run(tmp_path):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     prepare(tmp_path, config, {})
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be used"):
+    with pytest.raises(ConfigError, match="config.json is damaged .*: restore it"):
         prepare(tmp_path, config, {})
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match="holds checkpoints and no config.json"):
+        prepare(tmp_path, config, {})
+    (tmp_path / "result.json").write_text("")
+    with pytest.raises(ConfigError, match="result.json is damaged .*: delete it"):
+        run_folder.read_result(str(tmp_path))
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path):

@@ -154,6 +154,12 @@ def test_a_run_is_evaluated_as_it_was_in_training(uninterrupted, capsys):
         assert message in error and error.count("\n") == 1
 
 
+def test_a_run_does_not_go_on_with_other_images(uninterrupted, monkeypatch):
+    monkeypatch.setattr(sources.Split, "fingerprint", lambda self: "other")
+    with pytest.raises(ConfigError, match="fingerprints is .* there and .*other.* here"):
+        train_module.train(config(**RECIPE, eval_split=PART), str(uninterrupted[0]))
+
+
 def test_other_classes_of_the_same_number_are_noticed(uninterrupted, tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted[0], workdir)
@@ -335,7 +341,7 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys, mo
         errors[num] = train_module.train(config(**fields), str(tmp_path / num))
         said = capsys.readouterr().out
         assert said.count("256 training images give BatchNorm's statistics") == (num == "256")
-        assert "the EMA is updated after the first step alone" in said
+        assert "the EMA is updated once, after the first step" in said
         assert ("at the end the EMA is still 37% what it was" in said) == (num == "0")
     assert [(before, reserve()) for reserve, before in reserved] == [
         (0, 0), (256 * 32 * 32 * 3, 0),

@@ -42,6 +42,9 @@ def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def center_crop(image: np.ndarray, *, resize: int, size: int) -> np.ndarray:
     """Resizes the short side to `resize` and takes the central `size` x `size` square."""
+    # A strip of 1 x 20,000 pixels would be gigabytes: what is far from the middle is cut off first.
+    ends = [max(0, (n - 16 * min(image.shape[:2])) // 2) for n in image.shape[:2]]
+    image = image[ends[0] : image.shape[0] - ends[0], ends[1] : image.shape[1] - ends[1]]
     h, w = image.shape[:2]
     if min(h, w) != resize:
         w, h = (resize, int(h / w * resize)) if w < h else (int(w / h * resize), resize)

@@ -186,6 +186,9 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
         if empty := sorted(map(str, folders - {file.parent for file in files})):
             raise ConfigError(f"fill or take away the folders without images: {', '.join(empty)}")
         classes = classes or sorted({file.parent.name for file in files})
+        for name in classes:
+            if not name.isprintable():  # bytes that are no UTF-8, line breaks
+                raise ConfigError(f"rename {str(root / name)!r}: that is no printable name")
         for file in files:
             if file.parent.name not in classes:
                 raise ConfigError(f"{file.parent} is of a class that {splits[0]} does not have")

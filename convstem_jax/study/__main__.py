@@ -57,7 +57,11 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
     planned = [*grids, *later]
     runs = {(p.model, p.optimizer): experiments.run_config(config, p) for p in planned}
     train_split, eval_split = open_splits(config)
-    data = {"train_examples": len(train_split), "eval_examples": len(eval_split)}
+    data = {
+        "train_examples": len(train_split),
+        "eval_examples": len(eval_split),
+        "fingerprints": [train_split.fingerprint(), eval_split.fingerprint()],
+    }
     workdir = run_folder.prepare(workdir, config, data)
     run_folder.describe(workdir, config, data)
     if run_folder.read_result(workdir) is not None:
