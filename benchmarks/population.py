@@ -49,7 +49,8 @@ def time_run(config, readers, step, new_state, steps) -> float:
     """Seconds of some steps of one trial."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     start = time.perf_counter()
-    hparams, state = build.hparams(config, len(readers[0].examples.split)), new_state()
+    hparams = build.hparams(config, len(readers[0].examples.split))
+    state = new_state(hparams.seed)
     for batch in readers[0].read(range(steps), device):
         state, metrics = step(state, batch, hparams)
     jax.block_until_ready(metrics)
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     recipe = build.recipe(config, 10)
     graphdef, new_state = build.new_state(config, recipe)
     sharding = Sharding(jax.devices()[:1])
-    shardings = sharding.of_state(jax.eval_shape(new_state))
+    shardings = sharding.of_state(jax.eval_shape(new_state, 0))
     step = build.jit_train_step(sharding, graphdef, recipe, shardings)
     new_state = jax.jit(new_state, out_shardings=shardings)
 

@@ -69,21 +69,21 @@ def new_model(
 
 def new_state(
     config: ml_collections.ConfigDict, recipe: Recipe
-) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
-    """The configuration's model, and a function to jit that makes the untrained state.
+) -> tuple[nnx.GraphDef, Callable[[jax.Array], TrainState]]:
+    """The configuration's model, and a function of the seed to jit: it makes the untrained state.
 
     Raises:
         ConfigError: the model's sizes do not fit together.
     """
 
-    def model():
-        return new_model(config, recipe.num_classes, config.seed)
+    def model(seed):
+        return new_model(config, recipe.num_classes, seed)
 
     try:
-        graphdef, _, _ = split(nnx.eval_shape(model))
+        graphdef, _, _ = split(nnx.eval_shape(model, 0))
     except ValueError as error:
         raise ConfigError(f"config.model={config.model}: {error}") from error
-    return graphdef, lambda: init_state(recipe, model())
+    return graphdef, lambda seed: init_state(recipe, model(seed))
 
 
 def jit_train_step(

@@ -15,6 +15,7 @@ import shutil
 import sys
 from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,8 +206,10 @@ class Checkpoints:
             CheckpointError, StorageError: likewise.
         """
         state, _ = self._read(self.latest_step() if step is None else step, None)
-        state = _with_int_keys(state)
-        return state["ema"], {key: state[key] for key in ("params", "batch_stats")}
+        raw = {key: state[key] for key in ("params", "batch_stats")}
+        # Without a target, Orbax gives the numbers of lists back as text.
+        ema, raw = (nnx.restore_int_paths(weights) for weights in (state["ema"], raw))
+        return {"batch_stats": {}} | ema, {"batch_stats": {}} | raw
 
     def _read(self, step: int, like: TrainState | None) -> tuple[PyTree, dict]:
         if step is None:
@@ -325,14 +328,6 @@ def _by_name(tree: PyTree) -> dict[str, Any]:
     """Leaves by name, which does not tell the number 0 from the text "0"."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
-
-
-def _with_int_keys(tree: PyTree) -> PyTree:
-    """Without a target, Orbax gives the numbers of lists back as text."""
-    if not isinstance(tree, dict):
-        return tree
-    items = ((int(key) if key.isdigit() else key, x) for key, x in tree.items())
-    return {key: _with_int_keys(x) for key, x in items}
 
 
 def _fits(state: PyTree, room: float | None, reserve: float) -> bool:

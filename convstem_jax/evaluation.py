@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from convstem_jax.step import PyTree
 
@@ -14,28 +15,21 @@ def evaluate(
     """Evaluates one or several sets of weights in one pass over the data.
 
     Args:
-        eval_step: `step.eval_step`, jitted, with its first two arguments bound.
+        eval_step: `step.eval_step`, jitted, with its first two arguments bound; or mapped over
+            trials.
         weights: name -> {"params", "batch_stats"}.
         batches: `pipeline.EvalBatches`, or dicts like its own; at least one example in all.
 
     Returns:
         For each name: `top1_error` and `top5_error` in percent, the mean cross-entropy `loss`, and
-        the number of `examples`.
+        the number of `examples`; lists of them, one for each trial, where there are trials.
     """
-    sums = evaluation_sums(eval_step, weights, batches)
-    return {name: _means(s) for name, s in sums.items()}
-
-
-def evaluation_sums(
-    eval_step: Callable, weights: dict[str, PyTree], batches: Iterable
-) -> dict[str, dict]:
-    """What `evaluate` divides: for each name the sums that `eval_step` gives."""
     # The sums stay on the device until the end, so that no batch waits for the host.
     sums = {}
     for batch in batches:
         new = {name: eval_step(w["params"], w["batch_stats"], batch) for name, w in weights.items()}
         sums = jax.tree.map(jnp.add, sums, new) if sums else new
-    return jax.device_get(sums)
+    return {name: _means(s) for name, s in jax.device_get(sums).items()}
 
 
 def precise_batch_stats(
@@ -59,10 +53,12 @@ def precise_batch_stats(
 
 
 def _means(sums: dict) -> dict[str, float]:
-    examples = int(sums["examples"])
-    return {
-        "top1_error": 100 * float(sums["top1_errors"]) / examples,
-        "top5_error": 100 * float(sums["top5_errors"]) / examples,
-        "loss": float(sums["loss_sum"]) / examples,
-        "examples": examples,
+    sums = {name: np.asarray(x, np.float64) for name, x in sums.items()}
+    examples = sums["examples"]
+    means = {
+        "top1_error": 100 * sums["top1_errors"] / examples,
+        "top5_error": 100 * sums["top5_errors"] / examples,
+        "loss": sums["loss_sum"] / examples,
+        "examples": examples.astype(int),
     }
+    return {name: x.tolist() for name, x in means.items()}

@@ -160,9 +160,9 @@ def _trace(config, sharding: Sharding, num_classes: int, num_examples: int):
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
         )
 
-    state = jax.eval_shape(new_state)
-    shardings = sharding.of_state(state)
     hparams = jax.eval_shape(lambda: build.hparams(config, num_examples))
+    state = jax.eval_shape(new_state, hparams.seed)
+    shardings = sharding.of_state(state)
     n, size = config.batch_size, config.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8, sharding=sharding.batch),

@@ -120,9 +120,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             start_weights, start_model = weights.load(config.init_from)
         except UserError as error:
             raise type(error)(f"config.init_from: {error}") from error
-    shardings = sharding.of_state(jax.eval_shape(new_state))
-    state = jax.jit(new_state, out_shardings=shardings)()
     hparams = jax.device_put(build.hparams(config, len(train_split)), sharding.replicated)
+    shardings = sharding.of_state(jax.eval_shape(new_state, hparams.seed))
+    state = jax.jit(new_state, out_shardings=shardings)(hparams.seed)
 
     jit_train_step = build.jit_train_step(sharding, graphdef, recipe, shardings)
     replicated = {"out_shardings": sharding.replicated}

@@ -133,8 +133,8 @@ def load(
             f"{path} does not hold a {architecture.model}; {len(wrong)} tensors do not fit:\n  "
             + "\n  ".join(sorted(wrong))
         )
-    flat = {tuple(map(_key, name.split("/"))): x for name, x in found.items()}
-    return {"batch_stats": {}} | traverse_util.unflatten_dict(flat), architecture
+    tree = nnx.restore_int_paths(traverse_util.unflatten_dict(found, sep="/"))
+    return {"batch_stats": {}} | tree, architecture
 
 
 def save(path: str, weights: Weights, architecture: Architecture) -> None:
@@ -154,10 +154,6 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
         files.write_bytes(path, safetensors.numpy.save(arrays, metadata))
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
-
-
-def _key(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
 
 
 def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Architecture]:

@@ -94,7 +94,7 @@ def weights(workdir):
 
 
 def assert_same_run(workdir, reference):
-    """Losses to 1e-5, weights to 1e-4 of each array's norm, error counts exactly.
+    """Losses to 1e-5, weights to 1e-3 of each array's norm, error counts exactly.
 
     But for the keys' biases: they change no weight of the attention, and their gradient is what
     rounding left, which AdamW enlarges to steps as large as any other's.
@@ -113,7 +113,7 @@ def assert_same_run(workdir, reference):
         a, b = ours[name], theirs[name]
         if name.endswith("['qkv']['bias']"):
             a, b = (np.delete(x.reshape(3, -1), 1, axis=0) for x in (a, b))
-        assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b) + 1e-6, name
+        assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b) + 1e-6, name
     assert json.loads((workdir / "result.json").read_text())["examples"] == 500
 
 

@@ -18,7 +18,7 @@ from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.data import sources
 from convstem_jax.data.reader import Reader
 from convstem_jax.errors import DataError, Preempted, writing
-from convstem_jax.evaluation import evaluation_sums, precise_batch_stats
+from convstem_jax.evaluation import evaluate, precise_batch_stats
 from convstem_jax.study.programs import Programs, Trial, stack_hparams
 
 _PART = "part.json"  # [how many trials the state is for, the trials], beside the checkpoints
@@ -185,12 +185,11 @@ def _train_part(
             precise = precise_batch_stats(programs.batch_statistics, ema, precise_batches())
             ema = ema | {"batch_stats": precise}
         batches = eval_reader.read(range(eval_reader.num_batches()), programs.replicated)
-        sums = evaluation_sums(programs.eval_step, {"ema": ema}, batches)["ema"]
-        errors = 100 * np.asarray(sums["top1_errors"], np.float64) / sums["examples"]
+        errors = evaluate(programs.eval_step, {"ema": ema}, batches)["ema"]["top1_error"]
         is_alive = jax.device_get(state.updates) == step
         before = curves[-1][1] if curves else [100.0] * len(trials)
         kept = [
-            float(error) if alive else last
+            error if alive else last
             for error, alive, last in zip(errors, is_alive, before, strict=False)
         ]
         curves.append([round(step / steps_per_epoch, 4), kept])

@@ -25,8 +25,6 @@ from convstem_jax.step import (
     TrainState,
     batch_statistics,
     eval_step,
-    init_state,
-    split,
     train_step,
 )
 from convstem_jax.xla_options import compiler_options
@@ -115,11 +113,8 @@ class Programs:
         memory: float | None = None,
     ):
         devices = devices or jax.devices()
-        try:
-            graphdef, _, _ = split(nnx.eval_shape(lambda: build.new_model(config, num_classes, 0)))
-        except ValueError as error:
-            raise ConfigError(f"config.model={config.model}: {error}") from error
         recipe = build.recipe(config, num_classes)
+        graphdef, new_state = build.new_state(config, recipe)
         auto = (jax.sharding.AxisType.Auto,)
         mesh = jax.make_mesh((len(devices),), ("trial",), axis_types=auto, devices=devices)
         trials, all_devices = jax.P("trial"), jax.P()
@@ -140,11 +135,8 @@ class Programs:
             return jax.vmap(functools.partial(function, graphdef, recipe), in_axes=in_axes)
 
         def init(seeds):
-            def new(seed):
-                return init_state(recipe, build.new_model(config, num_classes, seed))
-
             zeros = jnp.zeros(seeds.shape, jnp.int32)
-            return PopulationState(jnp.zeros((), jnp.int32), jax.vmap(new)(seeds), zeros)
+            return PopulationState(jnp.zeros((), jnp.int32), jax.vmap(new_state)(seeds), zeros)
 
         # Runs once, and compiles as long as a step where LLVM optimises it.
         fast = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else {}
