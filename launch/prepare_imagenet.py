@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format="array_record")
         for name, (md5, member, _) in TARS.items():
             check_tar(os.path.join(manual_dir, name), member, None if args.any_content else md5)
-    except (ValueError, OSError, tarfile.TarError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
 
@@ -94,15 +94,19 @@ def check_tar(path: str, member: str, md5: str | None) -> None:
                 progress.update(len(chunk))
         if found.hexdigest() != md5:
             raise ValueError(f"{path} has MD5 {found.hexdigest()}, not {md5}: download it again")
-    with tarfile.open(path) as tar:
-        numbers = set()
-        for info in tar:
-            if not (info.isfile() and re.fullmatch(member, info.name)):
-                raise ValueError(
-                    f"{path} holds '{info.name}', where only files named {member} may be, without "
-                    "folders: use the original file, or pack it again from inside its folder"
-                )
-            numbers.add(int(re.findall(r"\d+", info.name)[-1]))
+    try:
+        with tarfile.open(path) as tar:
+            members = list(tar)
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is cut off or no tar file ({error}): copy it again") from error
+    numbers = set()
+    for info in members:
+        if not (info.isfile() and re.fullmatch(member, info.name)):
+            raise ValueError(
+                f"{path} holds '{info.name}', where only files named {member} may be, without "
+                "folders: use the original file, or pack it again from inside its folder"
+            )
+        numbers.add(int(re.findall(r"\d+", info.name)[-1]))
     # tfds gives the labels out in order, so a gap would shift all that follow.
     if "_val" in os.path.basename(path) and numbers != set(range(1, len(numbers) + 1)):
         raise ValueError(f"{path} must hold the images from 00000001 on, without a gap")

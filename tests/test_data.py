@@ -466,6 +466,9 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
     assert packed.main(flags) == 2
     assert "without images: " in (error := capsys.readouterr().err) and "train/empty\n" in error
     (tmp_path / "photos/train/empty").rmdir()
+    put("alone", "b", 10)
+    assert packed.main([*flags, "--splits", "alone"]) == 2
+    assert "/alone has one class, b: " in capsys.readouterr().err
     for name in ("caf\udce9", "a\nb"):
         (tmp_path / "photos/train/b").rename(unprintable := tmp_path / "photos/train" / name)
         assert packed.main(flags) == 2

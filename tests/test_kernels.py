@@ -174,6 +174,9 @@ def test_kernels_are_used_where_they_can_be_divided(monkeypatch):
             return kernels.are_used(jnp.zeros((num, 1), jnp.bfloat16))
 
     assert kernels.are_used(jnp.zeros((3, 1), jnp.bfloat16))
+    for millions, is_used in ((0.6, True), (0.7, False)):
+        x = jax.ShapeDtypeStruct((int(millions * 2**20), 1000), jnp.bfloat16)
+        assert kernels.are_used(x) is is_used, "three times as many numbers fit in 31 bits or not"
     assert used(4, data=auto)
     assert not used(3, data=auto)
     assert not used(4, data=explicit)

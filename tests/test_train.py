@@ -505,4 +505,8 @@ def test_tar_files_of_the_wrong_form_are_refused(tmp_path):
     command[-3] = str(tmp_path / "gap")
     done = subprocess.run([*command, "--any_content"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 3 and "without a gap" in done.stderr
+    train = tmp_path / "gap" / "ILSVRC2012_img_train.tar"
+    train.write_bytes(train.read_bytes()[:1000])
+    done = subprocess.run([*command, "--any_content"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 3 and f"{train} is cut off" in done.stderr
     assert not (tmp_path / "data").exists()

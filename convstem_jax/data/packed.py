@@ -186,6 +186,8 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
         if empty := sorted(map(str, folders - {file.parent for file in files})):
             raise ConfigError(f"fill or take away the folders without images: {', '.join(empty)}")
         classes = classes or sorted({file.parent.name for file in files})
+        if len(classes) == 1:
+            raise ConfigError(f"{root} has one class, {classes[0]}: images lie in SPLIT/CLASS/")
         for name in classes:
             if not name.isprintable():  # bytes that are no UTF-8, line breaks
                 raise ConfigError(f"rename {str(root / name)!r}: that is no printable name")

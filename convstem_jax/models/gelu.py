@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from convstem_jax.models import kernels
-from convstem_jax.models.target import num_devices, on_gpu
+from convstem_jax.models.target import on_gpu
 
 _BLOCK = 4096  # numbers of a program
 
@@ -15,8 +15,7 @@ _BLOCK = 4096  # numbers of a program
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
     """Exact (erf) GELU of `[N, ...]`, computed in float32; its gradient from `x` anew."""
-    size = x.size // max(1, num_devices())  # of a device, which the kernel counts in 32 bits
-    if kernels.are_used(x) and size < 2**31:
+    if kernels.are_used(x):
         return kernels.by_device(_by_kernel)(x)
     return _gelu_and_slope(x)[0]
 

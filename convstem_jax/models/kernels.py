@@ -21,11 +21,13 @@ def are_used(x: jax.Array) -> bool:
     """Whether they are to be used for such an array, which has the batch first.
 
     They are for 16 bits and one generation of GPUs. XLA cannot divide them: `by_device` must, which
-    it does along the axis `data`, if there is one.
+    it does along the axis `data`, if there is one. They count the numbers of a device's array in 32
+    bits: the largest, queries, keys and values, has three times those of `x`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     is_divided = set(mesh.axis_names) == set(mesh.auto_axes) <= {"data"}
-    divides = len(x) % max(1, target.num_devices()) == 0
+    num_devices = max(1, target.num_devices())
+    divides = len(x) % num_devices == 0 and 3 * x.size // num_devices < 2**31
     is_one_of_ours = x.dtype == jnp.bfloat16 and target.on_hopper()
     return is_one_of_ours and is_divided and divides and triton is not None
 
