@@ -220,11 +220,9 @@ def write_result(workdir: str, result: dict) -> None:
 
 def read_result(workdir: str) -> dict | None:
     """Reads result.json; None where the run is not finished."""
-    return _read(workdir, "result.json") if _exists(workdir, "result.json") else None
-
-
-def _exists(workdir: str, name: str) -> bool:
-    return os.path.exists(os.path.join(workdir, name))
+    if not os.path.exists(os.path.join(workdir, "result.json")):
+        return None
+    return _read(workdir, "result.json")
 
 
 def _read(workdir: str, name: str) -> dict:
