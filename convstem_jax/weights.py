@@ -176,4 +176,9 @@ def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Ar
         raise CheckpointError(f"{path}/config.json cannot be read: {error}") from error
     num_classes = len(weights["params"]["head"]["bias"])
     class_names = tuple(run_folder.read_classes(path))
+    if class_names and len(class_names) != num_classes:
+        raise ConfigError(
+            f"{path}/{run_folder.CLASSES} has {len(class_names)} lines for {num_classes} classes: "
+            "restore it, or delete it to go by numbers"
+        )
     return weights, Architecture(model, num_classes, image_size, class_names)

@@ -175,6 +175,10 @@ def test_other_classes_of_the_same_number_are_noticed(uninterrupted, tmp_path, c
             train_module.train(config(init_from=str(path)), str(tmp_path / str(num_new)))
         assert capsys.readouterr().out.count("new: other classes") == num_new
 
+    (workdir / "classes.txt").write_text("\n".join(lines[:3]))
+    assert evaluate.main([str(workdir)]) == 2
+    assert "classes.txt has 3 lines for 10 classes" in capsys.readouterr().err
+
 
 def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capfd, monkeypatch):
     workdir, result, _ = uninterrupted
