@@ -5,7 +5,7 @@
     python -m convstem_jax.main --config configs/quickstart.py:regnety,sgd  the CNN
     python -m convstem_jax.main --config configs/quickstart.py:seed=1,epochs=10
 
-2 to 3 minutes on 2 CPU cores, 4 for the CNN, compilation included. README.md has the errors of
+2 minutes on 2 CPU cores with nothing beside it, compilation included. README.md has the errors of
 each, with three seeds.
 """
 
