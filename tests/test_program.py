@@ -40,18 +40,28 @@ def test_only_the_head_multiplies_in_float32(name):
     assert all(str(kernel) in types or "[16, 1000]" in types for types in found)
 
 
-def primitives(jaxpr):
+@pytest.mark.parametrize("name", ["vitc_tiny", "vitp_tiny", "regnety_tiny"])
+def test_sums_are_in_float32(name):
+    """Each of a parameter's gradient too, which Flax's layers round to bfloat16 in between."""
+    traced, _ = trace(name, "adamw", Sharding(jax.devices()[:1]))
+    sums = [eqn for eqn in equations(traced.jaxpr.jaxpr) if eqn.primitive.name == "reduce_sum"]
+    sums = [eqn for eqn in sums if eqn.invars[0].aval.size > eqn.outvars[0].aval.size]
+    assert len(sums) > 20
+    assert not [str(eqn) for eqn in sums if eqn.invars[0].aval.dtype == jnp.bfloat16]
+
+
+def equations(jaxpr):
     for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
+        yield eqn
         for inner in inner_programs(eqn):
-            yield from primitives(inner)
+            yield from equations(inner)
 
 
 @pytest.mark.parametrize("name", ["vitc_tiny", "regnety_tiny"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_nothing_calls_the_host(name, optimizer):
     traced, _ = trace(name, optimizer, Sharding(jax.devices()[:1]))
-    names = set(primitives(traced.jaxpr.jaxpr))
+    names = {eqn.primitive.name for eqn in equations(traced.jaxpr.jaxpr)}
     assert not [x for x in names if re.search("callback|infeed|outfeed|print|device_put", x)]
 
 

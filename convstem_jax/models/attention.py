@@ -13,6 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
 from convstem_jax.models import packed_attention
+from convstem_jax.models.linear import linear
 from convstem_jax.models.target import by_device, has_fused_attention, on_tpu
 
 
@@ -53,8 +54,7 @@ def of_all_tokens(
     n, _, c = x.shape
     form = choose_form(x, num_tokens, c // num_heads)
     if form == "packed":
-        kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
-        return packed_attention.project_and_attend(x, kernel, bias, num_heads)
+        return packed_attention.project_and_attend(x, kernel.astype(x.dtype), bias, num_heads)
     q, k, v = _project(x, kernel, bias, num_heads, form)
     if form == "cudnn":
         return attend_fused(q, k, v, num_tokens).reshape(n, -1, c)
@@ -81,11 +81,11 @@ def _project(x, kernel, bias, num_heads, form, class_token_only=False):
     # cuBLAS adds a bias that is a vector; TPUs write `[h, d]` from the product.
     shape = heads if form == "xla" else (c,)
     kernels = kernel.astype(x.dtype).reshape(c, 3, *shape)
-    biases = bias.astype(x.dtype).reshape(3, *shape)
+    biases = bias.reshape(3, *shape)
     # One parameter and three products: the gradient of a single product would have to be
     # concatenated, which takes TPUs as long as the product.
     return [
-        (jnp.tensordot(tokens, kernel, axes=1) + bias).reshape(n, -1, *heads)
+        linear(tokens, kernel, bias).reshape(n, -1, *heads)
         for tokens, kernel, bias in zip(
             (x[:, :1] if class_token_only else x, x, x),
             jnp.unstack(kernels, axis=1),

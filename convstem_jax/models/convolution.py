@@ -4,6 +4,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from convstem_jax.models.linear import spread
 from convstem_jax.models.target import on_cpu, on_gpu, on_tpu
 
 # Numbers of a layer's patches, 256 MiB in float32, which it keeps for its kernel's gradient.
@@ -24,12 +25,29 @@ def convolve(conv: nnx.Conv, x: jax.Array) -> jax.Array:
         conv: with one stride and one padding for H and W, the padding "VALID" or pairs.
         x: of any floating type.
     """
+    x, kernel = x.astype(conv.dtype), conv.kernel[...].astype(conv.dtype)
+    is_first = x.shape[3] == 3 and _shape(conv) == (3, 2, 1)
     if is_product(conv, x):
-        return _by_product(conv, x.astype(conv.dtype))
-    is_first = x.shape[3] == 3 and _shape(conv) == (3, 2, 1) and not conv.use_bias
-    if on_gpu() and is_first and x.shape[1] % 2 == x.shape[2] % 2 == 0:
-        return _over_squares(conv, x.astype(conv.dtype))
-    return conv(x)
+        y = _by_product(x, kernel, conv.feature_group_count, *_shape(conv))
+    elif on_gpu() and is_first and x.shape[1] % 2 == x.shape[2] % 2 == 0:
+        y = _over_squares(x, kernel)
+    else:
+        y = by_xla(x, kernel, conv.strides, conv.padding, conv.feature_group_count)
+    return y + spread(conv.bias[...], y) if conv.use_bias else y
+
+
+def by_xla(
+    x: jax.Array, kernel: jax.Array, stride: int = 1, padding="VALID", num_groups: int = 1
+) -> jax.Array:
+    """`x` of `[N, H, W, C]` with `kernel` of `[height, width, C / num_groups, D]`."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=num_groups,
+    )
 
 
 def is_product(conv: nnx.Conv, x: jax.Array) -> bool:
@@ -55,19 +73,15 @@ def _shape(conv):
     return conv.kernel_size[0], conv.strides, 0 if conv.padding == "VALID" else conv.padding[0][0]
 
 
-def _by_product(conv, x):
-    kernel = conv.kernel[...].astype(x.dtype)  # [size, size, C / G, D]
-    num_groups, shape = conv.feature_group_count, _shape(conv)
+def _by_product(x, kernel, num_groups, *shape):
     if num_groups == 1:
-        y = _multiply_patches(x, kernel, *shape)
-    else:
-        # Axes are moved before the patches are made, which hold more numbers than the images.
-        x = jnp.moveaxis(x.reshape(*x.shape[:3], num_groups, -1), 3, 0)
-        kernel = jnp.moveaxis(kernel.reshape(*kernel.shape[:3], num_groups, -1), 3, 0)
-        y = jax.vmap(lambda x, kernel: _multiply_patches(x, kernel, *shape))(x, kernel)
-        y = jnp.moveaxis(y, 0, 3)
-        y = y.reshape(*y.shape[:3], -1)
-    return y + conv.bias[...].astype(y.dtype) if conv.use_bias else y
+        return _multiply_patches(x, kernel, *shape)
+    # Axes are moved before the patches are made, which hold more numbers than the images.
+    x = jnp.moveaxis(x.reshape(*x.shape[:3], num_groups, -1), 3, 0)
+    kernel = jnp.moveaxis(kernel.reshape(*kernel.shape[:3], num_groups, -1), 3, 0)
+    y = jax.vmap(lambda x, kernel: _multiply_patches(x, kernel, *shape))(x, kernel)
+    y = jnp.moveaxis(y, 0, 3)
+    return y.reshape(*y.shape[:3], -1)
 
 
 def _multiply_patches(x, kernel, size, stride, pad):
@@ -81,17 +95,14 @@ def _multiply_patches(x, kernel, size, stride, pad):
     return y.reshape(*patches.shape[:3], -1)
 
 
-def _over_squares(conv, x):
+def _over_squares(x, kernel):
     x = _space_to_depth(x)
     # The first row and column of the squares' kernel are of pixels that the 3x3 does not reach.
-    kernel = jnp.pad(conv.kernel[...].astype(x.dtype), ((1, 0), (1, 0), (0, 0), (0, 0)))
+    kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0)))
     kernel = jnp.moveaxis(_space_to_depth(jnp.moveaxis(kernel, 3, 0)), 0, 3)
-    return jax.lax.conv_general_dilated(
+    return by_xla(
         jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 4))),  # to 16 channels, a multiple of 8
         jnp.pad(kernel, ((0, 0), (0, 0), (0, 4), (0, 0))),
-        window_strides=(1, 1),
-        padding="VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 

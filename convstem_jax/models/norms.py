@@ -44,8 +44,7 @@ def before_linear(
 
     On GPUs the norm's gain and bias are made a part of the layer's. Their gradients are then sums
     over the layer's, which are small, and in place of four passes over the tokens and their
-    gradients two are left: one kernel makes the normalisation and one its gradient. The norm's bias
-    has its gradient from the layer's, which is rounded to the type of `x` before.
+    gradients two are left: one kernel makes the normalisation and one its gradient.
 
     Args:
         norm: over the channels.

@@ -18,6 +18,7 @@ import numpy as np
 
 from convstem_jax.models import kernels
 from convstem_jax.models.kernels import load, store, triton
+from convstem_jax.models.linear import linear
 
 # Pallas' interpreter takes no Python numbers as indices beside slices.
 _Q, _K, _V = map(np.int32, range(3))
@@ -53,7 +54,7 @@ def project_and_attend(
 
 def _forward(x, kernel, bias, num_heads):
     n, t, _ = x.shape
-    qkv = (x @ kernel + bias).reshape(n, t, 3, num_heads, -1)
+    qkv = linear(x, kernel, bias).reshape(n, t, 3, num_heads, -1)
     out, lse = kernels.by_device(_attend)(qkv)
     return out.reshape(n, t, -1), (x, kernel, bias, qkv, out, lse)
 

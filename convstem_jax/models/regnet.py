@@ -9,7 +9,8 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from convstem_jax.models.convolution import convolve, is_product
+from convstem_jax.models.convolution import by_xla, convolve, is_product
+from convstem_jax.models.linear import Linear, spread
 from convstem_jax.models.norms import apply_norm, batch_norm
 from convstem_jax.models.target import by_device, on_tpu
 
@@ -99,14 +100,7 @@ class GroupedConv(nnx.Module):
         return by_device(functools.partial(self._convolve, num_groups=num_groups))(x, kernel)
 
     def _convolve(self, x: jax.Array, kernel: jax.Array, num_groups: int) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(self.conv.strides,) * 2,
-            padding=self.conv.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=num_groups,
-        )
+        return by_xla(x, kernel, self.conv.strides, self.conv.padding, num_groups)
 
 
 def _groups_to_merge(num_groups: int, group_width: int) -> int:
@@ -137,7 +131,7 @@ class SqueezeExcite(nnx.Module):
     def __init__(self, width: int, squeezed: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         def linear(num_in, num_out):
             bound = 1 / math.sqrt(num_in)  # of torch's default for biases
-            return nnx.Linear(
+            return Linear(
                 num_in,
                 num_out,
                 kernel_init=_kernel_init,
@@ -153,7 +147,7 @@ class SqueezeExcite(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = nnx.sigmoid(self.fc2(nnx.relu(self.fc1(x.mean(axis=(1, 2))))))  # [N, C]
-        return x * scale[:, None, None]
+        return x * spread(scale[:, None, None], x)
 
 
 class Block(nnx.Module):
@@ -230,7 +224,7 @@ class RegNet(nnx.Module):
                 num_in = width
             stages.append(nnx.List(blocks))
         self.stages = nnx.List(stages)
-        self.head = nnx.Linear(
+        self.head = Linear(
             num_in,
             num_classes,
             kernel_init=initializers.normal(0.01),

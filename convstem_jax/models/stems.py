@@ -57,7 +57,7 @@ class PatchifyStem(nnx.Module):
         self.norm = NORMS[norm](width, dtype=dtype, rngs=rngs) if norm else None
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = self.projection(images)
+        x = convolve(self.projection, images)
         return x if self.norm is None else apply_norm(self.norm, x, relu=True)
 
 

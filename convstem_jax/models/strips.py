@@ -12,6 +12,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from convstem_jax.models.convolution import by_xla
 from convstem_jax.models.target import by_device, num_devices, on_tpu
 
 LANES = 128
@@ -73,12 +74,7 @@ def convolve(conv: nnx.Conv, strips: jax.Array, num: int) -> jax.Array:
     def convolve_own(x, kernel):
         n = len(x) // num
         left = jnp.pad(x[:-n, :, -1:], ((n, 0), (0, 0), (0, 0), (0, 0)))
-        return jax.lax.conv_general_dilated(
-            jnp.concatenate([left, x], axis=2),
-            kernel.astype(x.dtype),
-            window_strides=(2, 2),
-            padding=((1, 1), (0, 0)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        x = jnp.concatenate([left, x], axis=2)
+        return by_xla(x, kernel.astype(x.dtype), stride=2, padding=((1, 1), (0, 0)))
 
     return by_device(convolve_own)(strips, conv.kernel[...])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from convstem_jax.models import attention, stems
 from convstem_jax.models.attention import pin_layout
 from convstem_jax.models.gelu import gelu
+from convstem_jax.models.linear import Linear, linear, spread
 from convstem_jax.models.norms import NORMS, before_linear, layer_norm
 
 
@@ -92,10 +93,10 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.num_heads = num_heads
-        self.qkv = nnx.Linear(
+        self.qkv = Linear(
             width, 3 * width, kernel_init=initializers.xavier_uniform(), dtype=dtype, rngs=rngs
         )
-        self.out = nnx.Linear(width, width, kernel_init=stems.torch_uniform, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, kernel_init=stems.torch_uniform, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, norm: nnx.LayerNorm, num_tokens: int, *, class_token_only: bool
@@ -117,14 +118,12 @@ class MLP(nnx.Module):
             "kernel_init": initializers.xavier_uniform(),
             "bias_init": initializers.normal(1e-6),
         }
-        self.fc1 = nnx.Linear(width, mlp_dim, dtype=dtype, rngs=rngs, **inits)
-        self.fc2 = nnx.Linear(mlp_dim, width, dtype=dtype, rngs=rngs, **inits)
+        self.fc1 = Linear(width, mlp_dim, dtype=dtype, rngs=rngs, **inits)
+        self.fc2 = Linear(mlp_dim, width, dtype=dtype, rngs=rngs, **inits)
 
     def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:
         x, y, kernel, bias = before_linear(norm, self.fc1, x)
-        kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
-        # `reshape` as in nnx.Linear, so that programs for TPUs stay those that were estimated.
-        return x + self.fc2(gelu(pin_layout(y @ kernel + bias.reshape(1, 1, -1))))
+        return x + self.fc2(gelu(pin_layout(linear(y, kernel, bias))))
 
 
 class Block(nnx.Module):
@@ -191,7 +190,7 @@ class ViT(nnx.Module):
         )
         self.norm = layer_norm(width, **kwargs)
         # In float32: logits near 10 lie 0.06 apart in bfloat16, where ties decide an argmax.
-        self.head = nnx.Linear(
+        self.head = Linear(
             width, num_classes, kernel_init=initializers.zeros, dtype=jnp.float32, rngs=rngs
         )
         self.spec = spec
@@ -204,9 +203,9 @@ class ViT(nnx.Module):
         x = self.stem(images)  # [N, H / p, W / p, d]
         n, _, _, d = x.shape
         x = x.reshape(n, -1, d)
-        class_token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (n, 1, d))
+        class_token = spread(self.class_token[...], x[:, :1])
         x = jnp.concatenate([class_token, x], axis=1)  # [N, T, d]
-        x = x + self.position_embedding[...].astype(x.dtype)
+        x = x + spread(self.position_embedding[...], x)
         num_tokens = x.shape[1]
         x = pin_layout(attention.pad(x, self.spec.num_heads))
         for i, block in enumerate(self.blocks, 1):

@@ -1,0 +1,29 @@
+"""The linear layer, and parameters that many numbers share."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+
+class Linear(nnx.Linear):
+    """`x @ kernel + bias` on `[..., C]`, in `dtype`; the bias's gradient is summed in float32."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(self.dtype)
+        return linear(x, self.kernel[...], self.bias[...])
+
+
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """`x @ kernel + bias` in the type of `x`; `kernel` and `bias` are of their own."""
+    y = jnp.tensordot(x, kernel.astype(x.dtype), axes=1)
+    return y + spread(bias, y)
+
+
+def spread(parameter: jax.Array, like: jax.Array) -> jax.Array:
+    """`parameter` in the shape and type of `like`.
+
+    Its gradient is a sum over all that share it. Flax rounds a parameter first, so that in bfloat16
+    each partial sum of its gradient is rounded; here it is rounded last, and the sums are float32.
+    """
+    parameter = parameter.astype(jnp.promote_types(parameter.dtype, jnp.float32))
+    return jnp.broadcast_to(parameter, like.shape).astype(like.dtype)
