@@ -5,10 +5,12 @@ import functools
 import math
 import os
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from convstem_jax import (
     build,
@@ -116,10 +118,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     start_weights = None
     if config.init_from and not run_folder.has_checkpoint(workdir):
-        try:
+        with processes.together(), _told_as("config.init_from"):
+            weights.check_there(config.init_from)  # before Orbax, which waits for all processes
+        with processes.together(), _told_as("config.init_from"):
             start_weights, start_model = weights.load(config.init_from)
-        except UserError as error:
-            raise type(error)(f"config.init_from: {error}") from error
+        processes.check_same(
+            str([zlib.crc32(np.ascontiguousarray(x)) for x in jax.tree.leaves(start_weights)]),
+            f"has other weights in {config.init_from} than process 0: "
+            "copy them anew to all machines",
+        )
     hparams = jax.device_put(build.hparams(config, len(train_split)), sharding.replicated)
     shardings = sharding.of_state(jax.eval_shape(new_state, hparams.seed))
     state = jax.jit(new_state, out_shardings=shardings)(hparams.seed)
@@ -252,6 +259,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         run_folder.write_result(workdir, result)
         _print_result(workdir, result)
     return result
+
+
+@contextlib.contextmanager
+def _told_as(field: str):
+    """Puts a field before the text of an error."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{field}: {error}") from error
 
 
 def _print_overview(config, workdir: str, state, num_images: int, num_steps: int) -> None:

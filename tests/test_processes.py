@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 
+from flax import nnx
 import jax
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import ConfigError
 from convstem_jax.metrics import read_jsonl
 from convstem_jax.sharding import MIN_SIZE, Sharding, bytes_on_device
+from convstem_jax.step import split
+from convstem_jax.weights import Architecture, save
 
 ROOT = pathlib.Path(__file__).parent.parent
 NUM_STEPS = 20
@@ -205,6 +208,43 @@ def test_several_processes_start_from_the_weights_of_a_run(one_device, tmp_path)
     ours, theirs = weights(tmp_path), weights(one_device)
     name = "[0]['params']['stem']['projection']['kernel']"
     np.testing.assert_allclose(ours[name], theirs[name], atol=1e-6)
+
+
+AT_HOME = """
+import os, sys
+
+os.environ["HOME"] = {home!r}
+from convstem_jax import main
+
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "there, message",
+    [
+        (False, "process 1 of the run failed"),
+        (True, "process 1 has other weights in ~/start.safetensors than process 0"),
+    ],
+)
+def test_all_processes_must_have_the_same_weights_to_start_from(
+    there, message, tmp_path, monkeypatch
+):
+    architecture = Architecture("vitc_tiny", num_classes=10, image_size=32)
+    for seed, home in enumerate([tmp_path / "first", tmp_path / "other"]):
+        home.mkdir()
+        _, *found = split(architecture.build(rngs=nnx.Rngs(seed)))
+        if there or not seed:
+            start = dict(zip(("params", "batch_stats"), found, strict=True))
+            save(str(home / "start.safetensors"), start, architecture)
+    monkeypatch.setenv("HOME", str(tmp_path / "first"))
+    command = [*flags(tmp_path / "run", init_from="~/start.safetensors")]
+    program = ["-c", AT_HOME.format(home=str(tmp_path / "other"))]
+    statuses, outputs = start_two([command, command], program)
+    assert statuses == [2, 2], outputs
+    assert message in outputs[0]
+    if not there:
+        assert "config.init_from: " in outputs[1] and "is not there" in outputs[1]
 
 
 @pytest.mark.skipif(not DRILL, reason="make drill runs it")
