@@ -1,4 +1,4 @@
-"""Records of a run: metrics.jsonl, TensorBoard, curves.png, parameters.txt, and progress lines."""
+"""Records of a run: metrics.jsonl, TensorBoard, curves.png and progress lines."""
 
 from collections.abc import Sequence
 import contextlib
@@ -244,22 +244,6 @@ class _Clock:
         seconds = round((self.seconds + self.paused) / self.steps * num_steps)
         hours, minutes = divmod(seconds // 60, 60)
         return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds % 60:02d} s"
-
-
-def write_overview(workdir: str, params: PyTree, decayed: PyTree) -> str:
-    """Writes the parameters and the decay mask to parameters.txt, and returns its path."""
-    from clu import parameter_overview
-
-    path = os.path.join(workdir, "parameters.txt")
-    with writing(path), open(path, "w") as file:
-        # Means and deviations of split parameters would need the other processes.
-        stats = "global" if jax.process_count() == 1 else False
-        file.write(parameter_overview.get_parameter_overview(params, include_stats=stats))
-        file.write("\n\nWeight decay acts on\n")
-        for key, yes in jax.tree.leaves_with_path(decayed):
-            name = jax.tree_util.keystr(key, simple=True, separator="/")
-            file.write(f"{'yes' if yes else 'no':4}{name}\n")
-    return path
 
 
 def read_jsonl(path: str) -> list[dict]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import os
 import time
 import zlib
@@ -15,7 +14,6 @@ import numpy as np
 from convstem_jax import (
     build,
     metrics,
-    optim,
     preemption,
     processes,
     profiling,
@@ -28,7 +26,8 @@ from convstem_jax.config import validate
 from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import Preempted, UserError
 from convstem_jax.evaluation import evaluate, precise_batch_stats
-from convstem_jax.sharding import Sharding, bytes_on_device
+from convstem_jax.overview import print_overview
+from convstem_jax.sharding import Sharding
 from convstem_jax.step import batch_statistics, eval_step
 from convstem_jax.transfer import transfer
 
@@ -136,7 +135,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     jit_eval_step = sharding.jit(eval_step, graphdef, recipe, **replicated)
     jit_batch_statistics = sharding.jit(batch_statistics, graphdef, recipe, **replicated)
     if processes.is_first():
-        _print_overview(config, workdir, state, len(train_split), num_steps)
+        print_overview(config, workdir, state, len(train_split), num_steps)
 
     # -------------------------------------------------------------------------------- resume
 
@@ -268,43 +267,6 @@ def _told_as(field: str):
         yield
     except UserError as error:
         raise type(error)(f"{field}: {error}") from error
-
-
-def _print_overview(config, workdir: str, state, num_images: int, num_steps: int) -> None:
-    params = state.params
-    decayed = optim.decay_mask(params)
-    path = metrics.write_overview(workdir, params, decayed)
-    flags = jax.tree.leaves(decayed)
-    paths = jax.tree.leaves_with_path(decayed)
-    exempt = ", ".join(sorted({path[-1].key for path, is_decayed in paths if not is_decayed}))
-    if num_images < config.batch_size:
-        print(
-            f"each batch has images more than once: config.batch_size={config.batch_size:,} is "
-            f"more than the {num_images:,} training images"
-        )
-    if num_steps <= config.ema_every:
-        print(
-            "the EMA is updated once, after the first step, and the errors that are told are its: "
-            f"lower config.ema_every={config.ema_every} for a run of {num_steps} steps"
-        )
-    # A run's updates of the EMA have this sum of rates, whatever its batches and epochs.
-    if (moved := config.ema_alpha * num_images) < 3:
-        print(
-            f"at the end the EMA is still {math.exp(-moved):.0%} what it was after the warm-up: "
-            f"config.ema_alpha={config.ema_alpha:g} is for more training images; "
-            f"{12.8 / num_images:.2g} is the paper's for {num_images:,}"
-        )
-    print(
-        f"{config.model}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, "
-        f"{config.dtype}, on {provenance.device()}\n"
-        f"the state, {config.state_sharding}, takes {bytes_on_device(state) / 2**20:,.1f} MiB of "
-        "each device\n"
-        f"weight decay acts on {sum(flags)} of {len(flags)} arrays, on none called {exempt}: see "
-        f"{path}\n"
-        f"{num_images:,} training images, {num_steps:,} steps of {config.batch_size}\n"
-        f"compiling; then a line every {config.log_every_steps} steps",
-        flush=True,
-    )
 
 
 def _print_result(workdir: str, result: dict) -> None:
