@@ -111,26 +111,22 @@ def parse(arg: str, *choices: tuple[str | None, ...]) -> tuple[list[str | None],
     Raises:
         ConfigError: a word is in no group, or two are in one.
     """
-    chosen, taken, fields = [group[0] for group in choices], set(), {}
-    for part in split_argument(arg):
-        name, equals, value = part.partition("=")
-        if equals:
-            fields[name] = value
-            continue
-        for i, group in enumerate(choices):
-            if part in group:
-                if i in taken:
-                    raise ConfigError(
-                        f"'{part}' and '{chosen[i]}' in the config's argument '{arg}': give one"
-                    )
-                chosen[i] = part
-                taken.add(i)
-                break
-        else:
-            known = ", ".join(word for group in choices for word in group if word)
+    words, fields = split_argument(arg)
+    known = [word for group in choices for word in group if word]
+    for word in words:
+        if word not in known:
             raise ConfigError(
-                f"'{part}' in the config's argument '{arg}' is none of {known}, nor FIELD=VALUE"
+                f"'{word}' in the config's argument '{arg}' is none of {', '.join(known)}, nor "
+                "FIELD=VALUE"
             )
+    chosen = []
+    for group in choices:
+        given = [word for word in words if word in group]
+        if len(given) > 1:
+            raise ConfigError(
+                f"'{given[0]}' and '{given[1]}' in the config's argument '{arg}': give one"
+            )
+        chosen.append(given[0] if given else group[0])
     return chosen, fields
 
 

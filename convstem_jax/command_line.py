@@ -174,12 +174,11 @@ def default_workdir(config: str, overrides: dict[str, str]) -> str:
     Fields that change no result are left out: with other values the run is still the same.
     """
     path, _, arg = config.partition(":")
-    parts = split_argument(arg)
-    words = sorted(part for part in parts if "=" not in part)
-    fields = dict(part.split("=", 1) for part in parts if "=" in part) | overrides
-    named = [f"{key}={value}" for key, value in sorted(fields.items()) if key not in FREE_FIELDS]
+    words, fields = split_argument(arg)
+    fields = sorted((fields | overrides).items())
+    named = [f"{key}={value}" for key, value in fields if key not in FREE_FIELDS]
     name = os.path.splitext(os.path.basename(path))[0]
-    text = "_".join(filter(None, [name, *words, *named]))
+    text = "_".join(filter(None, [name, *sorted(words), *named]))
     return os.path.join("runs", re.sub(r"[^\w.=-]+", "_", text))
 
 

@@ -73,10 +73,11 @@ def load_run_config(workdir: str) -> ml_collections.ConfigDict:
     return config
 
 
-def split_argument(arg: str) -> list[str]:
-    """Parts of an argument such as `18gf,sgd,mean=(0.5, 0.5, 0.5)`."""
-    parts = re.split(r",(?![^(]*\))", arg)  # not at commas in parentheses
-    return [part.strip() for part in parts if part.strip()]
+def split_argument(arg: str) -> tuple[list[str], dict[str, str]]:
+    """Words and fields of an argument such as `18gf,sgd,mean=(0.5, 0.5, 0.5)`."""
+    parts = [part.strip() for part in re.split(r",(?![^(]*\))", arg)]  # not in parentheses
+    words = [part for part in parts if part and "=" not in part]
+    return words, dict(part.split("=", 1) for part in parts if "=" in part)
 
 
 def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:

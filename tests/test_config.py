@@ -78,7 +78,7 @@ def test_fields_in_the_argument():
     "spec, message",
     [
         ("configs/vitc.py:17gf", "'17gf' .* is none of 4gf, 1gf"),
-        ("configs/vitc.py:1gf,18gf", "'18gf' and '1gf' .* give one"),
+        ("configs/vitc.py:1gf,18gf", "'1gf' and '18gf' .* give one"),
         ("configs/vitc.py:optimizer=sgd", "config.optimizer=sgd alone would keep the lr and wd"),
         ("configs/vitc.py:model=regnety_16gf,lr=1,wd=0", "is made for 256 pixels and this .* 224"),
         ("configs/vitc.py:epocs=3", "unknown config field 'epocs': did you mean 'epochs'"),
