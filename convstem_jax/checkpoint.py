@@ -38,6 +38,12 @@ from convstem_jax.step import PyTree, TrainState
 MAX_WAITING = 8
 
 
+def room_left() -> float:
+    """Bytes of each device that the most that was held so far leaves."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]  # CPUs have none
+    return min(x.get("bytes_limit", math.inf) - x.get("peak_bytes_in_use", 0) for x in stats)
+
+
 class Checkpoints:
     """The checkpoints of one folder: the latest ones and the best one are kept.
 
@@ -48,10 +54,8 @@ class Checkpoints:
         keep: how many of the latest to keep, beside the one with the lowest `top1_error`.
         read_only: to look at the checkpoints of a run that may be under way. Without it, what a
             save has not finished is taken for left over, and removed.
-        room: bytes of each device that training leaves; by default what the most that it has held
-            so far leaves at the first save.
-        reserve: tells at the first save how many bytes of each device, of those that are left,
-            training will still take.
+        room: tells at the first save how many bytes of each device are left for a copy of the
+            state.
     """
 
     def __init__(
@@ -60,8 +64,7 @@ class Checkpoints:
         *,
         keep: int = 2,
         read_only: bool = False,
-        room: float | None = None,
-        reserve: Callable[[], float] = lambda: 0.0,
+        room: Callable[[], float] = room_left,
     ):
         policy = ocp.checkpoint_managers
 
@@ -103,7 +106,7 @@ class Checkpoints:
         # Even an asynchronous save of Orbax's returns only when all arrays are on the host.
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving, self._copies = None, None
-        self._room, self._reserve = room, reserve
+        self._room = room
 
     def latest_step(self) -> int | None:
         """Number of updates made at the latest checkpoint; None without one."""
@@ -141,7 +144,7 @@ class Checkpoints:
         self._finish()
         loop = copy.deepcopy(loop)
         if self._copies is None:
-            self._copies = jax.process_count() == 1 and _fits(state, self._room, self._reserve())
+            self._copies = jax.process_count() == 1 and _fits(state, self._room())
         if self._copies:
             # One copy of what lies whole on several devices: Orbax would share out its saving among
             # them, by a program for each array and device. See MAX_WAITING.
@@ -330,13 +333,9 @@ def _by_name(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
-def _fits(state: PyTree, room: float | None, reserve: float) -> bool:
-    """Whether a copy of the state fits in the room on the devices, see `Checkpoints`."""
+def _fits(state: PyTree, room: float) -> bool:
+    """Whether a copy of the state fits in so many bytes of each device."""
     need = bytes_on_device(state)
-    if room is None:
-        stats = [device.memory_stats() or {} for device in jax.local_devices()]  # CPUs have none
-        room = min(x.get("bytes_limit", math.inf) - x.get("peak_bytes_in_use", 0) for x in stats)
-    room -= reserve
     if need > room:
         print(
             f"the devices have no room for a copy of the state ({need / 2**20:,.0f} MiB): at each "

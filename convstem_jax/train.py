@@ -21,7 +21,7 @@ from convstem_jax import (
     run_folder,
     weights,
 )
-from convstem_jax.checkpoint import Checkpoints
+from convstem_jax.checkpoint import Checkpoints, room_left
 from convstem_jax.config import validate
 from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import Preempted, UserError
@@ -139,15 +139,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     # -------------------------------------------------------------------------------- resume
 
-    def reserve():
-        # For the images of the precise statistics, which stay after the first evaluation.
-        if not state.batch_stats or precise_batches.cache_info().currsize:
-            return 0.0
-        num = num_precise * config.batch_size
-        return num * 3 * config.image_size**2 / len(sharding.devices)
+    def room():
+        # The images of the precise statistics stay after the first evaluation.
+        to_come = bool(state.batch_stats) and not precise_batches.cache_info().currsize
+        num = to_come * num_precise * config.batch_size
+        return room_left() - num * 3 * config.image_size**2 / len(sharding.devices)
 
     checkpoints = Checkpoints(
-        os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints, reserve=reserve
+        os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints, room=room
     )
     processes.check_same(
         str(checkpoints.latest_step()),

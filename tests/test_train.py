@@ -332,12 +332,13 @@ def test_a_run_starts_from_the_weights_of_another(uninterrupted, tmp_path, capsy
 
 def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys, monkeypatch):
     """After two steps the running statistics are mostly what they began with: 0 and 1."""
-    errors, reserved = {}, []
+    errors, rooms = {}, []
 
-    def new_checkpoints(*args, reserve, **kwargs):
-        reserved.append((reserve, reserve()))
-        return Checkpoints(*args, reserve=reserve, **kwargs)
+    def new_checkpoints(*args, room, **kwargs):
+        rooms.append((room, room()))
+        return Checkpoints(*args, room=room, **kwargs)
 
+    monkeypatch.setattr(train_module, "room_left", lambda: 1e9)
     monkeypatch.setattr(train_module, "Checkpoints", new_checkpoints)
     for num in ("0", "256"):
         fields = {"epochs": "0.0128", "warmup_epochs": "0", "precise_bn_examples": num}
@@ -347,7 +348,7 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys, mo
         assert said.count("256 training images give BatchNorm's statistics") == (num == "256")
         assert "the EMA is updated once, after the first step" in said
         assert ("at the end the EMA is still 37% what it was" in said) == (num == "0")
-    assert [(before, reserve()) for reserve, before in reserved] == [
+    assert [(1e9 - before, 1e9 - room()) for room, before in rooms] == [
         (0, 0), (256 * 32 * 32 * 3, 0),
     ], "what the images take of the device, until they are there"  # fmt: skip
     # Cut short by the end.

@@ -178,7 +178,6 @@ class Programs:
                 )
             per_device = max(1, min(per_device - 1, int(per_device * memory / need)))
 
-    @property
     def room(self) -> float:
         """Bytes that each device has beside what the trials need."""
         return _memory(self._device) - self.need
