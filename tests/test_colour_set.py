@@ -6,6 +6,7 @@ import pytest
 
 from convstem_jax.config import load_config
 from convstem_jax.data import packed, sources
+from convstem_jax.data.pack import pack
 from convstem_jax.study import colour_set, experiments
 
 COUNTS = {"train": 1000, "test": 200}
@@ -16,7 +17,7 @@ NAME = "fashion_photos_1k"
 def garments(tmp_path_factory):
     """A folder with the first garments of the embedded data."""
     splits = {
-        name: packed.pack(sources.open_split("datasets", "fashion_mnist_10k", f"{name}[:{count}]"))
+        name: pack(sources.open_split("datasets", "fashion_mnist_10k", f"{name}[:{count}]"))
         for name, count in COUNTS.items()
     }
     folder = tmp_path_factory.mktemp("garments")

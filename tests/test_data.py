@@ -25,7 +25,7 @@ import pytest
 
 from convstem_jax import data
 from convstem_jax.config import load_config
-from convstem_jax.data import augment, packed, pipeline, sources
+from convstem_jax.data import augment, pack, pipeline, sources
 from convstem_jax.data.examples import EvalExamples, TrainExamples, TrainTransform, _permutation
 from convstem_jax.data.reader import Reader
 from convstem_jax.errors import ConfigError, DataError
@@ -376,7 +376,7 @@ def test_reading_model_and_step_need_neither_tensorflow_nor_clu():
 def packed_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     flags = ["--dataset", NAME, "--data_dir", str(DATASETS), "--splits", "test,train[:100]"]
-    assert packed.main([*flags, "--output", str(folder)]) == 0
+    assert pack.main([*flags, "--output", str(folder)]) == 0
     return folder
 
 
@@ -442,7 +442,7 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
     flags += [str(tmp_path / "data")]
     for split, name, grey in (("train", "b", 10), ("train", "a", 20), ("test", "b", 30)):
         put(split, name, grey)
-    assert packed.main(flags) == 0
+    assert pack.main(flags) == 0
     assert "2 classes, 2 in train, 1 in test" in capsys.readouterr().out
     split = sources.open_split(str(tmp_path / "data"), "photos", "train")
     assert split.class_names == ["a", "b"]
@@ -452,27 +452,27 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
         path = tmp_path / "photos/train" / hidden
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    assert packed.main(flags) == 0
+    assert pack.main(flags) == 0
     assert "2 classes, 2 in train, 1 in test" in capsys.readouterr().out
     file = tmp_path / "file"
     file.touch()
-    assert packed.main([*flags[:-1], str(file / "x")]) == 2
+    assert pack.main([*flags[:-1], str(file / "x")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: --output {file}/x cannot be written: ")
     (tmp_path / "photos/test/b/folder.jpg").mkdir()
-    assert packed.main(flags) == 2
+    assert pack.main(flags) == 2
     assert "b/folder.jpg cannot be read: Is a directory" in capsys.readouterr().err
     (tmp_path / "photos/test/b/folder.jpg").rmdir()
     (tmp_path / "photos/train/empty").mkdir()
-    assert packed.main(flags) == 2
+    assert pack.main(flags) == 2
     assert "without images: " in (error := capsys.readouterr().err) and "train/empty\n" in error
     (tmp_path / "photos/train/empty").rmdir()
     put("alone", "b", 10)
-    assert packed.main([*flags, "--splits", "alone"]) == 2
+    assert pack.main([*flags, "--splits", "alone"]) == 2
     assert "/alone has one class, b: " in capsys.readouterr().err
     for name in ("caf\udce9", "a\nb"):
         (tmp_path / "photos/train/b").rename(unprintable := tmp_path / "photos/train" / name)
-        assert packed.main(flags) == 2
+        assert pack.main(flags) == 2
         assert f"{name!r}: that is no printable name".lstrip("'") in capsys.readouterr().err
         unprintable.rename(tmp_path / "photos/train/b")
     put("test", "c", 40)
@@ -486,11 +486,11 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
         ("validation", "validation holds no CLASS/*.jpg"),
         ("test[:1]", "letters and digits"),
     ):
-        assert packed.main([*flags, "--splits", splits]) == 2
+        assert pack.main([*flags, "--splits", splits]) == 2
         assert message in capsys.readouterr().err
     for file in ("b/30.PNG", "c/40.png"):
         (tmp_path / "photos/test" / file).write_bytes(b"\x89PNG, cut off")
-    assert packed.main([*flags, "--splits", "test"]) == 3
+    assert pack.main([*flags, "--splits", "test"]) == 3
     error = capsys.readouterr().err
     assert "cannot be decoded as an image: " in error
     assert "b/30.PNG, " in error and "c/40.png\n" in error
@@ -504,7 +504,7 @@ def test_a_damaged_packed_file(packed_dir, tmp_path, capsys):
         (tmp_path / f"{NAME}.npz").write_bytes(damaged)
         with pytest.raises(DataError, match="cannot be read.*pack it again"):
             sources.open_split(str(tmp_path), NAME, "test")
-    assert packed.main(["--dataset", "none", "--output", str(tmp_path)]) == 2
+    assert pack.main(["--dataset", "none", "--output", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "data set 'none' is not in datasets" in error and "nor as none.npz" in error
     assert error.count("\n") == 1
@@ -549,5 +549,5 @@ def test_a_worker_of_a_reader_passes_on_what_is_wrong(train_split):
 def test_without_tfds_the_remedy_is_a_packed_file(monkeypatch):
     monkeypatch.setitem(sys.modules, "convstem_jax.data.tfds_directory", None)
     monkeypatch.delattr(data, "tfds_directory", raising=False)
-    with pytest.raises(ConfigError, match="python -m convstem_jax.data.packed"):
+    with pytest.raises(ConfigError, match="python -m convstem_jax.data.pack"):
         sources.open_split(str(DATASETS), NAME, "test")

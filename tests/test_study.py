@@ -10,6 +10,7 @@ import pytest
 
 from convstem_jax.config import load_config
 from convstem_jax.data import packed, sources
+from convstem_jax.data.pack import pack
 from convstem_jax.errors import ConfigError, Preempted
 from convstem_jax.models import MODELS
 from convstem_jax.study import __main__ as program
@@ -270,7 +271,7 @@ sys.exit(program.main(sys.argv[1:]))
 def test_a_whole_study_where_there_is_jax_and_a_packed_file_alone(tmp_path):
     """On one device; nothing is made up, but the networks are small."""
     splits = {
-        name: packed.pack(sources.open_split("datasets", "fashion_mnist_10k", f"{name}[:64]"))
+        name: pack(sources.open_split("datasets", "fashion_mnist_10k", f"{name}[:64]"))
         for name in ("train", "test")
     }
     packed.write(str(tmp_path / "fashion_mnist_10k.npz"), splits, list("0123456789"))

@@ -103,6 +103,6 @@ def open_split(data_dir: str, dataset: str, split: str) -> Split:
         raise ConfigError(
             f"{packed_file} is not there, and a tfds directory cannot be read: {error}. Install "
             "requirements.txt, or pack the data set where that is installed: "
-            "python -m convstem_jax.data.packed --help"
+            "python -m convstem_jax.data.pack --help"
         ) from error
     return Split(f"{dataset}/{split}", *tfds_directory.read(data_dir, dataset, split))

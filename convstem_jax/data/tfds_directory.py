@@ -75,7 +75,7 @@ def _find_version(data_dir: str, dataset: str) -> str:
         raise ConfigError(
             f"data set '{dataset}' is not in {data_dir} (config.data_dir), neither as a folder of "
             f"tfds nor as {dataset}.npz: {_preparation(dataset, data_dir)}, or pack your own "
-            "images (python -m convstem_jax.data.packed --help); meanwhile there is python -m "
+            "images (python -m convstem_jax.data.pack --help); meanwhile there is python -m "
             "convstem_jax.main --config configs/quickstart.py, which brings its data"
         )
     return os.path.join(root, max(versions, key=lambda name: list(map(int, name.split(".")))))
