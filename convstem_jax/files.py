@@ -1,6 +1,7 @@
 """Files that are whole or not there at all."""
 
 import argparse
+from collections.abc import Iterable
 import json
 import os
 
@@ -18,6 +19,11 @@ def write_bytes(path: str, content: bytes) -> None:
 def write_json(path: str, content: dict | list) -> None:
     """`write_text` of `content`."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_jsonl(path: str, records: Iterable[dict]) -> None:
+    """`write_text` of records, each as a line of JSON."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _write(path: str, content: str | bytes, mode: str) -> None:

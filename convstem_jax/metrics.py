@@ -10,6 +10,7 @@ import time
 import jax
 import matplotlib.figure
 
+from convstem_jax import files
 from convstem_jax.errors import NotFiniteError, writing
 from convstem_jax.step import PyTree
 
@@ -58,9 +59,7 @@ class Records:
                     # The last evaluation is repeated where it was not the end.
                     and (record["step"] < num_steps or "loss" in record)
                 ]
-                with open(self.path + ".tmp", "w") as file:
-                    file.writelines(json.dumps(record) + "\n" for record in kept)
-                os.replace(self.path + ".tmp", self.path)
+                files.write_jsonl(self.path, kept)
                 self._file = open(self.path, "a", buffering=1)  # noqa: SIM115, closed in close()
             # Here, since it loads TensorFlow: seconds that errors need not wait.
             from clu import metric_writers

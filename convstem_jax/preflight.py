@@ -361,8 +361,7 @@ def _records(args) -> tuple[list[dict], bool]:
         records.append({"spec": spec} | record)
         known[spec, topology] = records[-1]
         if args.records:
-            lines = (json.dumps(record) + "\n" for record in known.values())
-            files.write_text(args.records, "".join(lines))
+            files.write_jsonl(args.records, known.values())
     return records, len(records) < len(wanted)
 
 
@@ -373,7 +372,7 @@ def _read_records(path: str | None) -> dict[tuple[str, str], dict]:
         try:
             records = [json.loads(line) for line in file]
             return {(record["spec"], record["topology"]): record for record in records}
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"--records {path} holds something else ({first_line(error)}): name another file"
             ) from error

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import sys
 import time
@@ -114,10 +113,9 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
         for population in experiments.populations(config, optima):
             train(population)
 
-    lines = "".join(json.dumps(record) + "\n" for record in records)
     path = os.path.join(workdir, "trials.jsonl")
     with writing(path):
-        files.write_text(path, lines)
+        files.write_jsonl(path, records)
     # An interrupted study may have gone on elsewhere.
     devices, commits = (sorted({str(r[name]) for r in records}) for name in ("device", "commit"))
     run_folder.write_result(

@@ -117,10 +117,9 @@ def train_population(
             functools.partial(progress, len(trials) - len(missing), len(part)),
             stop_requested, start,
         )  # fmt: skip
-        lines = "".join(json.dumps(result) + "\n" for result in found)
         path = os.path.join(folder, f"trials_{name}.jsonl")
         with writing(path):
-            files.write_text(path, lines)
+            files.write_jsonl(path, found)
         shutil.rmtree(part_folder, ignore_errors=True)
         missing = [trial for trial in missing if trial not in part]
         part = []
