@@ -34,7 +34,7 @@ from tabulate import tabulate
 from benchmarks import arguments, jax_contenders
 from benchmarks.workload import recipe_of
 from convstem_jax import files
-from convstem_jax.complexity import inner_programs
+from convstem_jax.complexity import inner_programs, multiply_adds
 from convstem_jax.models import MODELS
 from convstem_jax.models import kernels as kernels_for_gpus
 from convstem_jax.models.attention import attend
@@ -44,7 +44,8 @@ from convstem_jax.step import train_step
 OURS = jax_contenders.IMPLEMENTATIONS[0]
 PAPER = [f"vit{stem}_{size}gf" for size in (1, 4, 18, 36) for stem in "cp"]
 # Cost nothing of their own: at best what is before them writes in that order.
-VIEWS = ("transpose", "reshape", "squeeze", "expand_dims", "copy", "layout_constraint")
+VIEWS = ("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy")
+VIEWS += ("layout_constraint",)
 # Programs inside an instruction that run once, on its operands.
 CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "closed_call", "shard_map")
 
@@ -173,26 +174,19 @@ def _flatten(jaxpr, arrays: list, new: Callable) -> tuple[list[_Instruction], li
             outputs = [x or _Array(0) for x in outputs]
         elif name in VIEWS and inputs[0] is not None:
             outputs = inputs[:1]
+        elif name == "convert_element_type" and inputs[0] is not None:  # perhaps of a view
+            old, new_type = (v.aval.dtype for v in (eqn.invars[0], eqn.outvars[0]))
+            outputs = [_Array(inputs[0].bytes * new_type.itemsize // old.itemsize)]
+            found.append(_Instruction(name, inputs, outputs, 0))
         else:
             outputs = [new(v) for v in eqn.outvars]
             found.append(
-                _Instruction(name, [x for x in inputs if x is not None], outputs, _flops(eqn))
+                _Instruction(
+                    name, [x for x in inputs if x is not None], outputs, 2 * multiply_adds(eqn)
+                )
             )
         values |= dict(zip(eqn.outvars, outputs, strict=True))
     return found, list(read(jaxpr.outvars))
-
-
-def _flops(eqn) -> float:
-    size, shapes = math.prod(eqn.outvars[0].aval.shape), [v.aval.shape for v in eqn.invars]
-    if eqn.primitive.name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        return 2 * size * math.prod(shapes[0][axis] for axis in contracted)
-    if eqn.primitive.name == "conv_general_dilated":
-        # Zeros that pad or dilate are not computed: as many products as in the forward pass.
-        kernel, numbers = shapes[1], eqn.params["dimension_numbers"]
-        per_output = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
-        return 2 * size * per_output / math.prod(eqn.params["lhs_dilation"])
-    return 0.0
 
 
 def step_kernels(model: str, batch: int, device_kind: str) -> list[Kernel]:
@@ -308,11 +302,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _gflop(flops: float) -> str:
+    return f"{flops / 1e9:.{1 if flops > 1e9 else 3}f}"
+
+
 def table(rows: list[dict]) -> str:
     """The rows for people."""
     lines = [
         (
-            row["model"], row["batch"], f"{row['flops'] / row['batch'] / 1e9:.1f}",
+            row["model"], row["batch"], _gflop(row["flops"] / row["batch"]),
             f"{row['bytes'] / row['batch'] / 1e6:.0f}", f"{row['bound_images_per_second']:,.0f}",
             "–" if row["reached"] is None else f"{row['images_per_second']:,.0f}",
             "–" if row["reached"] is None else f"{100 * row['reached']:.0f}",

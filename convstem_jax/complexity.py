@@ -114,6 +114,22 @@ def float32_products(jaxpr) -> dict[str, int]:
     return dict(found)
 
 
+def multiply_adds(eqn) -> int:
+    """Of a matrix product or a convolution; 0 for any other instruction.
+
+    Zeros that pad a convolution's input count, zeros that dilate it do not.
+    """
+    size, shapes = math.prod(eqn.outvars[0].aval.shape), [v.aval.shape for v in eqn.invars]
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return size * math.prod(shapes[0][axis] for axis in contracted)
+    if eqn.primitive.name == "conv_general_dilated":
+        out_channels = shapes[1][eqn.params["dimension_numbers"].rhs_spec[0]]
+        per_output = math.prod(shapes[1]) // out_channels
+        return size * per_output // math.prod(eqn.params["lhs_dilation"])
+    return 0
+
+
 def inner_programs(eqn) -> Iterator:
     """Programs that an instruction calls."""
     programs = core.Jaxpr | core.ClosedJaxpr
@@ -134,14 +150,8 @@ def _count(jaxpr, params: dict) -> Iterator[tuple[tuple, int, int]]:
         inputs = [v for v in eqn.invars if not isinstance(v, core.Literal)]
         path = next((params[v] for v in inputs if v in params), ())
         name, size = eqn.primitive.name, math.prod(eqn.outvars[0].aval.shape)
-        shapes = [v.aval.shape for v in eqn.invars]
-        if name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            yield path, size * math.prod(shapes[0][axis] for axis in contracted), size
-            products.add(eqn.outvars[0])
-        elif name == "conv_general_dilated":
-            out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-            yield path, size * math.prod(shapes[1]) // shapes[1][out_axis], size
+        if flops := multiply_adds(eqn):
+            yield path, flops, size
             products.add(eqn.outvars[0])
         elif name == "add" and path and products.intersection(inputs):
             yield path, size, 0
