@@ -112,9 +112,13 @@ def set_fields(config: ml_collections.ConfigDict, fields: dict[str, str]) -> Non
         ConfigError: likewise, and where the model or the optimiser changes alone: the learning rate
             and the weight decay belong to both, the image size to the model.
     """
+    for name in fields:
+        if name not in config:
+            raise _unknown_field(name, config)
     for name, known in (("model", MODELS), ("optimizer", OPTIMIZERS)):
         # An unknown one is for `validate` to refuse.
-        if fields.get(name) in known and not {"lr", "wd"} <= fields.keys():
+        is_other = fields.get(name) in known and fields[name] != config[name]
+        if is_other and not {"lr", "wd"} <= fields.keys():
             raise ConfigError(
                 f"config.{name}={fields[name]} alone would keep the lr and wd of another: give "
                 "both too, or choose by a word after the configuration file, as in FILE.py:sgd"

@@ -122,8 +122,13 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("model", "num_classes", "image_size"):
         if getattr(args, name) is not None and not args.source_layout:
             raise ConfigError(f"--{name} is for a source with --from: {args.source} has its own")
-    if (args.raw or args.step is not None) and args.source.endswith(".safetensors"):
-        raise ConfigError(f"--raw and --step are for a run's folder: {args.source} is one state")
+    is_state = args.source_layout or args.source.endswith(".safetensors")
+    if args.step is not None and is_state:
+        raise ConfigError(f"--step is for a run's folder: {args.source} is one state")
+    if args.raw and is_state and args.source_layout != "pycls":
+        raise ConfigError(
+            f"--raw is for a run's folder and checkpoints of pycls: {args.source} is one state"
+        )
     for path, layout, flag in (
         (args.source, args.source_layout, "--from"),
         (args.target, args.target_layout, "--to"),

@@ -42,7 +42,8 @@ def writable(path: str) -> str:
     Raises:
         argparse.ArgumentTypeError: it cannot.
     """
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+    # A file is written beside the old one, which it then replaces: a link or a device must not be.
+    is_file = not os.path.islink(path) and (os.path.isfile(path) or not os.path.exists(path))
+    if not is_file or not os.access(os.path.dirname(path) or ".", os.W_OK):
         raise argparse.ArgumentTypeError(f"{path} cannot be written: name a file in another folder")
     return path

@@ -246,15 +246,13 @@ class _Clock:
 
 
 def read_jsonl(path: str) -> list[dict]:
-    """Reads the records of a file; a last line that was cut off is left out."""
+    """Reads the records of a file; one that was cut off is left out."""
     records = []
     if os.path.exists(path):
         with open(path) as file:
             for line in file:
-                try:
+                with contextlib.suppress(json.JSONDecodeError):
                     records.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
     return records
 
 

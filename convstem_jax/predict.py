@@ -21,7 +21,7 @@ from convstem_jax.config import load_config, load_run_config
 from convstem_jax.data.augment import center_crop
 from convstem_jax.data.sources import decode
 from convstem_jax.errors import ConfigError, DataError, UserError
-from convstem_jax.sharding import Sharding
+from convstem_jax.sharding import Sharding, without_mesh
 
 _EPILOG = """\
 examples:
@@ -78,10 +78,11 @@ def predict(model: nnx.Module, images: Iterable[np.ndarray]) -> np.ndarray:
 
     probabilities = Sharding(jax.local_devices()[:1]).jit(probabilities)
     found, images = [], iter(images)
-    while batch := list(itertools.islice(images, BATCH_SIZE)):
-        # The last of several is filled up, for the same program.
-        filled = batch + batch[-1:] * (BATCH_SIZE - len(batch) if found else 0)
-        found.append(np.asarray(probabilities(state, np.stack(filled)))[: len(batch)])
+    with without_mesh():
+        while batch := list(itertools.islice(images, BATCH_SIZE)):
+            # The last of several is filled up, for the same program.
+            filled = batch + batch[-1:] * (BATCH_SIZE - len(batch) if found else 0)
+            found.append(np.asarray(probabilities(state, np.stack(filled)))[: len(batch)])
     return np.concatenate(found) if found else np.empty((0, 0), np.float32)
 
 

@@ -42,6 +42,8 @@ def prepare(
 ) -> str:
     """Makes the folder, or checks that it holds a run of the same configuration and data.
 
+    It writes config.json and classes.txt, and checks that all processes see them.
+
     Args:
         workdir: the folder.
         config: the configuration.
@@ -49,68 +51,35 @@ def prepare(
         class_names: for classes.txt, which `convstem_jax.predict` reads.
 
     Returns:
-        Its absolute path, for `describe`.
+        Its absolute path.
 
     Raises:
         ConfigError: it cannot be used, or belongs to another configuration.
     """
-    if "://" in workdir:
-        raise ConfigError(f"--workdir {workdir} is not a folder: mount the bucket and name that")
-    workdir = os.path.abspath(os.path.expanduser(workdir))
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        if processes.is_first():
-            _check_own(workdir)
-            _lock(workdir)
-        # With none of them there is nothing that could be mixed up.
-        if has_checkpoint(workdir) or _has_populations(workdir) or read_result(workdir) is not None:
-            _check_same(_read(workdir, "config.json"), _described(config, data), workdir)
-            _check_same_classes(class_names, workdir)
-    except OSError as error:
-        raise _unusable(workdir, error) from error
-    return workdir
-
-
-def describe(
-    workdir: str,
-    config: ml_collections.ConfigDict,
-    data: dict,
-    class_names: Sequence[str] = (),
-) -> None:
-    """Writes config.json and classes.txt, once all processes have read the old ones.
-
-    Takes the path that `prepare` gave, and what else it took.
-
-    Raises:
-        ConfigError: they cannot be written.
-    """
-    if not processes.is_first():
-        return
-    try:
-        write_json(os.path.join(workdir, "config.json"), _described(config, data))
-        if class_names:
-            text = "".join(f"{name}\n" for name in class_names)
-            write_text(os.path.join(workdir, CLASSES), text)
-        write_text(os.path.join(workdir, _TOKEN), secrets.token_hex())
-    except OSError as error:
-        raise _unusable(workdir, error) from error
-
-
-def _described(config: ml_collections.ConfigDict, data: dict) -> dict:
-    return json.loads(config.to_json()) | data
-
-
-def _unusable(workdir: str, error: Exception) -> ConfigError:
-    return ConfigError(f"--workdir {workdir} cannot be used: {error}; name another")
-
-
-def check_shared(workdir: str) -> None:
-    """Checks, after `describe`, that every process sees what process 0 wrote just now.
-
-    Raises:
-        ConfigError: one does not.
-    """
+    described = json.loads(config.to_json()) | data
+    with processes.together():
+        if "://" in workdir:
+            raise ConfigError(
+                f"--workdir {workdir} is not a folder: mount the bucket and name that"
+            )
+        workdir = os.path.abspath(os.path.expanduser(workdir))
+        with _usable(workdir):
+            os.makedirs(workdir, exist_ok=True)
+            if processes.is_first():
+                _check_own(workdir)
+                _lock(workdir)
+            # With none of them there is nothing that could be mixed up.
+            if has_checkpoint(workdir) or _has_populations(workdir) or _has_result(workdir):
+                _check_same(_read(workdir, "config.json"), described, workdir)
+                _check_same_classes(class_names, workdir)
     token = ""
+    with processes.together(), _usable(workdir):  # once all processes have read the old ones
+        if processes.is_first():
+            write_json(os.path.join(workdir, "config.json"), described)
+            if class_names:
+                text = "".join(f"{name}\n" for name in class_names)
+                write_text(os.path.join(workdir, CLASSES), text)
+            write_text(os.path.join(workdir, _TOKEN), secrets.token_hex())
     with contextlib.suppress(FileNotFoundError), open(os.path.join(workdir, _TOKEN)) as file:
         token = file.read()
     processes.check_same(
@@ -118,6 +87,15 @@ def check_shared(workdir: str) -> None:
         f"does not see what process 0 wrote in --workdir {workdir}: name a folder that all "
         "machines share",
     )
+    return workdir
+
+
+@contextlib.contextmanager
+def _usable(workdir: str):
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir} cannot be used: {error}; name another") from error
 
 
 def _check_own(workdir: str) -> None:
@@ -149,9 +127,12 @@ def _lock(workdir: str) -> None:
     Raises:
         ConfigError: another has it.
     """
+    path = os.path.join(workdir, ".lock")
     if workdir in _locks:
-        return
-    file = os.open(os.path.join(workdir, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        if os.path.exists(path):
+            return
+        os.close(_locks.pop(workdir))  # of a folder that was deleted
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -172,6 +153,10 @@ def has_checkpoint(workdir: str) -> bool:
     """Whether a run in the folder has saved something."""
     folder = os.path.join(workdir, "checkpoints")
     return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
+
+
+def _has_result(workdir: str) -> bool:
+    return os.path.exists(os.path.join(workdir, "result.json"))
 
 
 def _has_populations(workdir: str) -> bool:
@@ -199,6 +184,11 @@ def read_classes(workdir: str) -> list[str]:
             return file.read().splitlines()
     except FileNotFoundError:
         return []
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{workdir}/{CLASSES} is damaged ({first_line(error)}): restore it, or delete it to go "
+            "by numbers"
+        ) from error
 
 
 def _check_same_classes(names: Sequence[str], workdir: str) -> None:
@@ -220,16 +210,17 @@ def write_result(workdir: str, result: dict) -> None:
 
 def read_result(workdir: str) -> dict | None:
     """Reads result.json; None where the run is not finished."""
-    if not os.path.exists(os.path.join(workdir, "result.json")):
-        return None
-    return _read(workdir, "result.json")
+    return _read(workdir, "result.json") if _has_result(workdir) else None
 
 
 def _read(workdir: str, name: str) -> dict:
     path = os.path.join(workdir, name)
     try:
         with open(path) as file:
-            return json.load(file)
+            found = json.load(file)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        return found
     except ValueError as error:
         remedy = {
             "config.json": "restore it from where the folder was copied, or name another --workdir",

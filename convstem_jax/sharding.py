@@ -1,6 +1,7 @@
 """Where arrays lie: the batch over all devices, the state on each of them or split likewise."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import functools
 import math
@@ -73,6 +74,11 @@ class Sharding:
 
         on_mesh.__name__ = function.__name__  # what profiles show
         return jax.jit(on_mesh, compiler_options=compiler_options(self.devices), **options)
+
+
+def without_mesh() -> contextlib.AbstractContextManager:
+    """A context without the mesh that a caller may have set, which other devices would not fit."""
+    return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
 
 
 def bytes_on_device(arrays: PyTree) -> int:

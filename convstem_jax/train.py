@@ -70,11 +70,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         str(data["fingerprints"]),
         f"has another {config.dataset} than process 0: copy the data anew to all machines",
     )
-    with processes.together():
-        workdir = run_folder.prepare(workdir, config, data, train_split.class_names)
-    with processes.together():
-        run_folder.describe(workdir, config, data, train_split.class_names)
-    run_folder.check_shared(workdir)
+    workdir = run_folder.prepare(workdir, config, data, train_split.class_names)
     if (result := run_folder.read_result(workdir)) is not None:
         if processes.is_first():
             print("this run is finished; its result:")

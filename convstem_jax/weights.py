@@ -15,6 +15,7 @@ from convstem_jax import files, run_folder
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError, ConfigError
 from convstem_jax.models import create_model
+from convstem_jax.sharding import without_mesh
 from convstem_jax.step import PyTree, split
 
 Weights = dict[str, PyTree]  # {"params", "batch_stats"}: nested dicts of arrays
@@ -174,7 +175,8 @@ def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Ar
     try:
         if step == "best":
             step = checkpoints.best_step()
-        ema, last = checkpoints.restore_weights(step)
+        with without_mesh():
+            ema, last = checkpoints.restore_weights(step)
     finally:
         checkpoints.close()
     weights = jax.device_get(last if raw else ema)

@@ -70,6 +70,7 @@ def test_fields_in_the_argument():
     config = load_config("configs/vitc.py:4gf,epochs=50,sgd,lr=0.5")
     assert (config.epochs, config.optimizer, config.lr) == (50.0, "sgd", 0.5)
     assert load_config("configs/quickstart.py:sgd,vitp").model == "vitp_tiny"
+    assert load_config("configs/quickstart.py:optimizer=adamw,model=vitc_tiny,seed=1").seed == 1
     config = load_config("configs/quickstart.py:mean=(0.1, 0.2,0.3),seed=3")
     assert (config.mean, config.seed) == ((0.1, 0.2, 0.3), 3)
 
@@ -82,6 +83,7 @@ def test_fields_in_the_argument():
         ("configs/vitc.py:optimizer=sgd", "config.optimizer=sgd alone would keep the lr and wd"),
         ("configs/vitc.py:model=regnety_16gf,lr=1,wd=0", "is made for 256 pixels and this .* 224"),
         ("configs/vitc.py:epocs=3", "unknown config field 'epocs': did you mean 'epochs'"),
+        ("configs/study.py:optimizer=sgd", "unknown config field 'optimizer'"),
         ("configs/vitc.py:epochs=many", "config.epochs=many: it must be a number"),
         ("configs/vitc.py:36gf,sgd", "the paper has no setting of sgd for vitc_36gf"),
         ("configs/vitc.py:1gf,sgd,peak", "the paper has no peak of sgd for vitc_1gf"),

@@ -485,6 +485,7 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
         ("train", "b/more.webp, "),
         ("validation", "validation holds no CLASS/*.jpg"),
         ("test[:1]", "letters and digits"),
+        ("test[:1],test[1:]", "names a split twice"),
     ):
         assert pack.main([*flags, "--splits", splits]) == 2
         assert message in capsys.readouterr().err

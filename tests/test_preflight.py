@@ -257,11 +257,15 @@ def test_mistakes_are_found_before_anything_is_compiled(flags, words, monkeypatc
     assert words in capsys.readouterr().err
 
 
-def test_records_that_cannot_be_written_are_refused(capsys):
+@pytest.mark.parametrize("name", ["nowhere/x.jsonl", "link", "pipe"])
+def test_records_that_cannot_be_written_are_refused(name, tmp_path, capsys):
+    """A file is replaced by another, which a link or a device must not be."""
+    (tmp_path / "link").symlink_to("elsewhere")
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SystemExit) as error:
-        preflight.main(["--config", "configs/vitc.py", "--records", "/nowhere/x.jsonl"])
+        preflight.main(["--config", "configs/vitc.py", "--records", str(tmp_path / name)])
     assert error.value.code == 2
-    assert "/nowhere/x.jsonl cannot be written: name a file" in capsys.readouterr().err
+    assert f"{name} cannot be written: name a file" in capsys.readouterr().err
 
 
 def test_without_the_compiler_the_remedy_is_named(monkeypatch):

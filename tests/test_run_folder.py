@@ -1,7 +1,9 @@
 """The folder of a run."""
 
 import contextlib
+import fcntl
 import os
+import shutil
 import tempfile
 from unittest import mock
 
@@ -24,9 +26,7 @@ def without_root():
 
 
 def prepare(folder, *about):
-    path = run_folder.prepare(str(folder), *about)
-    run_folder.describe(path, *about)
-    return path
+    return run_folder.prepare(str(folder), *about)
 
 
 def test_a_folder_that_may_not_be_written_is_refused():
@@ -94,6 +94,28 @@ def test_classes_keep_their_numbers(tmp_path):
     (tmp_path / "checkpoints/5").mkdir(parents=True)
     with pytest.raises(ConfigError, match="class 1 is boot there and shoe here"):
         prepare(tmp_path, config, {}, ["bag", "shoe"])
+
+
+@pytest.mark.parametrize(
+    "name, content", [("classes.txt", b"\xff"), ("config.json", b"[]"), ("result.json", b"3")]
+)
+def test_files_that_hold_something_else_are_named(tmp_path, name, content):
+    config = load_config("configs/quickstart.py")
+    prepare(tmp_path, config, {}, ["bag", "shoe"])
+    (tmp_path / "checkpoints/5").mkdir(parents=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{name} is damaged .*: (restore|delete) it"):
+        prepare(tmp_path, config, {}, ["bag", "shoe"])
+        run_folder.read_result(str(tmp_path))
+
+
+def test_a_folder_that_was_deleted_is_locked_again(tmp_path):
+    config = load_config("configs/quickstart.py")
+    folder = prepare(tmp_path / "run", config, {})
+    shutil.rmtree(folder)
+    prepare(tmp_path / "run", config, {})
+    with open(f"{folder}/.lock") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_finished_run_keeps_its_folder_without_checkpoints(tmp_path):

@@ -257,6 +257,8 @@ def test_wrong_files_have_one_line_and_a_status(tmp_path, capsys):
         (["a.safetensors", "out.npz"], "must end with .safetensors"),
         (["a.safetensors", "out.safetensors", "--model", "vitp_tiny"], "--model is for a source"),
         (["a.safetensors", "out.safetensors", "--raw"], "is one state"),
+        (["list.pt", "out.safetensors", *flags, "--step", 7], "is one state"),
+        (["list.pt", "out.safetensors", *flags, "--raw"], "is one state"),
         (["list.pt", "out.safetensors", *flags, "--num_classes", 0], "num_classes is 0"),
     ):
         paths = [tmp_path / name for name in arguments[:2]]

@@ -111,6 +111,8 @@ def main(argv: list[str]) -> int:
     try:
         os.makedirs(args.output, exist_ok=True)
         names = args.splits.split(",")
+        if len({name.partition("[")[0] for name in names}) < len(names):
+            raise ConfigError(f"--splits {args.splits} names a split twice: name each once")
         if args.images:
             splits, class_names = pack_folders(args.images, names)
         else:

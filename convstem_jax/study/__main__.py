@@ -62,7 +62,6 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
         "fingerprints": [train_split.fingerprint(), eval_split.fingerprint()],
     }
     workdir = run_folder.prepare(workdir, config, data)
-    run_folder.describe(workdir, config, data)
     if run_folder.read_result(workdir) is not None:
         print("this study is finished: only its report is written again")
         return _report(workdir)
