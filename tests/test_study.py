@@ -16,7 +16,7 @@ from convstem_jax.models import MODELS
 from convstem_jax.study import __main__ as program
 from convstem_jax.study import claims, experiments
 from convstem_jax.study.experiments import Population
-from convstem_jax.study.finished import Study, Trials, choose
+from convstem_jax.study.finished import Study, choose
 from convstem_jax.study.programs import Trial
 from tests.made_up import made_up, plan
 
@@ -104,7 +104,7 @@ def test_wrong_fields_are_refused(arg, message):
 
 def verdicts(records, **fields):
     config = json.loads(load_config("configs/study.py:full").to_json()) | fields
-    found = claims.claims(Study(config, [], Trials(records)))
+    found = claims.claims(Study(config, [], records))
     return {claim.name: claim for claim in found}
 
 
@@ -166,7 +166,7 @@ def test_an_optimum_on_the_edge_of_the_grid_is_known():
         same | {"lr": lr, "wd": wd, "top1_error": error, "diverged_at": None}
         for (lr, wd), error in errors.items()
     ]
-    study = Study(config, [], Trials(records))
+    study = Study(config, [], records)
     assert study.optimum("vitp_tiny_bn", "sgd") == (2, 2)
     assert not study.on_edge("vitp_tiny", "sgd")
     records[0]["top1_error"] = 1

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 from scipy import stats
 
-from convstem_jax.study.finished import FAILED, Study
+from convstem_jax.study.finished import FAILED, Study, num_diverged, outcomes
 
 EDF_RANGE = 10.0  # points above a model's best error over which the area under its EDF is taken
 # With 3 seeds on each side the order alone comes out right by chance too often: 1 time in 10.
@@ -100,7 +100,7 @@ def _optimizer(study: Study) -> Iterator[Claim]:
 
 def _stems(study: Study) -> Iterator[Claim]:
     p, c, _ = study.families
-    for stem in study.trials.models("seeds", f"{c}_s"):
+    for stem in study.models("seeds", f"{c}_s"):
         yield from _claim(
             f"stem {stem.removeprefix(f'{c}_')}",
             f"From AdamW to SGD, patchify loses more than {stem}, another convolutional stem.",
@@ -152,12 +152,12 @@ _CLAIMS = {
 
 def _edf(study, name, better, worse, optimizer, figure, drawing) -> Iterator[Claim]:
     def group(weight, model):
-        trials = study.trials.select(kind="random", model=model, optimizer=optimizer)
+        trials = study.random(model, optimizer)
         return Group(
             f"area under the EDF, {model}",
             weight,
-            study.outcomes(trials),
-            study.num_diverged(trials),
+            outcomes(trials),
+            num_diverged(trials),
             _area,
         )
 
@@ -187,7 +187,7 @@ def _area(errors: np.ndarray, axis: int = -1) -> np.ndarray:
 def _seeds(study, weight, model, optimizer, epochs) -> Group:
     trials = study.seeds(model, optimizer, epochs)
     label = f"{model}, {optimizer}, {epochs:g} epochs"
-    return Group(label, weight, study.outcomes(trials), study.num_diverged(trials))
+    return Group(label, weight, outcomes(trials), num_diverged(trials))
 
 
 def _gaps(study, first, second, epochs) -> list[Group]:

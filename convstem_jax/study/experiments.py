@@ -12,10 +12,10 @@ from convstem_jax import build
 from convstem_jax import config as rules
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
+from convstem_jax.optim import OPTIMIZERS
 from convstem_jax.study.finished import family_of
 from convstem_jax.study.programs import Trial
 
-OPTIMIZERS = ("adamw", "sgd")
 # From end to end of the intervals that the paper draws from (section 5.3): of lr, of wd.
 WIDTHS = {
     ("vit", "adamw"): (8e-3 / 2.5e-4, 0.8 / 0.02),

@@ -7,9 +7,9 @@ import numpy as np
 
 from convstem_jax.study.claims import EDF_RANGE
 from convstem_jax.study.experiments import usual_optimizer
-from convstem_jax.study.finished import Study
+from convstem_jax.study.finished import Study, errors, outcomes
 
-OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
+TITLES = {"adamw": "AdamW", "sgd": "SGD"}
 COLORS = ("#d1495b", "#1f6f9f", "#5a5a5a")  # P, C, CNN
 
 
@@ -49,7 +49,7 @@ def draw_optimizer(study: Study):
         return None
     figure, [error_axes, gap_axes] = _axes(2, (9, 3.6))
     for model, color in zip(study.families, COLORS, strict=True):
-        adamw, sgd = (_errors_by_length(study, model, o) for o in OPTIMIZERS)
+        adamw, sgd = (_errors_by_length(study, model, o) for o in TITLES)
         _plot_lines(error_axes, study, adamw, color, model)
         _plot_lines(error_axes, study, sgd, color, None, "o--")
         gaps = [s - a.mean() for s, a in zip(sgd, adamw, strict=True)]
@@ -62,7 +62,7 @@ def draw_optimizer(study: Study):
 
 def draw_edf(study: Study):
     """Share of random settings within some points of the model's best error (Figures 4, 5)."""
-    return _draw_edfs(study, study.families, OPTIMIZERS) if _has(study, "lr_wd") else None
+    return _draw_edfs(study, study.families, TITLES) if _has(study, "lr_wd") else None
 
 
 def draw_depth(study: Study):
@@ -76,18 +76,16 @@ def draw_scatter(study: Study):
     if not _has(study, "lr_wd"):
         return None
     figure, axes = _axes(6, (10, 6), rows=2)
-    for i, optimizer in enumerate(OPTIMIZERS):
+    for i, optimizer in enumerate(TITLES):
         for model, color in zip(study.families, COLORS, strict=True):
-            found = study.trials.select(kind="random", model=model, optimizer=optimizer)
+            found = study.random(model, optimizer)
             lr, wd, error = (np.array([r[k] for r in found]) for k in ("lr", "wd", "top1_error"))
             diverged = np.array([r["diverged_at"] is not None for r in found], bool)
             for ax, x in zip(axes[3 * i : 3 * i + 3], (lr, wd, lr * wd), strict=True):
                 ax.plot(x[~diverged], error[~diverged], ".", color=color, label=model)
                 ax.plot(x[diverged], error[diverged], "x", color=color)
         for ax, name in zip(axes[3 * i : 3 * i + 3], ("lr", "wd", "lr · wd"), strict=True):
-            ax.set(
-                xscale="log", xlabel=f"{name}, {OPTIMIZERS[optimizer]}", ylabel="top-1 error (%)"
-            )
+            ax.set(xscale="log", xlabel=f"{name}, {TITLES[optimizer]}", ylabel="top-1 error (%)")
             ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes[0].legend()
     return figure
@@ -98,8 +96,8 @@ def draw_stems(study: Study):
     if not _has(study, "stems"):
         return None
     p, c, _ = study.families
-    names = [p, *reversed(study.trials.models("seeds", f"{c}_s")), c]
-    return _draw_bars(study, names, study.lengths[0], OPTIMIZERS)
+    names = [p, *reversed(study.models("seeds", f"{c}_s")), c]
+    return _draw_bars(study, names, study.lengths[0], TITLES)
 
 
 def draw_norms(study: Study):
@@ -115,7 +113,7 @@ def _has(study: Study, *experiments: str) -> bool:
 
 
 def _errors_by_length(study: Study, model: str, optimizer: str) -> list[np.ndarray]:
-    return [study.errors(study.seeds(model, optimizer, epochs)) for epochs in study.lengths]
+    return [errors(study.seeds(model, optimizer, epochs)) for epochs in study.lengths]
 
 
 def _axes(num: int, size: tuple[float, float], rows: int = 1):
@@ -143,15 +141,15 @@ def _draw_edfs(study, models, optimizers):
     figure, axes = _axes(len(optimizers), (4.5 * len(optimizers), 3.6))
     for ax, optimizer in zip(axes, optimizers, strict=True):
         for model, color in zip(models, COLORS, strict=False):
-            trials = study.trials.select(kind="random", model=model, optimizer=optimizer)
-            above = np.sort(study.outcomes(trials) - study.best(model, optimizer))
+            trials = study.random(model, optimizer)
+            above = np.sort(outcomes(trials) - study.best(model, optimizer))
             share = np.arange(1, len(above) + 1) / len(above)
             inside = above <= EDF_RANGE
             x = np.concatenate([[0], above[inside], [EDF_RANGE]])
             y = np.concatenate([[0], share[inside], [inside.mean()]])
             ax.step(x, y, where="post", color=color, label=model)
         ax.set(
-            xlim=(0, EDF_RANGE), ylim=(0, 1), title=OPTIMIZERS[optimizer],
+            xlim=(0, EDF_RANGE), ylim=(0, 1), title=TITLES[optimizer],
             xlabel="error − the model's best (points)", ylabel="share of settings",
         )  # fmt: skip
     axes[0].legend()
@@ -159,15 +157,15 @@ def _draw_edfs(study, models, optimizers):
 
 
 def _draw_bars(study, names, epochs, optimizers):
-    groups = {o: [study.errors(study.seeds(name, o, epochs)) for name in names] for o in optimizers}
+    groups = {o: [errors(study.seeds(name, o, epochs)) for name in names] for o in optimizers}
     figure, [axes] = _axes(1, (1.3 * len(names) + 1, 3.6))
     for i, (optimizer, found) in enumerate(groups.items()):
         x = np.arange(len(names)) + 0.4 * (i - (len(groups) - 1) / 2)
-        means = [errors.mean() for errors in found]
-        axes.bar(x, means, 0.38, color=f"C{i}", alpha=0.6, label=OPTIMIZERS[optimizer])
-        for position, errors in zip(x, found, strict=True):
-            axes.plot([position] * len(errors), errors, ".", color=f"C{i}")
-    lowest = min(errors.min() for found in groups.values() for errors in found)
+        means = [y.mean() for y in found]
+        axes.bar(x, means, 0.38, color=f"C{i}", alpha=0.6, label=TITLES[optimizer])
+        for position, y in zip(x, found, strict=True):
+            axes.plot([position] * len(y), y, ".", color=f"C{i}")
+    lowest = min(y.min() for found in groups.values() for y in found)
     axes.set(ylabel=f"top-1 error (%), {epochs:g} epochs", ylim=(0.8 * lowest, None))
     axes.set_xticks(range(len(names)), names, rotation=20)
     axes.legend()

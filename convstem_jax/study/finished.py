@@ -1,6 +1,6 @@
 """A finished study, as its folder holds it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
@@ -16,30 +16,13 @@ FAILED = 100.0  # top-1 error (%) that a diverged trial counts as
 _IDENTITY = ("kind", "model", "optimizer", "epochs", "lr", "wd", "seed")  # of a trial
 
 
-class Trials:
-    """Records of trials, to select from."""
-
-    def __init__(self, records: Iterable[dict]):
-        self.records = list(records)
-
-    def select(self, **wanted) -> list[dict]:
-        """Records whose fields have these values, in the order of their seeds."""
-        found = [r for r in self.records if all(r[key] == value for key, value in wanted.items())]
-        return sorted(found, key=lambda r: r["seed"])
-
-    def models(self, kind: str, prefix: str = "") -> list[str]:
-        """Names of the models that there are."""
-        found = {r["model"] for r in self.records if r["kind"] == kind}
-        return sorted(name for name in found if name.startswith(prefix))
-
-
 @dataclasses.dataclass(frozen=True)
 class Study:
     """Finished studies of the same models on the same data: what they hold together."""
 
     config: dict  # of the first, with the experiments of all
     results: list[dict]  # result.json of each
-    trials: Trials
+    trials: list[dict]  # their records
 
     @property
     def families(self) -> tuple[str, str, str]:
@@ -58,31 +41,23 @@ class Study:
 
     def seeds(self, model: str, optimizer: str, epochs: float) -> list[dict]:
         """Trials of a model's seeds at its own optimum."""
-        return self.trials.select(kind="seeds", model=model, optimizer=optimizer, epochs=epochs)
+        return self._select(kind="seeds", model=model, optimizer=optimizer, epochs=epochs)
 
-    @staticmethod
-    def errors(trials: list[dict]) -> np.ndarray:
-        """Last errors that could be measured: what the paper plots."""
-        return np.array([trial["top1_error"] for trial in trials])
+    def random(self, model: str, optimizer: str) -> list[dict]:
+        """Trials of a model's random settings."""
+        return self._select(kind="random", model=model, optimizer=optimizer)
 
-    @staticmethod
-    def outcomes(trials: list[dict]) -> np.ndarray:
-        """Errors with which the trials count: one that diverged has failed, whatever it was."""
-        return np.array(
-            [FAILED if t["diverged_at"] is not None else t["top1_error"] for t in trials]
-        )
-
-    @staticmethod
-    def num_diverged(trials: list[dict]) -> int:
-        """How many of the trials diverged."""
-        return sum(trial["diverged_at"] is not None for trial in trials)
+    def models(self, kind: str, prefix: str = "") -> list[str]:
+        """Names of the models that have trials of a kind."""
+        found = {trial["model"] for trial in self.trials if trial["kind"] == kind}
+        return sorted(name for name in found if name.startswith(prefix))
 
     def best(self, model: str, optimizer: str) -> float:
         """The lowest error of a model's random settings.
 
         Where all diverged it is 0, which none of them is near.
         """
-        tried = self.trials.select(kind="random", model=model, optimizer=optimizer)
+        tried = self.random(model, optimizer)
         survived = (trial["top1_error"] for trial in tried if trial["diverged_at"] is None)
         return min(survived, default=0.0)
 
@@ -102,7 +77,27 @@ class Study:
     def grid(self, model: str, optimizer: str) -> list[dict]:
         """Trials of the coarse grid from which the model takes its optimum."""
         base = family_of(model, self.families)
-        return self.trials.select(kind="grid", model=base, optimizer=optimizer)
+        return self._select(kind="grid", model=base, optimizer=optimizer)
+
+    def _select(self, **wanted) -> list[dict]:
+        """Trials whose fields have these values, in the order of their seeds."""
+        found = [t for t in self.trials if all(t[key] == value for key, value in wanted.items())]
+        return sorted(found, key=lambda trial: trial["seed"])
+
+
+def errors(trials: list[dict]) -> np.ndarray:
+    """Last errors that could be measured: what the paper plots."""
+    return np.array([trial["top1_error"] for trial in trials])
+
+
+def outcomes(trials: list[dict]) -> np.ndarray:
+    """Errors with which the trials count: one that diverged has failed, whatever it was."""
+    return np.array([FAILED if t["diverged_at"] is not None else t["top1_error"] for t in trials])
+
+
+def num_diverged(trials: list[dict]) -> int:
+    """How many of the trials diverged."""
+    return sum(trial["diverged_at"] is not None for trial in trials)
 
 
 def family_of(model: str, families: Sequence[str]) -> str:
@@ -121,7 +116,7 @@ def choose(grid: list[dict]) -> tuple[float, float]:
 
     def badness(setting):
         trials = settings[setting]
-        return Study.num_diverged(trials), Study.errors(trials).mean()
+        return num_diverged(trials), errors(trials).mean()
 
     return min(settings, key=badness)
 
@@ -143,11 +138,13 @@ def read(folders: list[str]) -> Study:
                 results.append(json.load(file))
             with open(os.path.join(folder, "trials.jsonl")) as file:
                 records = [json.loads(line) for line in file]
-        except (OSError, ValueError) as error:
+            if "experiments" not in configs[-1]:
+                raise ValueError("config.json is no study's")
+        except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{folder} holds no finished study: {error}") from error
         for record in records:
             trials.setdefault(tuple(record[name] for name in _IDENTITY), record)
-        grid = Trials(records).select(kind="grid")
+        grid = [trial for trial in records if trial["kind"] == "grid"]
         for pair in sorted({(trial["model"], trial["optimizer"]) for trial in grid}):
             found = choose([t for t in grid if (t["model"], t["optimizer"]) == pair])
             if found != optima.setdefault(pair, found):
@@ -161,4 +158,4 @@ def read(folders: list[str]) -> Study:
             raise ConfigError(f"studies differ in {name}: {' and '.join(sorted(values))}")
     experiments = [name for config in configs for name in config["experiments"]]
     config = configs[0] | {"experiments": list(dict.fromkeys(experiments))}
-    return Study(config, results, Trials(trials.values()))
+    return Study(config, results, list(trials.values()))

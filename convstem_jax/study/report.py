@@ -17,8 +17,8 @@ from tabulate import tabulate
 
 from convstem_jax.errors import UserError
 from convstem_jax.study.claims import Claim, claims
-from convstem_jax.study.figures import OPTIMIZERS, figures
-from convstem_jax.study.finished import FAILED, Study, read
+from convstem_jax.study.figures import TITLES, figures
+from convstem_jax.study.finished import FAILED, Study, errors, num_diverged, outcomes, read
 
 VERDICT_COLORS = {"supported": "#1a7f37", "not supported": "#b3261e", "undecided": "#8a6d00"}
 
@@ -32,35 +32,35 @@ def error_table(study: Study) -> list[list[str]]:
     def cell(trials):
         if not trials:
             return "–"
-        x, diverged = study.errors(trials), study.num_diverged(trials)
+        x, diverged = errors(trials), num_diverged(trials)
         text = f"{x.mean():.2f} ({x.min():.2f} – {x.max():.2f})"
         return f"{text}, {diverged} diverged" if diverged else text
 
     rows = []
-    for model in study.trials.models("seeds"):
-        for optimizer in OPTIMIZERS:
+    for model in study.models("seeds"):
+        for optimizer in TITLES:
             found = [study.seeds(model, optimizer, epochs) for epochs in study.lengths]
             if any(found):
-                rows.append([model, OPTIMIZERS[optimizer], *map(cell, found)])
+                rows.append([model, TITLES[optimizer], *map(cell, found)])
     return [["model", "optimiser", *(f"{epochs:g} epochs" for epochs in study.lengths)], *rows]
 
 
 def random_table(study: Study) -> list[list[str]]:
     """How good random settings around each model's optimum are (section 5.3)."""
     rows = []
-    for model in study.trials.models("random"):
-        for optimizer in OPTIMIZERS:
-            trials = study.trials.select(kind="random", model=model, optimizer=optimizer)
+    for model in study.models("random"):
+        for optimizer in TITLES:
+            trials = study.random(model, optimizer)
             if trials:
                 lr, wd = study.optimum(model, optimizer)
                 edge = " (edge of the grid)" if study.on_edge(model, optimizer) else ""
                 best = study.best(model, optimizer)
-                above = study.outcomes(trials) - best
+                above = outcomes(trials) - best
                 rows.append([
-                    model, OPTIMIZERS[optimizer], f"{lr:.2g}, {wd:.2g}{edge}",
-                    f"{best:.2f}", f"{np.median(study.errors(trials)):.2f}",
+                    model, TITLES[optimizer], f"{lr:.2g}, {wd:.2g}{edge}",
+                    f"{best:.2f}", f"{np.median(errors(trials)):.2f}",
                     *(f"{np.mean(above <= points):.0%}" for points in (1, 4)),
-                    f"{study.num_diverged(trials)} of {len(trials)}",
+                    f"{num_diverged(trials)} of {len(trials)}",
                 ])  # fmt: skip
     headers = ["model", "optimiser", "around lr, wd", "best", "median"]
     return [[*headers, "within 1 point", "within 4 points", "diverged"], *rows]
@@ -90,7 +90,7 @@ def conditions(study: Study) -> list[str]:
         for name in ("device", "commit")
     )
     return [
-        f"{len(study.trials.records)} trials on {first['train_examples']:,} training and "
+        f"{len(study.trials)} trials on {first['train_examples']:,} training and "
         f"{first['eval_examples']:,} test images of {study.config['dataset']}, at "
         f"{study.config['image_size']} pixels; {devices}, {seconds / 60:.0f} minutes; {versions}; "
         f"commit {commits}.",
