@@ -144,7 +144,15 @@ class Checkpoints:
         self._finish()
         loop = copy.deepcopy(loop)
         if self._copies is None:
-            self._copies = jax.process_count() == 1 and _fits(state, self._room())
+            need = bytes_on_device(state)
+            is_alone = jax.process_count() == 1
+            self._copies = is_alone and need <= self._room()
+            if is_alone and not self._copies:
+                print(
+                    f"the devices have no room for a copy of the state ({need / 2**20:,.0f} MiB): "
+                    "at each checkpoint training waits until the state is on the host",
+                    flush=True,
+                )
         if self._copies:
             # One copy of what lies whole on several devices: Orbax would share out its saving among
             # them, by a program for each array and device. See MAX_WAITING.
@@ -194,7 +202,7 @@ class Checkpoints:
             CheckpointError: it is damaged, or it does not fit `like`.
             StorageError: it cannot be read now.
         """
-        return self._read(self.latest_step() if step is None else step, like)
+        return self._read(step, like)
 
     def restore_weights(self, step: int | None = None) -> tuple[PyTree, PyTree]:
         """Restores the weights of a checkpoint onto one device, whatever else it holds.
@@ -208,13 +216,14 @@ class Checkpoints:
         Raises:
             CheckpointError, StorageError: likewise.
         """
-        state, _ = self._read(self.latest_step() if step is None else step, None)
+        state, _ = self._read(step, None)
         raw = {key: state[key] for key in ("params", "batch_stats")}
         # Without a target, Orbax gives the numbers of lists back as text.
         ema, raw = (nnx.restore_int_paths(weights) for weights in (state["ema"], raw))
         return {"batch_stats": {}} | ema, {"batch_stats": {}} | raw
 
-    def _read(self, step: int, like: TrainState | None) -> tuple[PyTree, dict]:
+    def _read(self, step: int | None, like: TrainState | None) -> tuple[PyTree, dict]:
+        step = self.latest_step() if step is None else step
         if step is None:
             raise CheckpointError(f"there is no checkpoint in {self.directory}")
         if step not in (steps := self._manager.all_steps()):
@@ -331,18 +340,6 @@ def _by_name(tree: PyTree) -> dict[str, Any]:
     """Leaves by name, which does not tell the number 0 from the text "0"."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
-
-
-def _fits(state: PyTree, room: float) -> bool:
-    """Whether a copy of the state fits in so many bytes of each device."""
-    need = bytes_on_device(state)
-    if need > room:
-        print(
-            f"the devices have no room for a copy of the state ({need / 2**20:,.0f} MiB): at each "
-            "checkpoint training waits until the state is on the host",
-            flush=True,
-        )
-    return need <= room
 
 
 def _is_whole_on_several(x: jax.Array) -> bool:

@@ -16,25 +16,27 @@ _LACKING = ["RESOURCE_EXHAUSTED"] + [
 ]
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
 def is_passing(error: BaseException) -> bool:
     """Whether an error says that storage did not answer, so that it is worth to try again.
 
     By its text: TensorStore gives an OSError's as a ValueError.
     """
-    while error is not None:
-        if any(text in str(error) for text in _PASSING):
-            return True
-        error = error.__cause__
-    return False
+    return any(text in str(cause) for cause in causes(error) for text in _PASSING)
 
 
 def is_of_this_process(error: BaseException) -> bool:
     """Whether an error says that this process lacks memory, files to open or permission."""
-    while error is not None:
-        if isinstance(error, MemoryError) or any(text in str(error) for text in _LACKING):
-            return True
-        error = error.__cause__
-    return False
+    return any(
+        isinstance(cause, MemoryError) or any(text in str(cause) for text in _LACKING)
+        for cause in causes(error)
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -28,7 +28,7 @@ from convstem_jax import build, files, tpu
 from convstem_jax.complexity import complexity, float32_products
 from convstem_jax.config import load_config, validate
 from convstem_jax.errors import ConfigError, UserError, first_line
-from convstem_jax.sharding import Sharding
+from convstem_jax.sharding import Sharding, bytes_on_device
 
 GIB = 2**30
 # Share of the memory that the largest batch may be reckoned to fill: it is a linear estimate.
@@ -71,7 +71,7 @@ def preflight(
     num_devices = len(slice_.devices)
     build.check_batch(config, num_devices)
     sharding = Sharding(slice_.devices, config.state_sharding)
-    traced, state, shardings = _trace(config, sharding, num_classes, num_examples)
+    traced, state = _trace(config, sharding, num_classes, num_examples)
     compiled = tpu.compile_step(traced, slice_, quick, known and known["compiled"])
 
     # ------------------------------------------------------------------------------- memory
@@ -80,7 +80,7 @@ def preflight(
     n, size = config.batch_size, config.image_size
     images = n // num_devices  # on one device
     parts = {
-        name: _bytes_on_device(getattr(state, name), getattr(shardings, name))
+        name: bytes_on_device(getattr(state, name))
         for name in ("params", "batch_stats", "opt_state", "ema")
     }
     # What the loop keeps on the devices beside the batch of the step.
@@ -155,29 +155,19 @@ def _trace(config, sharding: Sharding, num_classes: int, num_examples: int):
     recipe = build.recipe(config, num_classes)
     graphdef, new_state = build.new_state(config, recipe)
 
-    def like(tree, shardings):
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-        )
+    def shapes(function, *args, shardings):
+        return jax.eval_shape(jax.jit(function, out_shardings=shardings), *args)
 
-    hparams = jax.eval_shape(lambda: build.hparams(config, num_examples))
-    state = jax.eval_shape(new_state, hparams.seed)
-    shardings = sharding.of_state(state)
+    hparams = shapes(lambda: build.hparams(config, num_examples), shardings=sharding.replicated)
+    shardings = sharding.of_state(jax.eval_shape(new_state, hparams.seed))
+    state = shapes(new_state, hparams.seed, shardings=shardings)
     n, size = config.batch_size, config.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8, sharding=sharding.batch),
         "label": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=sharding.batch),
     }
     step = build.jit_train_step(sharding, graphdef, recipe, shardings)
-    replicated = jax.tree.map(lambda _: sharding.replicated, hparams)
-    return step.trace(like(state, shardings), batch, like(hparams, replicated)), state, shardings
-
-
-def _bytes_on_device(tree, shardings) -> int:
-    sizes = jax.tree.map(
-        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings
-    )
-    return sum(jax.tree.leaves(sizes))
+    return step.trace(state, batch, hparams), state
 
 
 def _remedy(config, num_devices: int, rest: int, free: float, parts: dict[str, int]) -> str:

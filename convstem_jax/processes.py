@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from convstem_jax.errors import ConfigError, PeerError, UserError, first_line
+from convstem_jax.errors import ConfigError, PeerError, UserError, causes, first_line
 
 MEET_SECONDS = 10  # for the others to reach the end
 
@@ -97,10 +97,9 @@ def together():
         yield
     except UserError as own:
         error = own
-    if jax.process_count() > 1:
-        statuses = gather([error.exit_status if error else 0])[:, 0]
-        if error is None and statuses.any():
-            raise PeerError(int(np.flatnonzero(statuses)[0]), int(statuses[statuses > 0][0]))
+    statuses = gather([error.exit_status if error else 0])[:, 0]
+    if error is None and statuses.any():
+        raise PeerError(int(np.flatnonzero(statuses)[0]), int(statuses[statuses > 0][0]))
     if error is not None:
         raise error
 
@@ -111,10 +110,9 @@ def check_same(text: str, message: str) -> None:
     Raises:
         ConfigError: it is not; `message` says of a process that differs what is wrong and to do.
     """
-    if jax.process_count() > 1:
-        digests = gather([int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])])[:, 0]
-        if different := np.flatnonzero(digests != digests[0]).tolist():
-            raise ConfigError(f"process {different[0]} {message}")
+    digests = gather([int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])])[:, 0]
+    if different := np.flatnonzero(digests != digests[0]).tolist():
+        raise ConfigError(f"process {different[0]} {message}")
 
 
 # What the transports and the service that watches the processes say.
@@ -133,12 +131,8 @@ def is_lost_peer(error: BaseException) -> bool:
     """
     if not (jax.distributed.is_initialized() and jax.process_count() > 1):
         return False
-    while error is not None:
-        kind = isinstance(error, RuntimeError | ValueError | TimeoutError)
-        if kind and _LOST.search(str(error)):
-            return True
-        error = error.__cause__
-    return False
+    kinds = RuntimeError | ValueError | TimeoutError
+    return any(isinstance(c, kinds) and bool(_LOST.search(str(c))) for c in causes(error))
 
 
 def gather(numbers: list[int]) -> np.ndarray:

@@ -81,12 +81,8 @@ def without_mesh() -> contextlib.AbstractContextManager:
     return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
 
 
-def bytes_on_device(arrays: PyTree) -> int:
-    """Bytes that arrays take of this process's first device."""
-    device = jax.local_devices()[0]
+def bytes_on_device(tree: PyTree) -> int:
+    """Bytes that arrays, or shapes with a sharding, take of each device."""
     return sum(
-        part.data.nbytes
-        for x in jax.tree.leaves(arrays)
-        for part in x.addressable_shards
-        if part.device == device
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )

@@ -45,7 +45,13 @@ REGNETS = {
 
 
 def _conv(
-    num_in: int, num_out: int, size: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs
+    num_in: int,
+    num_out: int,
+    size: int,
+    stride: int,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    num_groups: int = 1,
 ) -> nnx.Conv:
     """A size x size convolution without bias, padded so that stride 1 keeps the grid."""
     pad = size // 2
@@ -55,6 +61,7 @@ def _conv(
         kernel_size=(size, size),
         strides=stride,
         padding=((pad, pad), (pad, pad)),
+        feature_group_count=num_groups,
         use_bias=False,
         kernel_init=_kernel_init,
         dtype=dtype,
@@ -76,31 +83,19 @@ class GroupedConv(nnx.Module):
         self, width: int, group_width: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         self.num_groups = width // group_width
-        self.conv = nnx.Conv(
-            width,
-            width,
-            kernel_size=(3, 3),
-            strides=stride,
-            padding=((1, 1), (1, 1)),
-            feature_group_count=self.num_groups,
-            use_bias=False,
-            kernel_init=_kernel_init,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.conv = _conv(width, width, 3, stride, dtype, rngs, self.num_groups)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if is_product(self.conv, x):
             return convolve(self.conv, x)
-        x, kernel = x.astype(self.conv.dtype), self.conv.kernel.astype(self.conv.dtype)
+        x, kernel = x.astype(self.conv.dtype), self.conv.kernel[...].astype(self.conv.dtype)
         num_groups = self.num_groups
         if on_tpu():
             num = _groups_to_merge(num_groups, kernel.shape[2])
             kernel, num_groups = _merge_groups(kernel, num), num_groups // num
-        return by_device(functools.partial(self._convolve, num_groups=num_groups))(x, kernel)
-
-    def _convolve(self, x: jax.Array, kernel: jax.Array, num_groups: int) -> jax.Array:
-        return by_xla(x, kernel, self.conv.strides, self.conv.padding, num_groups)
+        stride, padding = self.conv.strides, self.conv.padding
+        form = functools.partial(by_xla, stride=stride, padding=padding, num_groups=num_groups)
+        return by_device(form)(x, kernel)
 
 
 def _groups_to_merge(num_groups: int, group_width: int) -> int:

@@ -153,23 +153,25 @@ class Programs:
         )
         self._device = devices[0]
         memory = memory or 0.9 * _memory(self._device)
-        while True:
+
+        def compile_for(per_device):
+            """Compiles for so many trials of a device, and returns the bytes that they need."""
             self.num_trials = per_device * len(devices)
             shapes, eval_batch = self._shapes(config)
             ema = shapes[0].trials.ema
             self.step = step.lower(*shapes).compile()
             self.eval_step = evaluate.lower(ema["params"], ema["batch_stats"], eval_batch).compile()
-            state = self.step.memory_analysis().alias_size_in_bytes
-            need = max(_need(self.step), _need(self.eval_step) + state)
+            state_bytes = self.step.memory_analysis().alias_size_in_bytes
+            need = max(_need(self.step), _need(self.eval_step) + state_bytes)
             if ema["batch_stats"] and config.precise_bn_examples:
                 key = jax.eval_shape(lambda: jax.random.key(0))
                 arguments = ema["params"], ema["batch_stats"], shapes[1], key
                 self.batch_statistics = statistics.lower(*arguments).compile()
                 images = config.precise_bn_examples * 3 * config.image_size**2  # which stay there
-                need = max(need, _need(self.batch_statistics) + state) + images
-            self.need = need
-            if need <= memory:
-                return
+                need = max(need, _need(self.batch_statistics) + state_bytes) + images
+            return need
+
+        while (need := compile_for(per_device)) > memory:
             if per_device == 1:
                 raise ConfigError(
                     f"one trial of {config.model} needs {need / 2**30:.2f} GiB, and a device has "
@@ -177,6 +179,7 @@ class Programs:
                     "raise config.accumulate"
                 )
             per_device = max(1, min(per_device - 1, int(per_device * memory / need)))
+        self.need = need
 
     def room(self) -> float:
         """Bytes that each device has beside what the trials need."""

@@ -7,7 +7,6 @@ everything in one file, to the folder `report` of the first study, or to --outpu
 import argparse
 import dataclasses
 import html
-import json
 import os
 import sys
 
@@ -15,6 +14,7 @@ import matplotlib
 import numpy as np
 from tabulate import tabulate
 
+from convstem_jax import files
 from convstem_jax.errors import UserError
 from convstem_jax.study.claims import Claim, claims
 from convstem_jax.study.figures import TITLES, figures
@@ -129,27 +129,22 @@ def write(study: Study, output: str) -> list[Claim]:
         with open(path) as file:
             svgs[name] = file.read()
     found = claims(study)
-    with open(os.path.join(output, "verdicts.json"), "w") as file:
-        json.dump(
-            [dataclasses.asdict(claim) | {"verdict": claim.verdict} for claim in found],
-            file, indent=2,
-        )  # fmt: skip
-        file.write("\n")
+    verdicts = [dataclasses.asdict(claim) | {"verdict": claim.verdict} for claim in found]
+    files.write_json(os.path.join(output, "verdicts.json"), verdicts)
     tables = {
         "Claims": claim_table(found),
         "Random learning rates and weight decays": random_table(study),
         "Errors at each model's own optimum: mean (range over seeds)": error_table(study),
     }
     tables = {title: table for title, table in tables.items() if len(table) > 1}
-    with open(os.path.join(output, "report.md"), "w") as file:
-        file.write("\n\n".join(["# Stability study", *conditions(study)]) + "\n")
-        for title, (headers, *rows) in tables.items():
-            table = tabulate(rows, headers, "github", disable_numparse=True)
-            file.write(f"\n## {title}\n\n{table}\n")
-        for name, (_, caption) in drawn.items():
-            file.write(f"\n![{caption}]({name}.png)\n\n{caption}\n")
-    with open(os.path.join(output, "index.html"), "w") as file:
-        file.write(_page(study, tables, found, drawn, svgs))
+    sections = ["# Stability study", *conditions(study)]
+    for title, (headers, *rows) in tables.items():
+        sections += [f"## {title}", tabulate(rows, headers, "github", disable_numparse=True)]
+    for name, (_, caption) in drawn.items():
+        sections += [f"![{caption}]({name}.png)", caption]
+    files.write_text(os.path.join(output, "report.md"), "\n\n".join(sections) + "\n")
+    page = _page(study, tables, found, drawn, svgs)
+    files.write_text(os.path.join(output, "index.html"), page)
     return found
 
 
