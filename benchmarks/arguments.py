@@ -4,18 +4,14 @@ import argparse
 import os
 import sys
 
-from convstem_jax import files, provenance
+from convstem_jax import files, provenance, terminal
 
 
 def new_parser(
     name: str, description: str, json: str = "write the table as a list of objects too"
 ) -> argparse.ArgumentParser:
     """The parser of `python -m benchmarks.NAME`, with --json and its help."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = terminal.new_parser(f"benchmarks.{name}", description)
     parser.add_argument("--json", type=files.writable, metavar="FILE", help=json)
     return parser
 

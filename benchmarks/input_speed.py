@@ -29,8 +29,8 @@ from convstem_jax.config import load_config
 from convstem_jax.data import autoaugment, packed, pipeline, sources
 from convstem_jax.data.examples import TrainExamples
 from convstem_jax.errors import UserError
-from convstem_jax.progress import progress_bar
 from convstem_jax.sharding import Sharding
+from convstem_jax.terminal import progress_bar, tell
 
 # With it a made-up photograph has about the 115 kB of ImageNet's average.
 _JPEG_QUALITY = 87
@@ -133,8 +133,7 @@ def main(argv: list[str] | None = None) -> int:
                 speed = args.batch * batches_per_second(examples, args.batch, num, args.seconds)
                 rows.append({"what": "batches", "workers": num, "images_per_second": speed})
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_status
+            return tell(error)
     print(table(rows))
     if args.json:
         about = arguments.made_by(argv) | {"cores": cores, "batch": args.batch}

@@ -23,6 +23,7 @@ from convstem_jax import build, files, tpu
 from convstem_jax.errors import UserError
 from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
+from convstem_jax.terminal import tell
 
 OURS, *PLAIN = jax_contenders.IMPLEMENTATIONS
 WHAT = ("model", "topology", "batch_on_device", "implementation")  # what a row is of
@@ -122,8 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.json:  # an estimate takes minutes
                 files.write_json(args.json, [*known.values()])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return tell(error)
     print(table(rows))
     return 0
 

@@ -38,7 +38,7 @@ from convstem_jax import files
 from convstem_jax.complexity import complexity
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.optim import OPTIMIZERS
-from convstem_jax.progress import progress_bar
+from convstem_jax.terminal import progress_bar
 
 
 def take_turns(

@@ -16,6 +16,7 @@ from convstem_jax import processes
 from convstem_jax.config import load_config, set_fields, split_argument
 from convstem_jax.errors import Preempted, StorageError, UserError, first_line, is_passing
 from convstem_jax.run_folder import FREE_FIELDS
+from convstem_jax.terminal import new_parser
 
 EXIT_STATUS = """\
 exit status:
@@ -92,13 +93,7 @@ def _parse(
     default_config: str | None,
     several_processes: bool,
 ) -> tuple[argparse.Namespace, dict[str, str]]:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {name}",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(name, description, epilog=epilog, allow_abbrev=False)
     parser.add_argument(
         "--config", required=default_config is None, default=default_config, metavar="FILE[:ARG]",
         help="configuration file, with its argument after a colon"

@@ -9,7 +9,6 @@ of their biases; activations are the outputs of convolutions and matrix products
 included. Norms, softmax and activation functions cost nothing.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterable, Iterator
 import dataclasses
@@ -26,6 +25,7 @@ from tabulate import tabulate
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.models.vit import ViTSpec
 from convstem_jax.step import split
+from convstem_jax.terminal import new_parser, tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,9 +226,9 @@ def _print_table(table: list[dict], tablefmt: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convstem_jax.complexity",
-        description="Counts flops, parameters and activations, and shows the paper's beside them.",
+    parser = new_parser(
+        "convstem_jax.complexity",
+        "Counts flops, parameters and activations, and shows the paper's beside them.",
     )
     parser.add_argument(
         "--model", action="append", choices=MODELS, metavar="NAME",
@@ -246,8 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         table = rows(args.model or PAPER, num_classes=args.num_classes, **changes)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell(error)
     if args.format == "json":
         print(json.dumps(table, indent=2))
     else:

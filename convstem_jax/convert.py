@@ -16,6 +16,7 @@ import safetensors.numpy
 from convstem_jax import command_line, files, layouts, weights
 from convstem_jax.errors import CheckpointError, ConfigError, UserError, first_line
 from convstem_jax.models import MODELS
+from convstem_jax.terminal import new_parser, tell
 
 TORCH_SUFFIXES = (".pt", ".pth", ".pyth", ".bin")
 _EPILOG = """\
@@ -141,12 +142,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Converts; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convstem_jax.convert",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("convstem_jax.convert", __doc__, epilog=_EPILOG)
     layout = {"choices": layouts.LAYOUTS, "metavar": "LAYOUT"}
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("target", metavar="TARGET", help="must not exist")
@@ -184,8 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             weights.save(args.target, converted, architecture)
     except (UserError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status if isinstance(error, UserError) else 2
+        return tell(error)
     print(f"{args.target}: {architecture.model}, {architecture.num_classes} classes")
     return 0
 

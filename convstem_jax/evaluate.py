@@ -4,7 +4,6 @@ WEIGHTS is a run's folder, or a file of convstem_jax.convert. A run's own config
 images are read and how they are prepared; for a file, or for other data, --config names one.
 """
 
-import argparse
 import contextlib
 import json
 import sys
@@ -18,9 +17,9 @@ from convstem_jax.config import load_config, load_run_config, set_fields, valida
 from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import ConfigError, UserError
 from convstem_jax.evaluation import evaluate
-from convstem_jax.progress import progress_bar
 from convstem_jax.sharding import Sharding
 from convstem_jax.step import eval_step
+from convstem_jax.terminal import new_parser, progress_bar, tell
 
 _EPILOG = """\
 examples:
@@ -90,13 +89,7 @@ def evaluate_weights(
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluates and prints; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convstem_jax.evaluate",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("convstem_jax.evaluate", __doc__, epilog=_EPILOG, allow_abbrev=False)
     parser.add_argument("weights", metavar="WEIGHTS")
     parser.add_argument(
         "--config", metavar="FILE[:ARG]", help="configuration file (default: the run's own)"
@@ -113,8 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         set_fields(config, overrides)
         results = evaluate_weights(config, args.weights, raw=args.raw, step=args.step)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return tell(error)
     if args.format == "json":
         print(json.dumps(results, indent=2))
     else:

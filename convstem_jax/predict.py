@@ -4,7 +4,6 @@ WEIGHTS is a run's folder, or a file of convstem_jax.convert. A run's own config
 images are prepared; for a file --config names one.
 """
 
-import argparse
 from collections.abc import Iterable, Sequence
 import itertools
 import json
@@ -22,6 +21,7 @@ from convstem_jax.data.augment import center_crop
 from convstem_jax.data.sources import decode
 from convstem_jax.errors import ConfigError, DataError, UserError
 from convstem_jax.sharding import Sharding, without_mesh
+from convstem_jax.terminal import new_parser, tell
 
 _EPILOG = """\
 examples:
@@ -88,12 +88,7 @@ def predict(model: nnx.Module, images: Iterable[np.ndarray]) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     """Classifies and prints; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convstem_jax.predict",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("convstem_jax.predict", __doc__, epilog=_EPILOG)
     parser.add_argument("weights", metavar="WEIGHTS")
     parser.add_argument("images", metavar="IMAGE", nargs="+")
     parser.add_argument(
@@ -120,8 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         names = _names(args.names, architecture)
         model = architecture.with_weights(loaded, jnp.dtype(config.dtype))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return tell(error)
     paths, status = [], 0
 
     def images():
@@ -130,8 +124,7 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 image = load_image(path, config)
             except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-                status = max(status, error.exit_status)
+                status = max(status, tell(error))
             else:
                 paths.append(path)
                 yield image

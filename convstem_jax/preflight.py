@@ -9,7 +9,6 @@ of memory is what it would allocate; times are its estimate, with the collective
 published speed of the links on top, and reading the data left out.
 """
 
-import argparse
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from convstem_jax.complexity import complexity, float32_products
 from convstem_jax.config import load_config, validate
 from convstem_jax.errors import ConfigError, UserError, first_line
 from convstem_jax.sharding import Sharding, bytes_on_device
+from convstem_jax.terminal import new_parser, tell
 
 GIB = 2**30
 # Share of the memory that the largest batch may be reckoned to fill: it is a linear estimate.
@@ -273,10 +273,9 @@ def table(records: list[dict], tablefmt: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Compiles and prints; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convstem_jax.preflight",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_parser(
+        "convstem_jax.preflight",
+        __doc__,
         epilog="exit status: 0 all fit · 1 the compiler failed · 2 configuration, topology or no "
         "libtpu · 6 some do not fit",
     )
@@ -312,8 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         records, failed = _records(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return tell(error)
     if args.format == "json":
         print(json.dumps(records, indent=2))
     elif args.format == "markdown":

@@ -29,7 +29,7 @@ from convstem_jax.data import augment, pack, pipeline, sources
 from convstem_jax.data.examples import EvalExamples, TrainExamples, TrainTransform, _permutation
 from convstem_jax.data.reader import Reader
 from convstem_jax.errors import ConfigError, DataError
-from convstem_jax.progress import progress_bar
+from convstem_jax.terminal import progress_bar
 
 ROOT = pathlib.Path(__file__).parent.parent
 DATASETS = ROOT / "datasets"

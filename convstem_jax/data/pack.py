@@ -12,7 +12,6 @@ exit status:
   0 done · 2 wrong arguments, no such data, or a folder that cannot be written · 3 damaged data
 """
 
-import argparse
 import os
 import pathlib
 import re
@@ -21,7 +20,7 @@ import sys
 from convstem_jax.data import sources
 from convstem_jax.data.packed import PackedRecords, records, write
 from convstem_jax.errors import ConfigError, DataError, UserError
-from convstem_jax.progress import progress_bar
+from convstem_jax.terminal import new_parser, progress_bar, tell
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -94,11 +93,7 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
 
 def main(argv: list[str]) -> int:
     """Packs a data set of tfds, or folders of images; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convstem_jax.data.pack",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("convstem_jax.data.pack", __doc__)
     add = parser.add_argument
     add("--dataset", required=True, help="its name, such as fashion_mnist_10k")
     add("--images", metavar="FOLDER", help="pack FOLDER/SPLIT/CLASS/*.jpg, not a data set of tfds")
@@ -125,8 +120,7 @@ def main(argv: list[str]) -> int:
         path = os.path.join(args.output, f"{args.dataset}.npz")
         write(path, splits, class_names)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return tell(error)
     except OSError as error:
         print(f"error: --output {args.output} cannot be written: {error}", file=sys.stderr)
         return ConfigError.status

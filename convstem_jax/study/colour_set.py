@@ -9,7 +9,6 @@ The result is one file that `config.data_dir` finds, WebP inside, and the same i
 photographs keep their licences, some of which are copyleft.
 """
 
-import argparse
 import importlib.util
 import os
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 
 from convstem_jax.data import packed, sources
 from convstem_jax.errors import ConfigError, DataError, UserError
-from convstem_jax.progress import progress_bar
+from convstem_jax.terminal import new_parser, progress_bar, tell
 
 SIZE = 32
 # Photographs in colour that the package scikit-image has; its other pictures are none.
@@ -120,11 +119,7 @@ def default_photographs() -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Builds the data set; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convstem_jax.study.colour_set",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("convstem_jax.study.colour_set", __doc__)
     add = parser.add_argument
     add("--garments", default="fashion_mnist", help="data set of garments (default: %(default)s)")
     add("--data_dir", default="datasets", help="folder that holds it (default: %(default)s)")
@@ -146,8 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         records = {name: records for name, (records, _) in built.items()}
         packed.write(path, records, splits["train"].class_names)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 2)
+        return tell(error)
     pixels = built["train"][1] / 255
     print(
         f"{path}: {os.path.getsize(path) / 1e6:.1f} MB, {len(photographs['train'])} photographs "

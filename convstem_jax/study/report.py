@@ -4,7 +4,6 @@ Writes the paper's figures (PNG and SVG), report.md, verdicts.json, and index.ht
 everything in one file, to the folder `report` of the first study, or to --output.
 """
 
-import argparse
 import dataclasses
 import html
 import os
@@ -19,6 +18,7 @@ from convstem_jax.errors import UserError
 from convstem_jax.study.claims import Claim, claims
 from convstem_jax.study.figures import TITLES, figures
 from convstem_jax.study.finished import FAILED, Study, errors, num_diverged, outcomes, read
+from convstem_jax.terminal import new_parser, tell
 
 VERDICT_COLORS = {"supported": "#1a7f37", "not supported": "#b3261e", "undecided": "#8a6d00"}
 
@@ -178,11 +178,7 @@ def _page(study, tables, found, drawn, svgs) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Writes the report; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convstem_jax.study.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("convstem_jax.study.report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished study")
     parser.add_argument("--output", help="folder to write to (default: RUN/report of the first)")
     args = parser.parse_args(argv)
@@ -190,8 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found = write(read(args.runs), output)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 2)
+        return tell(error)
     for claim in found:
         print(f"{claim.verdict:14}{claim.name}")
     print(f"report: {output}/index.html")
