@@ -1,8 +1,11 @@
-"""Arguments that the benchmarks share, and what their results tell of how they were made."""
+"""What the benchmarks share: arguments, tables, and how a result was made."""
 
 import argparse
+from collections.abc import Sequence
 import os
 import sys
+
+from tabulate import tabulate
 
 from convstem_jax import files, provenance, terminal
 
@@ -30,6 +33,12 @@ def _multiple_of(divisor: int, text: str, wanted: str) -> int:
     if not text.isdecimal() or not int(text) or int(text) % divisor:
         raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}")
     return int(text)
+
+
+def table(headers: Sequence[str], lines: Sequence[Sequence], num_text: int = 1) -> str:
+    """A table in Markdown: the first columns are text, the others numbers."""
+    align = ["left"] * num_text + ["right"] * (len(headers) - num_text)
+    return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
 
 
 def made_by(argv: list[str] | None) -> dict:

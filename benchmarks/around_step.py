@@ -21,7 +21,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tabulate import tabulate
 
 from benchmarks import arguments
 from benchmarks.jax_contenders import IMPLEMENTATIONS, Training
@@ -174,8 +173,7 @@ def table(rows: list[dict]) -> str:
         )
         for row in rows
     ]  # fmt: skip
-    align = ["left", "left", *["right"] * 10]
-    return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
+    return arguments.table(headers, lines, num_text=2)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,7 +21,6 @@ import cv2
 import jax
 import ml_collections
 import numpy as np
-from tabulate import tabulate
 
 from benchmarks import arguments
 from convstem_jax import build, command_line, files
@@ -149,8 +148,7 @@ def table(rows: list[dict]) -> str:
         for row in rows
     ]  # fmt: skip
     headers = ("what", "worker processes", "ms an image", "images/s")
-    align = ["left", *["right"] * 3]
-    return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
+    return arguments.table(headers, lines)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import sys
 import tempfile
 
 import jax
-from tabulate import tabulate
 
 from benchmarks import arguments, jax_contenders
 from benchmarks.workload import Case
@@ -127,8 +126,7 @@ def table(rows: list[dict], num: int) -> str:
         for row in shown
     ]  # fmt: skip
     headers = ("name", "times a step", "ms a step", "share (%)")
-    align = ("left", "right", "right", "right")
-    return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
+    return arguments.table(headers, lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,7 +29,6 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
-from tabulate import tabulate
 
 from benchmarks import arguments, jax_contenders
 from benchmarks.workload import recipe_of
@@ -319,8 +318,7 @@ def table(rows: list[dict]) -> str:
     ]  # fmt: skip
     headers = ("model", "batch", "Gflop an image", "MB an image", "bound (images/s)")
     headers += ("measured (images/s)", "reached (%)")
-    align = ["left"] + ["right"] * 6
-    return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
+    return arguments.table(headers, lines)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX looks for a TPU that is not there
 
 import jax
-from tabulate import tabulate
 
 from benchmarks import arguments, jax_contenders
 from benchmarks.workload import recipe_of
@@ -77,8 +76,7 @@ def table(rows: list[dict]) -> str:
             plain = cycles.get(name)
             line += [_millions(plain), f"{ours / plain:.2f}" if ours and plain else "–"]
         lines.append(line)
-    align = ["left", "left", *["right"] * (len(headers) - 2)]
-    return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
+    return arguments.table(headers, lines, num_text=2)
 
 
 def _millions(cycles: int | None) -> str:

@@ -29,7 +29,6 @@ if not __package__:  # started as a file
 from flax import nnx
 import jax
 import numpy as np
-from tabulate import tabulate
 
 from benchmarks import arguments, jax_contenders, torch_contenders
 from benchmarks.contenders import JAX, OURS, TORCH, Contender, all_compiled, missing
@@ -107,8 +106,7 @@ def table(rows: list[dict]) -> str:
         )
         for row in rows
     ]  # fmt: skip
-    align = ["left", "left", *["right"] * 6]
-    return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
+    return arguments.table(headers, lines, num_text=2)
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:

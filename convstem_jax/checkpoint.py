@@ -67,6 +67,7 @@ class Checkpoints:
         room: Callable[[], float] = room_left,
     ):
         policy = ocp.checkpoint_managers
+        together = _alone() if read_only else ocp.options.MultiprocessingOptions()
 
         def top1_error(metrics):
             return metrics["top1_error"]
@@ -95,6 +96,7 @@ class Checkpoints:
                 best_mode="min",
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
+                multiprocessing_options=together,
             ),
         )
         self.directory, self._read_only = directory, read_only
@@ -316,6 +318,14 @@ class Checkpoints:
             f"saving to {self.directory} failed, where {free:,.0f} MiB are free: make room or name "
             f"another place, and go on from the last checkpoint ({reason})"
         )
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For a process that reads by itself: others may fail at it, and would be waited for."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
 
 
 def _check_fit(saved: PyTree, like: PyTree) -> None:

@@ -62,7 +62,7 @@ def load_run_config(workdir: str) -> ml_collections.ConfigDict:
         with open(os.path.join(workdir, "config.json")) as file:
             fields = json.load(file)
         fields = {name: fields[name] for name in RULES}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{workdir} has no config.json of this version ({first_line(error)}): give --config"
         ) from error

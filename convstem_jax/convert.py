@@ -126,7 +126,8 @@ def _check(args: argparse.Namespace) -> None:
     is_state = args.source_layout or args.source.endswith(".safetensors")
     if args.step is not None and is_state:
         raise ConfigError(f"--step is for a run's folder: {args.source} is one state")
-    if args.raw and is_state and args.source_layout != "pycls":
+    has_two = args.source_layout == "pycls" and not args.source.endswith(".safetensors")
+    if args.raw and is_state and not has_two:
         raise ConfigError(
             f"--raw is for a run's folder and checkpoints of pycls: {args.source} is one state"
         )

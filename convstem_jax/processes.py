@@ -11,7 +11,15 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from convstem_jax.errors import ConfigError, PeerError, UserError, causes, first_line
+from convstem_jax.errors import (
+    ConfigError,
+    PeerError,
+    StorageError,
+    UserError,
+    causes,
+    first_line,
+    is_passing,
+)
 
 MEET_SECONDS = 10  # for the others to reach the end
 
@@ -95,9 +103,13 @@ def together():
     error = None
     try:
         yield
-    except UserError as own:
+    except Exception as own:  # also what nobody expects
+        if is_lost_peer(own):
+            raise
         error = own
-    statuses = gather([error.exit_status if error else 0])[:, 0]
+    status = error.status if isinstance(error, UserError) else 1
+    status = StorageError.status if is_passing(error) else status
+    statuses = gather([status if error else 0])[:, 0]
     if error is None and statuses.any():
         raise PeerError(int(np.flatnonzero(statuses)[0]), int(statuses[statuses > 0][0]))
     if error is not None:

@@ -69,7 +69,8 @@ def prepare(
                 _check_own(workdir)
                 _lock(workdir)
             # With none of them there is nothing that could be mixed up.
-            if has_checkpoint(workdir) or _has_populations(workdir) or _has_result(workdir):
+            has_result = read_result(workdir) is not None
+            if has_result or has_checkpoint(workdir) or _has_populations(workdir):
                 _check_same(_read(workdir, "config.json"), described, workdir)
                 _check_same_classes(class_names, workdir)
     token = ""
@@ -80,7 +81,7 @@ def prepare(
                 text = "".join(f"{name}\n" for name in class_names)
                 write_text(os.path.join(workdir, CLASSES), text)
             write_text(os.path.join(workdir, _TOKEN), secrets.token_hex())
-    with contextlib.suppress(FileNotFoundError), open(os.path.join(workdir, _TOKEN)) as file:
+    with contextlib.suppress(OSError), open(os.path.join(workdir, _TOKEN)) as file:
         token = file.read()
     processes.check_same(
         token,
@@ -129,8 +130,9 @@ def _lock(workdir: str) -> None:
     """
     path = os.path.join(workdir, ".lock")
     if workdir in _locks:
-        if os.path.exists(path):
-            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(_locks[workdir]), os.stat(path)):
+                return
         os.close(_locks.pop(workdir))  # of a folder that was deleted
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -153,10 +155,6 @@ def has_checkpoint(workdir: str) -> bool:
     """Whether a run in the folder has saved something."""
     folder = os.path.join(workdir, "checkpoints")
     return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
-
-
-def _has_result(workdir: str) -> bool:
-    return os.path.exists(os.path.join(workdir, "result.json"))
 
 
 def _has_populations(workdir: str) -> bool:
@@ -210,7 +208,9 @@ def write_result(workdir: str, result: dict) -> None:
 
 def read_result(workdir: str) -> dict | None:
     """Reads result.json; None where the run is not finished."""
-    return _read(workdir, "result.json") if _has_result(workdir) else None
+    if not os.path.exists(os.path.join(workdir, "result.json")):
+        return None
+    return _read(workdir, "result.json")
 
 
 def _read(workdir: str, name: str) -> dict:

@@ -114,11 +114,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     start_weights = None
     if config.init_from and not run_folder.has_checkpoint(workdir):
         with processes.together(), _told_as("config.init_from"):
-            weights.check_there(config.init_from)  # before Orbax, which waits for all processes
-        with processes.together(), _told_as("config.init_from"):
             start_weights, start_model = weights.load(config.init_from)
         processes.check_same(
-            str([zlib.crc32(np.ascontiguousarray(x)) for x in jax.tree.leaves(start_weights)]),
+            str([start_model, *map(_checksum, jax.tree.leaves(start_weights))]),
             f"has other weights in {config.init_from} than process 0: "
             "copy them anew to all machines",
         )
@@ -262,6 +260,10 @@ def _told_as(field: str):
         yield
     except UserError as error:
         raise type(error)(f"{field}: {error}") from error
+
+
+def _checksum(x: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(x))
 
 
 def _print_result(workdir: str, result: dict) -> None:

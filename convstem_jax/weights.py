@@ -93,7 +93,6 @@ def load(
     path: str, *, raw: bool = False, step: int | str | None = None
 ) -> tuple[Weights, Architecture]:
     """Loads weights and what they belong to; see `load_model`."""
-    check_there(path)
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         return _load_run(path, raw, step)
@@ -106,6 +105,8 @@ def load(
         with safetensors.safe_open(path, framework="numpy") as file:
             names, metadata = file.keys(), file.metadata() or {}
             found = {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is not there") from error
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{path} is neither a run's folder nor a safetensors file ({error}). Another project's "
@@ -137,19 +138,6 @@ def load(
     return {"batch_stats": {}} | tree, architecture
 
 
-def check_there(path: str) -> None:
-    """Checks that there is something for `load`.
-
-    Raises:
-        ConfigError: there is not.
-    """
-    path = os.path.expanduser(path)
-    if not os.path.exists(path):
-        raise ConfigError(f"{path} is not there")
-    if os.path.isdir(path) and not run_folder.has_checkpoint(path):
-        raise ConfigError(f"{path} holds no checkpoint: name the folder of a run")
-
-
 def save(path: str, weights: Weights, architecture: Architecture) -> None:
     """Writes weights to a safetensors file.
 
@@ -170,6 +158,8 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
 
 
 def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Architecture]:
+    if not run_folder.has_checkpoint(path):
+        raise ConfigError(f"{path} holds no checkpoint: name the folder of a run")
     folder = os.path.abspath(os.path.join(path, "checkpoints"))
     checkpoints = Checkpoints(folder, read_only=True)
     try:
@@ -184,7 +174,7 @@ def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Ar
         with open(os.path.join(path, "config.json")) as file:
             config = json.load(file)
         model, image_size = config["model"], config["image_size"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}/config.json cannot be read: {error}") from error
     num_classes = len(weights["params"]["head"]["bias"])
     class_names = tuple(run_folder.read_classes(path))

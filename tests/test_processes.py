@@ -220,16 +220,8 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(
-    "there, message",
-    [
-        (False, "process 1 of the run failed"),
-        (True, "process 1 has other weights in ~/start.safetensors than process 0"),
-    ],
-)
-def test_all_processes_must_have_the_same_weights_to_start_from(
-    there, message, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("there", [False, True])
+def test_all_processes_must_have_the_same_weights_to_start_from(there, tmp_path, monkeypatch):
     architecture = Architecture("vitc_tiny", num_classes=10, image_size=32)
     for seed, home in enumerate([tmp_path / "first", tmp_path / "other"]):
         home.mkdir()
@@ -237,14 +229,33 @@ def test_all_processes_must_have_the_same_weights_to_start_from(
         if there or not seed:
             start = dict(zip(("params", "batch_stats"), found, strict=True))
             save(str(home / "start.safetensors"), start, architecture)
-    monkeypatch.setenv("HOME", str(tmp_path / "first"))
-    command = [*flags(tmp_path / "run", init_from="~/start.safetensors")]
-    program = ["-c", AT_HOME.format(home=str(tmp_path / "other"))]
-    statuses, outputs = start_two([command, command], program)
+    statuses, outputs = start_two_at_homes(tmp_path, monkeypatch, "~/start.safetensors")
     assert statuses == [2, 2], outputs
-    assert message in outputs[0]
-    if not there:
+    if there:
+        message = "process 1 has other weights in ~/start.safetensors than process 0"
+        assert all(message in output for output in outputs)
+    else:
+        assert "process 1 of the run failed" in outputs[0]
         assert "config.init_from: " in outputs[1] and "is not there" in outputs[1]
+
+
+@pytest.mark.skipif(not DRILL, reason="make drill runs it")
+def test_a_run_to_start_from_may_be_damaged_on_one_machine(one_device, tmp_path, monkeypatch):
+    for home in (tmp_path / "first", tmp_path / "other"):
+        shutil.copytree(one_device, home / "run")
+    large = max((tmp_path / "other/run/checkpoints/20").rglob("d/*"), key=os.path.getsize)
+    os.truncate(large, 100)
+    statuses, outputs = start_two_at_homes(tmp_path, monkeypatch, "~/run")
+    assert statuses == [4, 4], outputs
+    assert "process 1 of the run failed" in outputs[0] and "is damaged" in outputs[1]
+
+
+def start_two_at_homes(folder, monkeypatch, init_from):
+    """`start_two`, the one with its home in `folder/first`, the other in `folder/other`."""
+    monkeypatch.setenv("HOME", str(folder / "first"))
+    command = [*flags(folder / "run", init_from=init_from)]
+    program = ["-c", AT_HOME.format(home=str(folder / "other"))]
+    return start_two([command, command], program)
 
 
 @pytest.mark.skipif(not DRILL, reason="make drill runs it")

@@ -233,6 +233,7 @@ def test_wrong_files_have_one_line_and_a_status(tmp_path, capsys):
     safetensors.numpy.save_file({"a": np.zeros(3)}, tmp_path / "foreign.safetensors")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({1: torch.zeros(1)}, tmp_path / "numbered.pt")
+    as_pycls = ["--from", "pycls", "--model", "vitp_tiny"]
     (tmp_path / "empty.pt").touch()
     flags = ["--from", "timm", "--model", "vitp_tiny"]
     for source, extra, status, message in (
@@ -259,6 +260,7 @@ def test_wrong_files_have_one_line_and_a_status(tmp_path, capsys):
         (["a.safetensors", "out.safetensors", "--raw"], "is one state"),
         (["list.pt", "out.safetensors", *flags, "--step", 7], "is one state"),
         (["list.pt", "out.safetensors", *flags, "--raw"], "is one state"),
+        (["a.safetensors", "out.safetensors", *as_pycls, "--raw"], "is one state"),
         (["list.pt", "out.safetensors", *flags, "--num_classes", 0], "num_classes is 0"),
     ):
         paths = [tmp_path / name for name in arguments[:2]]
