@@ -136,7 +136,9 @@ def base() -> ml_collections.ConfigDict:
 
     # Model
     config.model = "vitc_4gf"  # a key of convstem_jax.models.MODELS
-    config.dtype = "bfloat16"  # of the computation: bfloat16 or float32; parameters are float32
+    # Of the computation: bfloat16 or float32; parameters are float32. GPUs multiply float32 as TF32
+    # and TPUs as bfloat16, unless JAX_DEFAULT_MATMUL_PRECISION=highest says otherwise.
+    config.dtype = "bfloat16"
     config.stem_init = "paper"  # of the convolutional stem: "paper", or the authors' "later" one
     # Run's folder or file of convstem_jax.convert to start from, also for another image size or
     # other classes; "" for random weights.

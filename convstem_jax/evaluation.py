@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convstem_jax.lead import Lead
 from convstem_jax.step import PyTree
 
 
@@ -25,10 +26,11 @@ def evaluate(
         the number of `examples`; lists of them, one for each trial, where there are trials.
     """
     # The sums stay on the device until the end, so that no batch waits for the host.
-    sums = {}
+    sums, lead = {}, Lead()
     for batch in batches:
         new = {name: eval_step(w["params"], w["batch_stats"], batch) for name, w in weights.items()}
         sums = jax.tree.map(jnp.add, sums, new) if sums else new
+        lead.add(new)
     return {name: _means(s) for name, s in jax.device_get(sums).items()}
 
 

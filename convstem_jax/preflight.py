@@ -27,6 +27,7 @@ from convstem_jax import build, files, tpu
 from convstem_jax.complexity import complexity, float32_products
 from convstem_jax.config import load_config, validate
 from convstem_jax.errors import ConfigError, UserError, first_line
+from convstem_jax.lead import AHEAD
 from convstem_jax.sharding import Sharding, bytes_on_device
 from convstem_jax.terminal import new_parser, tell
 
@@ -84,7 +85,7 @@ def preflight(
         for name in ("params", "batch_stats", "opt_state", "ema")
     }
     # What the loop keeps on the devices beside the batch of the step.
-    ahead = config.prefetch * (n + config.eval_batch_size)
+    ahead = (config.prefetch + AHEAD) * (n + config.eval_batch_size)
     precise = n * build.num_precise_batches(config, num_examples) if state.batch_stats else 0
     parts["input"] = math.ceil((n + ahead + precise) / num_devices) * size**2 * 3
     beside = parts["input"] - images * size**2 * 3

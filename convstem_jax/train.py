@@ -26,6 +26,7 @@ from convstem_jax.config import validate
 from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import Preempted, UserError
 from convstem_jax.evaluation import evaluate, precise_batch_stats
+from convstem_jax.lead import Lead
 from convstem_jax.overview import print_overview
 from convstem_jax.sharding import Sharding
 from convstem_jax.step import batch_statistics, eval_step
@@ -191,6 +192,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     # ---------------------------------------------------------------------------------- loop
 
     results = step_metrics = None
+    lead = Lead()
     steps = range(first_step + 1, num_steps + 1)
     batches = new_train_batches(numbers=range(first_step, num_steps))
     with (
@@ -209,6 +211,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
             with annotation, jax.transfer_guard("disallow"):
                 state, step_metrics = jit_train_step(state, batch, hparams)
+            lead.add(step_metrics)
             records.flush(wait=False)
             is_last = step == num_steps
             if step == 1 or step % config.log_every_steps == 0 or is_last:

@@ -389,10 +389,10 @@ def test_a_packed_file_is_the_data_set(packed_dir, test_split):
     assert split.fingerprint() == test_split.fingerprint()
     records = list(split.records)
     others = [records[:-1], [*records[:-2], records[0]], [records[1], *records[1:]]]
-    others += [[*records[:1000], *records[999:]]]
+    others += [[*records[:1000], *records[999:]], [records[0], *records[:0:-1][1:], records[-1]]]
     splits = [split, *(dataclasses.replace(split, records=other) for other in others)]
     splits += [dataclasses.replace(split, class_names=split.class_names[::-1])]
-    assert len({x.fingerprint() for x in splits}) == 6
+    assert len({x.fingerprint() for x in splits}) == 7
     part = sources.open_split(str(packed_dir), NAME, "test[50%:1005]")
     assert len(part) == 5 and same(part[0], test_split[1000])
     assert len(sources.open_split(str(packed_dir), NAME, "train")) == 100

@@ -16,7 +16,7 @@ from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
 from convstem_jax.study import population
 from convstem_jax.study.population import train_population
-from convstem_jax.study.programs import Programs, Trial
+from convstem_jax.study.programs import Programs, Trial, stack_hparams
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +104,21 @@ def test_a_trial_that_diverges_disturbs_no_other_and_keeps_its_last_error(tmp_pa
     last = bad["diverged_at"] // 3 + 1  # evaluations are 3 or 4 steps apart
     assert len(set(errors[last:])) == 1, "a diverged trial goes on changing"
     assert len({error for _, error in beside["curve"]}) > 2
+
+
+def test_a_trial_that_diverges_keeps_a_state_that_can_be_saved(monkeypatch):
+    """AdamW's second moments are infinite before the weights or the loss are."""
+    monkeypatch.setitem(MODELS, "vitp_tiny", dataclasses.replace(MODELS["vitp_tiny"], depth=4))
+    c = config(model="vitp_tiny", optimizer="adamw", warmup_epochs=0.0)
+    programs = Programs(c, 10, 1, devices=jax.devices()[:1])
+    hparams = stack_hparams(c, [Trial(1e3, 0.1, 0)], 800)
+    state, rng = programs.init(hparams.seed), np.random.default_rng(0)
+    for _ in range(10):
+        image = rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+        batch = {"image": image, "label": rng.integers(0, 10, 16).astype(np.int32)}
+        state, _ = programs.step(state, jax.device_put(batch, programs.replicated), hparams)
+    assert state.updates[0] < 10, "it diverged"
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.trials))
 
 
 def test_too_large_a_population_is_split_with_the_same_results(tmp_path):

@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import tarfile
+from unittest import mock
 
 import cv2
 import jax
 from jax._src.array import ArrayImpl
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,6 +25,7 @@ from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.config import load_config, set_field
 from convstem_jax.data import sources
 from convstem_jax.errors import ConfigError, NotFiniteError, Preempted
+from convstem_jax.lead import AHEAD, Lead
 from convstem_jax.metrics import read_jsonl
 from convstem_jax.sharding import Sharding
 
@@ -383,6 +386,24 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(
         train_module.train(config(**fields), str(tmp_path))
     assert not list((tmp_path / "checkpoints").glob("[0-9]*")), "a broken state was saved"
     assert len(at_end) == 1 and before not in at_end, "SIGTERM would kill the last save"
+
+
+def test_the_host_is_few_steps_ahead(tmp_path, monkeypatch):
+    """All that it is ahead come before the last checkpoint; JAX would let it be 32 ahead."""
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 30, lambda _, y: y @ x, x))
+    x, lead, results, under_way = jnp.eye(512), Lead(), [], []
+    for _ in range(12):
+        results.append(slow(x))
+        lead.add(results[-1])
+        under_way.append(sum(not result.is_ready() for result in results))
+    assert max(under_way) == AHEAD
+
+    added = []
+    for module in (train_module, evaluation):
+        monkeypatch.setattr(module, "Lead", lambda: mock.Mock(add=added.append))
+    result = train_module.train(config(eval_split=PART), str(tmp_path))
+    assert len(added) > result["steps"]
+    assert sum("grad_norm" in metrics for metrics in added) == result["steps"]
 
 
 def test_the_loop_fetches_nothing_between_log_points(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from convstem_jax.data import sources
 from convstem_jax.data.reader import Reader
 from convstem_jax.errors import DataError, Preempted, writing
 from convstem_jax.evaluation import evaluate, precise_batch_stats
+from convstem_jax.lead import Lead
 from convstem_jax.study.programs import Programs, Trial, stack_hparams
 
 _PART = "part.json"  # [how many trials the state is for, the trials], beside the checkpoints
@@ -197,11 +198,13 @@ def _train_part(
         loop = {"curves": curves, "seconds": time.perf_counter() - start}
         checkpoints.save(step, state, loop)
 
+    lead = Lead()
     batches = train_reader.read(range(first_step, num_steps), programs.replicated)
     with contextlib.closing(checkpoints):
         for step, batch in enumerate(batches, first_step + 1):
             with jax.transfer_guard("disallow"):
                 state, metrics = programs.step(state, batch, hparams)
+            lead.add(metrics)
             is_last, stopping = step == num_steps, stop_requested()
             if build.is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last:
                 evaluate_trials(step)

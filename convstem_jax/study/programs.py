@@ -67,7 +67,9 @@ def population_step(
 
     def step(old, updates, hparams):
         new, metrics = train_step(graphdef, recipe, old, batch, hparams)
-        size = optax.tree.norm((new.params, new.batch_stats)) + metrics["loss"]
+        # A gradient whose square is infinite leaves AdamW's moments so.
+        size = optax.tree.norm((new.params, new.batch_stats))
+        size += metrics["loss"] + metrics["grad_norm"]
         is_alive = (updates == state.step) & jnp.isfinite(size)
         kept = jax.tree.map(lambda n, o: jnp.where(is_alive, n, o), new, old)
         return kept._replace(step=new.step), updates + is_alive, metrics
