@@ -392,7 +392,7 @@ def test_the_host_is_few_steps_ahead(tmp_path, monkeypatch):
     """All that it is ahead come before the last checkpoint; JAX would let it be 32 ahead."""
     slow = jax.jit(lambda x: jax.lax.fori_loop(0, 30, lambda _, y: y @ x, x))
     x, lead, results, under_way = jnp.eye(512), Lead(), [], []
-    for _ in range(12):
+    for _ in range(16):
         results.append(slow(x))
         lead.add(results[-1])
         under_way.append(sum(not result.is_ready() for result in results))
