@@ -186,7 +186,7 @@ def base() -> ml_collections.ConfigDict:
     config.num_workers = 16
     config.num_threads = 1  # batches made at the same time in each of them
     config.read_ahead = 1  # batches ready on the host, for each of them
-    config.prefetch = 2  # batches ready on the devices
+    config.prefetch = 2  # batches ready on the devices, beside those of steps under way
 
     # Evaluation and records
     config.eval_batch_size = 2048
