@@ -67,7 +67,7 @@ class Checkpoints:
         room: Callable[[], float] = room_left,
     ):
         policy = ocp.checkpoint_managers
-        together = _alone() if read_only else ocp.options.MultiprocessingOptions()
+        meeting = _alone() if read_only else ocp.options.MultiprocessingOptions()
 
         def top1_error(metrics):
             return metrics["top1_error"]
@@ -96,7 +96,7 @@ class Checkpoints:
                 best_mode="min",
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
-                multiprocessing_options=together,
+                multiprocessing_options=meeting,
             ),
         )
         self.directory, self._read_only = directory, read_only

@@ -85,7 +85,7 @@ def preflight(
         for name in ("params", "batch_stats", "opt_state", "ema")
     }
     # What the loop keeps on the devices beside the batch of the step.
-    ahead = (config.prefetch + AHEAD) * (n + config.eval_batch_size)
+    ahead = config.prefetch * (n + config.eval_batch_size) + AHEAD * max(n, config.eval_batch_size)
     precise = n * build.num_precise_batches(config, num_examples) if state.batch_stats else 0
     parts["input"] = math.ceil((n + ahead + precise) / num_devices) * size**2 * 3
     beside = parts["input"] - images * size**2 * 3

@@ -396,7 +396,7 @@ def test_the_host_is_few_steps_ahead(tmp_path, monkeypatch):
         results.append(slow(x))
         lead.add(results[-1])
         under_way.append(sum(not result.is_ready() for result in results))
-    assert max(under_way) == AHEAD
+    assert 1 < max(under_way) <= AHEAD
 
     added = []
     for module in (train_module, evaluation):

@@ -14,7 +14,7 @@ class Linear(nnx.Linear):
 
 
 def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """`x @ kernel + bias` in the type of `x`; `kernel` and `bias` are of their own."""
+    """`x @ kernel + bias` in the type of `x`, whatever those of `kernel` and `bias`."""
     y = jnp.tensordot(x, kernel.astype(x.dtype), axes=1)
     return y + spread(bias, y)
 

@@ -18,6 +18,7 @@ import optax
 
 from convstem_jax import build
 from convstem_jax.errors import ConfigError
+from convstem_jax.lead import AHEAD
 from convstem_jax.step import (
     HParams,
     PyTree,
@@ -165,12 +166,14 @@ class Programs:
             self.eval_step = evaluate.lower(ema["params"], ema["batch_stats"], eval_batch).compile()
             state_bytes = self.step.memory_analysis().alias_size_in_bytes
             need = max(_need(self.step), _need(self.eval_step) + state_bytes)
+            bytes_of_image = 3 * config.image_size**2
+            need += AHEAD * max(config.batch_size, config.eval_batch_size) * bytes_of_image
             if ema["batch_stats"] and config.precise_bn_examples:
                 key = jax.eval_shape(lambda: jax.random.key(0))
                 arguments = ema["params"], ema["batch_stats"], shapes[1], key
                 self.batch_statistics = statistics.lower(*arguments).compile()
-                images = config.precise_bn_examples * 3 * config.image_size**2  # which stay there
-                need = max(need, _need(self.batch_statistics) + state_bytes) + images
+                need = max(need, _need(self.batch_statistics) + state_bytes)
+                need += config.precise_bn_examples * bytes_of_image  # which stay there
             return need
 
         while (need := compile_for(per_device)) > memory:
