@@ -1,4 +1,4 @@
-"""Records of a run: metrics.jsonl, TensorBoard, curves.png and progress lines."""
+"""Records of a run: metrics.jsonl, TensorBoard and progress lines."""
 
 from collections.abc import Sequence
 import contextlib
@@ -8,7 +8,6 @@ import os
 import time
 
 import jax
-import matplotlib.figure
 
 from convstem_jax import files
 from convstem_jax.errors import NotFiniteError, writing
@@ -254,29 +253,3 @@ def read_jsonl(path: str) -> list[dict]:
                 with contextlib.suppress(json.JSONDecodeError):
                     records.append(json.loads(line))
     return records
-
-
-def plot_curves(workdir: str, records: list[dict], title: str) -> None:
-    """Draws the training loss and the top-1 errors into curves.png."""
-    path = os.path.join(workdir, "curves.png")
-    figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
-    loss_axes, error_axes = figure.subplots(1, 2)
-    # By what they hold: an evaluation may be of a split called "train".
-    train = [r for r in records if "loss" in r]
-    evals = [r for r in records if "loss" not in r]
-    loss_axes.plot([r["epoch"] for r in train], [r["loss"] for r in train], lw=1)
-    loss_axes.set(xlabel="epoch", ylabel="training loss")
-    for key, style, label in (
-        ("ema_top1_error", "C3.-", "EMA"),
-        ("raw_top1_error", "C7.--", "without EMA"),
-    ):
-        errors = [r[key] for r in evals]
-        label = f"{label}: {errors[-1]:.2f} %"
-        error_axes.plot([r["epoch"] for r in evals], errors, style, label=label)
-    error_axes.set(xlabel="epoch", ylabel="top-1 error (%)", xlim=(0, None), ylim=(0, None))
-    error_axes.legend()
-    for axes in (loss_axes, error_axes):
-        axes.grid(alpha=0.3)
-    figure.suptitle(title)
-    with writing(path):
-        figure.savefig(path, dpi=120)

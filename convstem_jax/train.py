@@ -23,6 +23,7 @@ from convstem_jax import (
 )
 from convstem_jax.checkpoint import Checkpoints, room_left
 from convstem_jax.config import validate
+from convstem_jax.curves import plot_curves
 from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import Preempted, UserError
 from convstem_jax.evaluation import evaluate, precise_batch_stats
@@ -99,8 +100,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         reading=reading,
     )
 
-    @functools.cache
-    def precise_batches():
+    precise_batches = []  # of BatchNorm's statistics; read before the first evaluation
+
+    def read_precise_batches():
         # By threads: worker processes would keep their memory to the end of the run.
         num_threads = min(num_precise, max(1, reading.num_workers))
         threads = pipeline.Reading(0, num_threads, 1, 1)
@@ -108,7 +110,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             f"before each evaluation {num_precise * config.batch_size:,} training images give "
             "BatchNorm's statistics (config.precise_bn_examples)"
         )
-        return list(new_train_batches(numbers=range(num_precise), reading=threads))
+        precise_batches.extend(new_train_batches(numbers=range(num_precise), reading=threads))
 
     # ----------------------------------------------------------------------- model and state
 
@@ -135,10 +137,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     # -------------------------------------------------------------------------------- resume
 
     def room():
-        # The images of the precise statistics stay after the first evaluation.
-        to_come = bool(state.batch_stats) and not precise_batches.cache_info().currsize
-        num = to_come * num_precise * config.batch_size
-        return room_left() - num * 3 * config.image_size**2 / len(sharding.devices)
+        missing = num_precise * bool(state.batch_stats) - len(precise_batches)
+        image_bytes = 3 * config.image_size**2
+        return room_left() - missing * config.batch_size * image_bytes / len(sharding.devices)
 
     checkpoints = Checkpoints(
         os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints, room=room
@@ -170,7 +171,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     start = time.perf_counter() - before["seconds"]
 
     def precise(found):
-        batch_stats = precise_batch_stats(jit_batch_statistics, found, precise_batches())
+        batch_stats = precise_batch_stats(jit_batch_statistics, found, precise_batches)
         return {"params": found["params"], "batch_stats": batch_stats}
 
     def evaluate_at(step):
@@ -178,6 +179,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         with records.pause(step, state):
             raw = {"params": state.params, "batch_stats": state.batch_stats}
             if num_precise and state.batch_stats:
+                if not precise_batches:
+                    read_precise_batches()
                 raw = precise(raw)
                 state = state._replace(batch_stats=raw["batch_stats"], ema=precise(state.ema))
             results = evaluate(jit_eval_step, {"ema": state.ema, "raw": raw}, eval_batches)
@@ -249,8 +252,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         "commit": provenance.commit(),
     }
     if processes.is_first():
-        curves = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
-        metrics.plot_curves(workdir, curves, f"{config.model} on {result['dataset']}")
+        written = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
+        title = f"{config.model} on {result['dataset']}"
+        plot_curves(os.path.join(workdir, "curves.png"), written, title)
         run_folder.write_result(workdir, result)
         _print_result(workdir, result)
     return result

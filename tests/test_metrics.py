@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from convstem_jax import metrics
+from convstem_jax.curves import plot_curves
 from convstem_jax.errors import CheckpointError, NotFiniteError, StorageError
 
 
@@ -114,7 +115,7 @@ def test_an_evaluation_may_be_of_the_training_split(tmp_path):
     records.eval(50, "train", {"ema": error, "raw": error})
     records.close()
     written = metrics.read_jsonl(records.path)
-    metrics.plot_curves(str(tmp_path), written, "title")
+    plot_curves(str(tmp_path / "curves.png"), written, "title")
     assert (tmp_path / "curves.png").exists()
     records_of(tmp_path, first_step=50).close()
     assert metrics.read_jsonl(records.path) == written[:1], "the last evaluation is made again"
