@@ -7,7 +7,7 @@ import sys
 
 from tabulate import tabulate
 
-from convstem_jax import files, provenance, terminal
+from convstem_jax import provenance, terminal
 
 
 def new_parser(
@@ -15,24 +15,16 @@ def new_parser(
 ) -> argparse.ArgumentParser:
     """The parser of `python -m benchmarks.NAME`, with --json and its help."""
     parser = terminal.new_parser(f"benchmarks.{name}", description)
-    parser.add_argument("--json", type=files.writable, metavar="FILE", help=json)
+    parser.add_argument("--json", type=terminal.writable, metavar="FILE", help=json)
     return parser
 
 
-def positive(text: str) -> int:
-    """A `type` of argparse: how many of something."""
-    return _multiple_of(1, text, "a whole number of 1 or more")
-
-
 def even(text: str) -> int:
-    """A `type` of argparse: the images of a batch."""
-    return _multiple_of(2, text, "an even number of 2 or more, since images are mixed in pairs")
-
-
-def _multiple_of(divisor: int, text: str, wanted: str) -> int:
-    if not text.isdecimal() or not int(text) or int(text) % divisor:
-        raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}")
-    return int(text)
+    """An even number of 2 or more, for argparse: the images of a batch."""
+    number = terminal.positive(text)
+    if number % 2:
+        raise argparse.ArgumentTypeError(f"{text} must be even, since images are mixed in pairs")
+    return number
 
 
 def table(headers: Sequence[str], lines: Sequence[Sequence], num_text: int = 1) -> str:

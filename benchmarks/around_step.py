@@ -30,6 +30,7 @@ from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import first_line
 from convstem_jax.models import MODELS
 from convstem_jax.step import eval_step, model_inputs
+from convstem_jax.terminal import positive
 
 OURS = IMPLEMENTATIONS[0]
 NUM_AHEAD = 3  # steps that the host can ask for without waiting for one
@@ -183,8 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--models", nargs="+", default=["vitc_4gf"], choices=MODELS, metavar="MODEL",
         help="as in convstem_jax.create_model (default: vitc_4gf)")  # fmt: skip
     add("--batch", type=arguments.even, default=256, help="default: %(default)s; must be even")
-    add("--steps", type=arguments.positive, default=20, help="of each turn (default: %(default)s)")
-    add("--repeats", type=arguments.positive, default=5, help="default: %(default)s")
+    add("--steps", type=positive, default=20, help="of each turn (default: %(default)s)")
+    add("--repeats", type=positive, default=5, help="default: %(default)s")
     args = parser.parse_args(argv)
     about = arguments.made_by(argv) | {"steps": args.steps, "repeats": args.repeats}
     rows = []

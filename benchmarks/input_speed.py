@@ -29,7 +29,7 @@ from convstem_jax.data import autoaugment, packed, pipeline, sources
 from convstem_jax.data.examples import TrainExamples
 from convstem_jax.errors import UserError
 from convstem_jax.sharding import Sharding
-from convstem_jax.terminal import progress_bar, tell
+from convstem_jax.terminal import positive, progress_bar, tell
 
 # With it a made-up photograph has about the 115 kB of ImageNet's average.
 _JPEG_QUALITY = 87
@@ -105,11 +105,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--config", metavar="FILE[:ARG]",
         help="whose data and augmentation to time (default: the paper's augmentation of made-up "
         "photographs)")  # fmt: skip
-    add("--workers", type=arguments.positive, nargs="+", default=sorted({1, cores}), metavar="N",
+    add("--workers", type=positive, nargs="+", default=sorted({1, cores}), metavar="N",
         help="processes, one or more lines (default: 1, and one a core)")  # fmt: skip
-    add("--batch", type=arguments.even, default=128,
+    add("--batch", type=positive, default=128,
         help="images of one process's batch (default: %(default)s)")  # fmt: skip
-    add("--images", type=arguments.positive, default=500,
+    add("--images", type=positive, default=500,
         help="to time one by one (default: %(default)s)")  # fmt: skip
     add("--seconds", type=float, default=20.0,
         help="to time each number of workers (default: %(default)g)")  # fmt: skip

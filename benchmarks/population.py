@@ -29,6 +29,7 @@ from convstem_jax.sharding import Sharding
 from convstem_jax.study.experiments import Population, run_config
 from convstem_jax.study.population import open_readers
 from convstem_jax.study.programs import Programs, Trial, stack_hparams, trials_per_device
+from convstem_jax.terminal import positive
 
 
 def time_population(config, readers, programs, trials, steps) -> float:
@@ -75,10 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", default="vitc_tiny", choices=MODELS, metavar="MODEL",
         help="as in convstem_jax.create_model (default: %(default)s)")  # fmt: skip
     add("--optimizer", default="sgd", choices=("adamw", "sgd"), help="default: %(default)s")
-    add("--trials", type=arguments.positive, default=16, help="default: %(default)s")
-    add("--batch_size", type=arguments.positive, default=64, help="default: %(default)s")
-    add("--steps", type=arguments.positive, default=50, help="of each trial (default: %(default)s)")
-    add("--repeats", type=arguments.positive, default=5, help="default: %(default)s")
+    add("--trials", type=positive, default=16, help="default: %(default)s")
+    add("--batch_size", type=positive, default=64, help="default: %(default)s")
+    add("--steps", type=positive, default=50, help="of each trial (default: %(default)s)")
+    add("--repeats", type=positive, default=5, help="default: %(default)s")
     args = parser.parse_args(argv)
 
     config = load_config(f"configs/study.py:batch_size={args.batch_size},train_split=train")

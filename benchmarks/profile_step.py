@@ -23,6 +23,7 @@ from benchmarks.workload import Case
 from convstem_jax import files
 from convstem_jax.models import MODELS
 from convstem_jax.optim import OPTIMIZERS
+from convstem_jax.terminal import positive
 
 # XLA does without CUDA graphs where it is profiled, and the host would have other work.
 _WITH_GRAPHS = (("xla_enable_command_buffers_during_profiling", "true"),)
@@ -144,9 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
         help="of convstem_jax (default: %(default)s)")  # fmt: skip
-    add("--steps", type=arguments.positive, default=3, help="default: %(default)s")
+    add("--steps", type=positive, default=3, help="default: %(default)s")
     add("--host", action="store_true", help="what the host does, in place of the kernels")
-    add("--top", type=arguments.positive, default=25, metavar="N",
+    add("--top", type=positive, default=25, metavar="N",
         help="lines of the table (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     if not jax_contenders.new_model(args.implementation, args.model):

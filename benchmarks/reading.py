@@ -30,6 +30,7 @@ from tabulate import tabulate
 
 from benchmarks import arguments
 from convstem_jax import files
+from convstem_jax.terminal import positive
 
 # Bytes of an image of ImageNet's training set on average, in the official tar file.
 RECORD_BYTES = 115_000
@@ -177,11 +178,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--folder", help="where to write the file (default: one for temporary files)")
-    add("--records", type=arguments.positive, default=1251,
+    add("--records", type=positive, default=1251,
         help="in the file (default: %(default)s, ImageNet's)")  # fmt: skip
-    add("--reads", type=arguments.positive, default=2000,
+    add("--reads", type=positive, default=2000,
         help="of each line (default: %(default)s)")  # fmt: skip
-    add("--threads", type=arguments.positive, nargs="+", default=[1, 16],
+    add("--threads", type=positive, nargs="+", default=[1, 16],
         help="default: %(default)s")  # fmt: skip
     add("--latency_ms", type=float, nargs="+", default=[0, 30], help="default: %(default)s")
     add("--preflight", metavar="FILE", help="records whose demand to print too")

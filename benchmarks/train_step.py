@@ -37,7 +37,7 @@ from convstem_jax import files
 from convstem_jax.complexity import complexity
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.optim import OPTIMIZERS
-from convstem_jax.terminal import progress_bar
+from convstem_jax.terminal import positive, progress_bar
 
 
 def take_turns(
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--xla_options", nargs="+", default=[], type=_xla_options, metavar="NAME=VALUE",
         help="each makes one implementation more: this project's, compiled with that option of "
         "XLA, or with several that spaces separate within quotes")  # fmt: skip
-    add("--steps_in_a_call", type=arguments.positive, default=1, metavar="N",
+    add("--steps_in_a_call", type=positive, default=1, metavar="N",
         help="makes one implementation more: this project's, whose program makes N steps in a "
         "loop (default: %(default)s, none more)")  # fmt: skip
     add("--batch", type=arguments.even, nargs="+", default=[256],
@@ -150,18 +150,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
         help="of convstem_jax, of PyTorch and of the products that MFU is of; XLA is mostly faster "
         "on CPUs with float32 (default: %(default)s)")  # fmt: skip
-    add("--steps", type=arguments.positive, default=20, help="of each turn (default: %(default)s)")
-    add("--repeats", type=arguments.positive, default=5, help="default: %(default)s")
+    add("--steps", type=positive, default=20, help="of each turn (default: %(default)s)")
+    add("--repeats", type=positive, default=5, help="default: %(default)s")
     add("--torch_mode", default="max-autotune", help="of torch.compile, or eager (%(default)s)")
-    add("--overlap", type=arguments.positive, default=0, metavar="N", help="compile N of JAX's "
+    add("--overlap", type=positive, default=0, metavar="N", help="compile N of JAX's "
         "at once, and N of PyTorch's beside them, which is sooner done, but disturbs what they "
         "measure of their kernels (default: one at a time)")  # fmt: skip
-    add("--together", type=arguments.positive, default=1, metavar="N",
+    add("--together", type=positive, default=1, metavar="N",
         help="compile N models, then let all of them take turns; the device's memory must hold "
         "them (default: %(default)s)")  # fmt: skip
     add("--compile_limit", type=float, metavar="SECONDS",
         help="leave out what of these models is not compiled by then (default: wait)")  # fmt: skip
-    add("--matmul_size", type=arguments.positive, metavar="N",
+    add("--matmul_size", type=positive, metavar="N",
         help="of the matrices for the peak (default: 8192, on CPUs 1024)")  # fmt: skip
     args = parser.parse_args(argv)
     if len(args.batch) == 1:

@@ -48,11 +48,8 @@ def get_config(arg: str = ""):
     config.std = (0.353, 0.353, 0.353)
 
     config.num_workers = 0
-    config.num_threads = 1
     config.read_ahead = 4
     config.eval_batch_size = 500
     config.eval_every_epochs = 4.0
-    config.log_every_steps = 100
-    config.checkpoint_every_steps = 1000
     set_fields(config, fields)
     return config

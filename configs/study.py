@@ -25,7 +25,8 @@ def get_config(arg: str = ""):
 
     # The study sets them for each trial.
     own = ("model", "optimizer", "epochs", "lr", "wd", "seed", "warmup_epochs", "eval_every_epochs")
-    for name in (*own, "init_from", "state_sharding", "profile_step"):
+    own += ("init_from", "state_sharding", "profile_step")
+    for name in (*own, "num_threads", "prefetch", "keep_checkpoints"):
         del config[name]
 
     config.experiments = ("length", "optimizer", "lr_wd", "stems", "norms", "depth")
@@ -77,7 +78,6 @@ def get_config(arg: str = ""):
         config.grid_seeds = 1
         config.accumulate = 4  # a trial has one device for its whole batch
         config.lengths = (50.0, 100.0, 200.0, 400.0)
-        config.adamw_center = (2e-3, 0.2)
         config.sgd_center = (1.9, 2e-5)
     if colours == "colour":
         if scale == "imagenet":

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import ml_collections
 
 from convstem_jax import optim
-from convstem_jax.config import check_divides
 from convstem_jax.data.examples import EvalExamples, TrainExamples, TrainTransform
 from convstem_jax.data.sources import Split
 from convstem_jax.errors import ConfigError
@@ -110,12 +109,18 @@ def check_batch(config: ml_collections.ConfigDict, num_devices: int) -> None:
     """Checks that the batch divides over devices, micro-batches and pairs to mix.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not; the message names the nearest batch size that does.
     """
     together = images_together(config)
     what = f"{num_devices} devices x {config.accumulate} micro-batches (config.accumulate)"
     what += " x 2 images to mix" if together == 2 else ""
-    check_divides(config.batch_size, num_devices * config.accumulate * together, what)
+    divisor = num_devices * config.accumulate * together
+    if config.batch_size % divisor:
+        nearest = max(1, round(config.batch_size / divisor)) * divisor
+        raise ConfigError(
+            f"config.batch_size={config.batch_size} does not divide by {what}: "
+            f"use {nearest}, or another multiple of {divisor}"
+        )
 
 
 def images_together(config: ml_collections.ConfigDict) -> int:

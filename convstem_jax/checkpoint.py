@@ -31,7 +31,7 @@ from convstem_jax.errors import (
     is_passing,
 )
 from convstem_jax.sharding import bytes_on_device
-from convstem_jax.step import PyTree, TrainState
+from convstem_jax.step import PyTree
 
 # Programs that wait on a CPU device while a state is inspected. It takes 32 at most: where a thread
 # fills that, and another begins a step on several devices, neither ever goes on (JAX 0.10, 0.11).
@@ -39,7 +39,7 @@ MAX_WAITING = 8
 
 
 def room_left() -> float:
-    """Bytes of each device that the most that was held so far leaves."""
+    """Bytes that were free on the fullest device at the highest use so far."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]  # CPUs have none
     return min(x.get("bytes_limit", math.inf) - x.get("peak_bytes_in_use", 0) for x in stats)
 
@@ -50,10 +50,10 @@ class Checkpoints:
     One that saves lets Python's threads take turns every 0.5 ms, in the whole process.
 
     Args:
-        directory: absolute path; made when the first checkpoint is saved.
+        directory: absolute path; made unless `read_only`.
         keep: how many of the latest to keep, beside the one with the lowest `top1_error`.
-        read_only: to look at the checkpoints of a run that may be under way. Without it, what a
-            save has not finished is taken for left over, and removed.
+        read_only: to look at the checkpoints of a run that may be under way. Without it, unfinished
+            saves are taken for leftovers, and removed.
         room: tells at the first save how many bytes of each device are left for a copy of the
             state.
     """
@@ -125,7 +125,7 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint in {self.directory} was evaluated")
         return step
 
-    def save(self, step: int, state: TrainState, loop: dict, metrics: dict | None = None) -> None:
+    def save(self, step: int, state: PyTree, loop: dict, metrics: dict | None = None) -> None:
         """Starts to save `state` and the JSON-serialisable `loop`.
 
         A process alone copies the state on its devices, and a thread does the rest. Where they have
@@ -165,7 +165,7 @@ class Checkpoints:
         else:
             self._save(step, state, loop, metrics)
 
-    def _save(self, step: int, state: TrainState, loop: dict, metrics: dict | None) -> None:
+    def _save(self, step: int, state: PyTree, loop: dict, metrics: dict | None) -> None:
         checksums, finite = _inspect(state)
         if not finite:
             raise NotFiniteError(
@@ -193,18 +193,20 @@ class Checkpoints:
                 if self._saving.done():  # else Ctrl-C ended the wait
                     self._saving = None
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
-        """Restores a checkpoint onto the devices and shardings of `like`.
+    def restore(self, like: PyTree) -> tuple[PyTree, dict]:
+        """Restores the latest checkpoint onto the devices and shardings of `like`.
 
         Args:
             like: state of the same shapes and types, arrays or `jax.ShapeDtypeStruct`.
-            step: the checkpoint; the latest one by default.
+
+        Returns:
+            The state, and what `save` was given as `loop`.
 
         Raises:
             CheckpointError: it is damaged, or it does not fit `like`.
             StorageError: it cannot be read now.
         """
-        return self._read(step, like)
+        return self._read(None, like)
 
     def restore_weights(self, step: int | None = None) -> tuple[PyTree, PyTree]:
         """Restores the weights of a checkpoint onto one device, whatever else it holds.
@@ -216,7 +218,7 @@ class Checkpoints:
             The EMA's weights and the raw ones, each {"params", "batch_stats"}.
 
         Raises:
-            CheckpointError, StorageError: likewise.
+            CheckpointError, StorageError: as from `restore`.
         """
         state, _ = self._read(step, None)
         raw = {key: state[key] for key in ("params", "batch_stats")}
@@ -224,7 +226,7 @@ class Checkpoints:
         ema, raw = (nnx.restore_int_paths(weights) for weights in (state["ema"], raw))
         return {"batch_stats": {}} | ema, {"batch_stats": {}} | raw
 
-    def _read(self, step: int | None, like: TrainState | None) -> tuple[PyTree, dict]:
+    def _read(self, step: int | None, like: PyTree | None) -> tuple[PyTree, dict]:
         step = self.latest_step() if step is None else step
         if step is None:
             raise CheckpointError(f"there is no checkpoint in {self.directory}")

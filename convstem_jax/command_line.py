@@ -48,7 +48,9 @@ def run(
         default_config: for --config, which must be given without it.
         several_processes: whether the program may be one of several that work together.
     """
-    args, overrides = _parse(argv, name, description, epilog, default_config, several_processes)
+    parser = new_parser(name, description, epilog=epilog, allow_abbrev=False)
+    _add_arguments(parser, default_config, several_processes)
+    args, overrides = parse(parser, argv)
     try:
         if several_processes:  # first, since a configuration file may use JAX
             processes.start(args.coordinator, args.processes, args.process)
@@ -85,15 +87,9 @@ def run(
     return 0
 
 
-def _parse(
-    argv: list[str],
-    name: str,
-    description: str,
-    epilog: str,
-    default_config: str | None,
-    several_processes: bool,
-) -> tuple[argparse.Namespace, dict[str, str]]:
-    parser = new_parser(name, description, epilog=epilog, allow_abbrev=False)
+def _add_arguments(
+    parser: argparse.ArgumentParser, default_config: str | None, several_processes: bool
+) -> None:
     parser.add_argument(
         "--config", required=default_config is None, default=default_config, metavar="FILE[:ARG]",
         help="configuration file, with its argument after a colon"
@@ -119,12 +115,10 @@ def _parse(
         group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
         group.add_argument("--processes", type=int, metavar="N", help="1 looks for no others")
         group.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
-    args, rest = parser.parse_known_args(argv)
-    return args, read_overrides(parser, rest)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Adds --config.FIELD=VALUE to the help; `read_overrides` reads what was given."""
+    """Adds --config.FIELD=VALUE to the help; `parse` reads what was given."""
     parser.add_argument(
         "--config.FIELD=VALUE", dest="_", action="store_true",
         help="override a field of the configuration",
@@ -149,10 +143,16 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def read_overrides(parser: argparse.ArgumentParser, rest: list[str]) -> dict[str, str]:
-    """Fields and their values as text, of the arguments that the parser did not know."""
+def parse(
+    parser: argparse.ArgumentParser, argv: list[str] | None
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """What the parser knows of the arguments, and the fields with their values as text."""
+    argv = sys.argv[1:] if argv is None else argv
+    # argparse would take a field whose value has a space for an argument without a flag.
+    fields = [arg for arg in argv if arg.startswith("--config.")]
+    args, rest = parser.parse_known_args([arg for arg in argv if arg not in fields])
     overrides = {}
-    for arg in rest:
+    for arg in rest + fields:
         match = _OVERRIDE.fullmatch(arg)
         if not match:
             parser.error(f"unexpected argument '{arg}': fields are set by --config.FIELD=VALUE")
@@ -160,7 +160,7 @@ def read_overrides(parser: argparse.ArgumentParser, rest: list[str]) -> dict[str
         if not equals:
             parser.error(f"{arg} has no value: write {arg}=VALUE")
         overrides[field] = text
-    return overrides
+    return args, overrides
 
 
 def default_workdir(config: str, overrides: dict[str, str]) -> str:

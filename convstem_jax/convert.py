@@ -16,7 +16,7 @@ import safetensors.numpy
 from convstem_jax import command_line, files, layouts, weights
 from convstem_jax.errors import CheckpointError, ConfigError, UserError, first_line
 from convstem_jax.models import MODELS
-from convstem_jax.terminal import new_parser, tell
+from convstem_jax.terminal import new_parser, tell, writable
 
 TORCH_SUFFIXES = (".pt", ".pth", ".pyth", ".bin")
 _EPILOG = """\
@@ -91,7 +91,7 @@ def write_torch(path: str, state: dict[str, np.ndarray], layout: str) -> None:
     """
     try:
         if path.endswith(".safetensors"):
-            files.write_bytes(path, safetensors.numpy.save(state, {"format": "pt"}))
+            files.write(path, safetensors.numpy.save(state, {"format": "pt"}))
         else:
             torch = _import_torch(path)
             tensors = {name: torch.from_numpy(np.array(x)) for name, x in state.items()}
@@ -115,7 +115,7 @@ def _check(args: argparse.Namespace) -> None:
     if os.path.exists(args.target):
         raise ConfigError(f"{args.target} is there already: delete it, or name another target")
     try:
-        files.writable(args.target)
+        writable(args.target)
     except argparse.ArgumentTypeError as error:
         raise ConfigError(str(error)) from error
     if args.source_layout and not args.model:

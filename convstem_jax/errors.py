@@ -24,7 +24,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether an error says that storage did not answer, so that it is worth to try again.
+    """Whether an error says that storage did not answer, so that it is worth trying again.
 
     By its text: TensorStore gives an OSError's as a ValueError.
     """
@@ -91,9 +91,17 @@ class StorageError(UserError):
     status = 75
 
 
+class PeerError(UserError):
+    """Another process of the run failed in what all of them do together."""
+
+    def __init__(self, process: int, status: int):
+        super().__init__(f"process {process} of the run failed: see the error that it printed")
+        self.status = status
+
+
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Makes a line for the user of what goes wrong in writing the file of a run.
+    """Turns an error in writing a file of the run into a line for the user.
 
     Raises:
         StorageError: the storage does not answer.
@@ -111,11 +119,3 @@ def writing(path: str) -> Iterator[None]:
             f"{path} cannot be written ({error}): make room, and the same command goes on from the "
             "last checkpoint"
         ) from error
-
-
-class PeerError(UserError):
-    """Another process of the run failed in what all of them do together."""
-
-    def __init__(self, process: int, status: int):
-        super().__init__(f"process {process} of the run failed: see the error that it printed")
-        self.status = status

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import ml_collections
 
 from convstem_jax import build, command_line, weights
-from convstem_jax.config import load_config, load_run_config, set_fields, validate
+from convstem_jax.config import load_config, load_run_config, set_fields
 from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import ConfigError, UserError
 from convstem_jax.evaluation import evaluate
+from convstem_jax.rules import validate
 from convstem_jax.sharding import Sharding
 from convstem_jax.step import eval_step
 from convstem_jax.terminal import new_parser, progress_bar, tell
@@ -56,7 +57,7 @@ def evaluate_weights(
     """
     validate(config)
     split = sources.open_split(config.data_dir, config.dataset, config.eval_split)
-    found, architecture = weights.load(path, raw=raw, step=step)
+    loaded, architecture = weights.load(path, raw=raw, step=step)
     architecture.check(config, path)
     if architecture.num_classes != split.num_classes:
         raise ConfigError(
@@ -81,10 +82,10 @@ def evaluate_weights(
     graphdef = architecture.graphdef(dtype=jnp.dtype(config.dtype))
     recipe = build.recipe(config, split.num_classes)
     jit_eval_step = sharding.jit(eval_step, graphdef, recipe, out_shardings=sharding.replicated)
-    found = jax.device_put(found, sharding.replicated)
+    loaded = jax.device_put(loaded, sharding.replicated)
     with contextlib.closing(batches):
         progress = progress_bar(batches, f"{config.dataset}/{config.eval_split}", "batch")
-        return evaluate(jit_eval_step, {"these": found}, progress)["these"]
+        return evaluate(jit_eval_step, {"these": loaded}, progress)["these"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,8 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--format", choices=("text", "json"), default="text", help="default: %(default)s"
     )
-    args, rest = parser.parse_known_args(argv)
-    overrides = command_line.read_overrides(parser, rest)
+    args, overrides = command_line.parse(parser, argv)
     try:
         config = load_config(args.config) if args.config else load_run_config(args.weights)
         set_fields(config, overrides)

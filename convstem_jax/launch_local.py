@@ -1,13 +1,12 @@
 """Runs several processes of `main` on this machine, as a cluster would on many.
 
-    python -m convstem_jax.launch_local --processes 4 --devices-per-process 2 -- \\
+    python -m convstem_jax.launch_local --processes 4 --devices_per_process 2 -- \\
         --config configs/quickstart.py --workdir runs/several
 
 The lines of process 0 are printed as they are, those of the others after their number. The exit
 status is that of `main`; a mistake counts before a lost process, which is 75: run it again.
 """
 
-import argparse
 import contextlib
 import os
 import signal
@@ -16,6 +15,8 @@ import subprocess
 import sys
 import threading
 import time
+
+from convstem_jax.terminal import new_parser, positive
 
 GRACE_SECONDS = 60  # for the others to end by themselves, once one has failed
 
@@ -114,24 +115,19 @@ def exit_status(statuses: list[int]) -> int:
 
 def main(argv: list[str]) -> int:
     """Reads the command line; returns the exit status of the run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convstem_jax.launch_local",
-        usage="%(prog)s [-h] --processes N [--devices-per-process N] -- FLAGS OF MAIN",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_parser(
+        "convstem_jax.launch_local",
+        __doc__,
+        usage="%(prog)s [-h] --processes N [--devices_per_process N] -- FLAGS OF MAIN",
     )
-    parser.add_argument("--processes", type=int, required=True, metavar="N")
+    parser.add_argument("--processes", type=positive, required=True, metavar="N")
     parser.add_argument(
-        "--devices-per-process", type=int, metavar="N",
+        "--devices_per_process", type=positive, metavar="N",
         help="virtual CPU devices for each; without it each takes all devices of this machine, "
         "which GPUs and TPUs do not allow twice",
     )  # fmt: skip
     parser.add_argument("flags", nargs="+", help="flags of convstem_jax.main, after --")
     args = parser.parse_args(argv)
-    for name in ("processes", "devices_per_process"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     return launch(
         [sys.executable, "-m", "convstem_jax.main", *args.flags],
         num_processes=args.processes,

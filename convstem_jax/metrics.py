@@ -9,9 +9,10 @@ import time
 
 import jax
 
-from convstem_jax import files
+from convstem_jax import files, processes
 from convstem_jax.errors import NotFiniteError, writing
 from convstem_jax.step import PyTree
+from convstem_jax.terminal import duration
 
 
 class Records:
@@ -40,7 +41,7 @@ class Records:
         batch_size: int,
         speed: Sequence[float] = (),
     ):
-        self._main = jax.process_index() == 0
+        self._main = processes.is_first()
         self._num_steps = num_steps
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._pending = None
@@ -103,7 +104,7 @@ class Records:
         else:
             text += "compiled"
         self._say(step, text)
-        if not abs(metrics["loss"]) < float("inf"):
+        if not math.isfinite(metrics["loss"]):
             self._not_finite = NotFiniteError(
                 f"the training loss is {metrics['loss']} at step {step}, where the learning rate "
                 f"is {metrics['lr']:.3g}: lower config.lr, with another --workdir"
@@ -239,9 +240,7 @@ class _Clock:
         """Time for `num_steps` more, pauses included since evaluations go on happening."""
         if not self.steps:
             return "?"
-        seconds = round((self.seconds + self.paused) / self.steps * num_steps)
-        hours, minutes = divmod(seconds // 60, 60)
-        return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds % 60:02d} s"
+        return duration((self.seconds + self.paused) / self.steps * num_steps)
 
 
 def read_jsonl(path: str) -> list[dict]:

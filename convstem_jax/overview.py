@@ -38,7 +38,7 @@ def print_overview(
         )
     if num_steps <= config.ema_every:
         print(
-            "the EMA is updated once, after the first step, and the errors that are told are its: "
+            "the EMA is updated only once, after the first step, and the errors are the EMA's: "
             f"lower config.ema_every={config.ema_every} for a run of {num_steps} steps"
         )
     # A run's updates of the EMA have this sum of rates, whatever its batches and epochs.

@@ -20,8 +20,9 @@ from convstem_jax.config import load_config, load_run_config
 from convstem_jax.data.augment import center_crop
 from convstem_jax.data.sources import decode
 from convstem_jax.errors import ConfigError, DataError, UserError
+from convstem_jax.rules import validate
 from convstem_jax.sharding import Sharding, without_mesh
-from convstem_jax.terminal import new_parser, tell
+from convstem_jax.terminal import new_parser, positive, tell
 
 _EPILOG = """\
 examples:
@@ -99,17 +100,16 @@ def main(argv: list[str] | None = None) -> int:
         "--names", metavar="FILE",
         help="names of the classes, one a line (default: those of the run, else numbers)",
     )  # fmt: skip
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="default: %(default)s")
+    parser.add_argument("--top", type=positive, default=5, metavar="K", help="default: %(default)s")
     parser.add_argument(
         "--format", choices=("text", "json"), default="text",
         help="json: a list of objects with image and classes, each a name and a probability "
         "(default: %(default)s)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    if args.top < 1:
-        parser.error(f"--top {args.top} must be 1 or more")
     try:
         config = load_config(args.config) if args.config else load_run_config(args.weights)
+        validate(config)
         loaded, architecture = weights.load(args.weights, raw=args.raw, step=args.step)
         architecture.check(config, args.weights)
         names = _names(args.names, architecture)

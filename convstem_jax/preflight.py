@@ -25,14 +25,15 @@ from tabulate import tabulate
 
 from convstem_jax import build, files, tpu
 from convstem_jax.complexity import complexity, float32_products
-from convstem_jax.config import load_config, validate
+from convstem_jax.config import load_config
 from convstem_jax.errors import ConfigError, UserError, first_line
 from convstem_jax.lead import AHEAD
+from convstem_jax.rules import validate
 from convstem_jax.sharding import Sharding, bytes_on_device
-from convstem_jax.terminal import new_parser, tell
+from convstem_jax.terminal import new_parser, positive, tell, writable
 
 GIB = 2**30
-# Share of the memory that the largest batch may be reckoned to fill: it is a linear estimate.
+# Share of the memory that the largest batch may fill: its size is a linear estimate.
 SAFE = 0.95
 _TIMING = (
     "flops_per_chip", "collective_bytes", "collective_seconds", "step_seconds",
@@ -60,7 +61,7 @@ def preflight(
         known: an earlier record: the same program is not compiled again.
 
     Returns:
-        A JSON-serialisable record; see `_HEADERS` and docs/preflight.md. `compiled` is what the
+        A JSON-serialisable record; see docs/preflight.md. `compiled` is what the
         compiler said, all else follows from it.
 
     Raises:
@@ -211,7 +212,7 @@ def describe(record: dict) -> str:
     lines = [
         f"{record['config']} on {record['topology']}: {record['chips']} chips, "
         f"{record['hosts']} hosts, batch {record['batch_size']:,}"
-        + f" in {record['accumulate']} micro-batches" * (record["accumulate"] > 1)
+        + (f" in {record['accumulate']} micro-batches" if record["accumulate"] > 1 else "")
         + f", state {record['state_sharding']}",
         f"compiled in {record['compile_seconds']:.0f} s",
         "",
@@ -294,13 +295,13 @@ def main(argv: list[str] | None = None) -> int:
         help="compile three times faster with the least effort: memory may be 15 %% off, and no "
         "time is estimated",
     )  # fmt: skip
-    parser.add_argument("--num_classes", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--num_classes", type=positive, default=1000, help="default: %(default)s")
     parser.add_argument(
-        "--num_examples", type=int, default=1_281_167,
+        "--num_examples", type=positive, default=1_281_167,
         help="of an epoch (default: %(default)s, ImageNet's)",
     )  # fmt: skip
     parser.add_argument(
-        "--records", type=files.writable, metavar="FILE",
+        "--records", type=writable, metavar="FILE",
         help="JSON lines to keep the results in: the same program is not compiled again",
     )  # fmt: skip
     parser.add_argument(
@@ -331,9 +332,6 @@ def _records(args) -> tuple[list[dict], bool]:
         validate(load_config(spec))
     for topology in args.topology:
         tpu.open_slice(topology)
-    for name in ("num_classes", "num_examples"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} {getattr(args, name)} must be 1 or more")
     known, records, start = _read_records(args.records), [], time.perf_counter()
     for i, (spec, topology) in enumerate(wanted):
         minutes = (time.perf_counter() - start) / max(1, i) * (len(wanted) - i) / 60

@@ -29,11 +29,19 @@ def commit() -> str | None:
 
     Outside git it is what $CONVSTEM_COMMIT says, as launch/Dockerfile sets it.
     """
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=os.path.dirname(__file__),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
     try:
-        done = subprocess.run(
-            command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True
-        )
+        # The package may be installed in a folder of another project.
+        git("ls-files", "--error-unmatch", os.path.basename(__file__))
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("CONVSTEM_COMMIT") or None
-    return done.stdout.strip()

@@ -11,7 +11,7 @@ import ml_collections
 
 from convstem_jax import processes
 from convstem_jax.errors import ConfigError, first_line, writing
-from convstem_jax.files import write_json, write_text
+from convstem_jax.files import write, write_json
 
 CLASSES = "classes.txt"
 _TOKEN = ".token"  # another at each start
@@ -79,8 +79,8 @@ def prepare(
             write_json(os.path.join(workdir, "config.json"), described)
             if class_names:
                 text = "".join(f"{name}\n" for name in class_names)
-                write_text(os.path.join(workdir, CLASSES), text)
-            write_text(os.path.join(workdir, _TOKEN), secrets.token_hex())
+                write(os.path.join(workdir, CLASSES), text)
+            write(os.path.join(workdir, _TOKEN), secrets.token_hex())
     with contextlib.suppress(OSError), open(os.path.join(workdir, _TOKEN)) as file:
         token = file.read()
     processes.check_same(

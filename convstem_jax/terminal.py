@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
+import os
 import sys
 
 from tqdm import tqdm
@@ -17,10 +18,37 @@ def new_parser(name: str, description: str, **options) -> argparse.ArgumentParse
     )
 
 
+def positive(text: str) -> int:
+    """A whole number of 1 or more, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of 1 or more")
+    return int(text)
+
+
+def writable(path: str) -> str:
+    """The path, if a file can be written there: a `type` of argparse, checked before the work.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot.
+    """
+    # A file is written beside the old one, which it then replaces: a link or a device must not be.
+    is_file = not os.path.islink(path) and (os.path.isfile(path) or not os.path.exists(path))
+    if not is_file or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: name a file in another folder")
+    return path
+
+
 def tell(error: Exception) -> int:
     """Prints an error as a line for the user; returns the status to end with."""
     print(f"error: {error}", file=sys.stderr)
     return getattr(error, "exit_status", 2)
+
+
+def duration(seconds: float) -> str:
+    """`1 h 05 min` or `2 min 09 s`."""
+    seconds = round(seconds)
+    hours, minutes = divmod(seconds // 60, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds % 60:02d} s"
 
 
 def progress_bar(items: Iterable, what: str, unit: str) -> tqdm:

@@ -108,7 +108,7 @@ def compile_step(traced: jax.stages.Traced, slice_: Slice, quick: bool, known: d
         known: an earlier answer, which is given again if program, versions and flags are the same.
 
     Returns:
-        A JSON-serialisable dict; without "bytes" where the memory is too small.
+        A JSON-serialisable dict; `bytes` is None where the memory is too small.
 
     Raises:
         jax.errors.JaxRuntimeError: the compiler failed for another reason.

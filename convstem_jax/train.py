@@ -22,13 +22,13 @@ from convstem_jax import (
     weights,
 )
 from convstem_jax.checkpoint import Checkpoints, room_left
-from convstem_jax.config import validate
 from convstem_jax.curves import plot_curves
 from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import Preempted, UserError
 from convstem_jax.evaluation import evaluate, precise_batch_stats
 from convstem_jax.lead import Lead
 from convstem_jax.overview import print_overview
+from convstem_jax.rules import validate
 from convstem_jax.sharding import Sharding
 from convstem_jax.step import batch_statistics, eval_step
 from convstem_jax.transfer import transfer
@@ -112,17 +112,37 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         )
         precise_batches.extend(new_train_batches(numbers=range(num_precise), reading=threads))
 
-    # ----------------------------------------------------------------------- model and state
+    # -------------------------------------------------- checkpoints, or weights to start from
 
+    def room():
+        missing = num_precise * bool(state.batch_stats) - len(precise_batches)
+        image_bytes = 3 * config.image_size**2
+        return room_left() - missing * config.batch_size * image_bytes / len(sharding.devices)
+
+    checkpoints = Checkpoints(
+        os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints, room=room
+    )
+    latest_step = checkpoints.latest_step()
+    processes.check_same(
+        str(latest_step),
+        f"does not see the checkpoints of --workdir {workdir} that process 0 sees: name a folder "
+        "that shows all machines the same, or wait until it does",
+    )
     start_weights = None
-    if config.init_from and not run_folder.has_checkpoint(workdir):
-        with processes.together(), _told_as("config.init_from"):
-            start_weights, start_model = weights.load(config.init_from)
+    if config.init_from and latest_step is None:
+        with processes.together():
+            try:
+                start_weights, start_model = weights.load(config.init_from)
+            except UserError as error:
+                raise type(error)(f"config.init_from: {error}") from error
         processes.check_same(
             str([start_model, *map(_checksum, jax.tree.leaves(start_weights))]),
             f"has other weights in {config.init_from} than process 0: "
             "copy them anew to all machines",
         )
+
+    # ----------------------------------------------------------------------- model and state
+
     hparams = jax.device_put(build.hparams(config, len(train_split)), sharding.replicated)
     shardings = sharding.of_state(jax.eval_shape(new_state, hparams.seed))
     state = jax.jit(new_state, out_shardings=shardings)(hparams.seed)
@@ -136,23 +156,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     # -------------------------------------------------------------------------------- resume
 
-    def room():
-        missing = num_precise * bool(state.batch_stats) - len(precise_batches)
-        image_bytes = 3 * config.image_size**2
-        return room_left() - missing * config.batch_size * image_bytes / len(sharding.devices)
-
-    checkpoints = Checkpoints(
-        os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints, room=room
-    )
-    processes.check_same(
-        str(checkpoints.latest_step()),
-        f"does not see the checkpoints of --workdir {workdir} that process 0 sees: name a folder "
-        "that shows all machines the same, or wait until it does",
-    )
-    first_step, before = 0, {"seconds": 0.0, "speed": ()}
-    if checkpoints.latest_step() is not None:
+    first_step, before = latest_step or 0, {"seconds": 0.0, "speed": ()}
+    if latest_step is not None:
         state, before = checkpoints.restore(state)
-        first_step = checkpoints.latest_step()
         processes.print_once(f"resumed from step {first_step}")
     elif start_weights is not None:
         same_classes = start_model.has_classes(train_split.class_names)
@@ -258,15 +264,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         run_folder.write_result(workdir, result)
         _print_result(workdir, result)
     return result
-
-
-@contextlib.contextmanager
-def _told_as(field: str):
-    """Puts a field before the text of an error."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(f"{field}: {error}") from error
 
 
 def _checksum(x: np.ndarray) -> int:

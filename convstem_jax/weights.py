@@ -152,7 +152,7 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
         arrays = {"/".join(map(str, key)): np.ascontiguousarray(x) for key, x in flat.items()}
         metadata = {"convstem_jax": json.dumps(dataclasses.asdict(architecture))}
         # Its own `save_file` makes files that nobody else may read.
-        files.write_bytes(path, safetensors.numpy.save(arrays, metadata))
+        files.write(path, safetensors.numpy.save(arrays, metadata))
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 

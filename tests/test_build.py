@@ -6,6 +6,7 @@ import pytest
 
 from convstem_jax import build
 from convstem_jax.config import load_config, set_field
+from convstem_jax.errors import ConfigError
 from convstem_jax.step import HParams, Recipe
 
 
@@ -52,3 +53,11 @@ def test_parameters_and_steps_have_keys_of_their_own(monkeypatch):
     of_steps = set(map(tuple, jax.random.key_data(of_steps).tolist()))
     assert (len(of_parameters), len(of_steps)) == (100, 1000)
     assert not of_parameters & of_steps
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
+    config = load_config("configs/quickstart.py:batch_size=100")
+    with pytest.raises(ConfigError, match="config.batch_size=100 .* 8 devices .*: use 96"):
+        build.check_batch(config, 8)
+    config.batch_size = 96
+    build.check_batch(config, 8)

@@ -74,7 +74,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path, num_sessions):
     assert kept == [2, 5, 6], "expected the best (2) and the two latest (5, 6)"
     checkpoints = Checkpoints(str(tmp_path / "c"))
     assert checkpoints.latest_step() == 6
-    assert same(checkpoints.restore(make_state(0), step=2)[0], make_state(2))
+    assert same(checkpoints.restore_weights(step=2)[1]["params"], make_state(2).params)
     checkpoints.close()
 
 

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 
-from convstem_jax.config import check_divides, load_config, set_field, set_fields, validate
+from convstem_jax.config import load_config, set_field, set_fields
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
+from convstem_jax.rules import validate
 
 # Table 4, tuned at 50 epochs, and section 6: lr and wd.
 STABILITY = """
@@ -73,6 +74,8 @@ def test_fields_in_the_argument():
     assert load_config("configs/quickstart.py:optimizer=adamw,model=vitc_tiny,seed=1").seed == 1
     config = load_config("configs/quickstart.py:mean=(0.1, 0.2,0.3),seed=3")
     assert (config.mean, config.seed) == ((0.1, 0.2, 0.3), 3)
+    config = load_config("configs/study.py:lengths=[1.0, 2.0],num_seeds=5")
+    assert (config.lengths, config.num_seeds) == ((1.0, 2.0), 5)
 
 
 @pytest.mark.parametrize(
@@ -181,9 +184,3 @@ def test_a_configuration_without_a_field_or_with_an_unknown_one_is_refused():
 def test_a_configuration_of_a_study_is_refused():
     with pytest.raises(ConfigError, match="a study's: give it to python -m convstem_jax.study"):
         validate(load_config("configs/study.py"))
-
-
-def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
-    with pytest.raises(ConfigError, match="config.batch_size=100 .* 8 devices: use 96"):
-        check_divides(100, 8, "8 devices")
-    check_divides(96, 8, "8 devices")

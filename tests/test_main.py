@@ -1,5 +1,6 @@
 """The command line: what it accepts, and that it refuses the rest before compiling anything."""
 
+import argparse
 import errno
 import json
 import os
@@ -12,7 +13,7 @@ import sys
 import jax
 import pytest
 
-from convstem_jax import command_line, train
+from convstem_jax import command_line, provenance, train
 from convstem_jax.config import load_config
 from convstem_jax.errors import (
     CheckpointError,
@@ -150,6 +151,26 @@ def test_wrong_flags_have_status_2(argv, message, capsys):
         main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_field_may_have_spaces_and_stand_anywhere():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("weights")
+    args, fields = command_line.parse(
+        parser, ["--config.data_dir=/my data", "run", "--config.mean=(0.1, 0.2, 0.3)"]
+    )
+    assert args.weights == "run"
+    assert fields == {"data_dir": "/my data", "mean": "(0.1, 0.2, 0.3)"}
+
+
+def test_the_commit_is_of_this_project_alone(monkeypatch, tmp_path):
+    """A package installed in a folder of another repository is no part of that one."""
+    monkeypatch.setenv("CONVSTEM_COMMIT", "of the image")
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    (tmp_path / "other.txt").write_text("")
+    for command in ("init -q", "add other.txt", "-c user.name=A -c user.email=a commit -qm A"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    assert provenance.commit() == "of the image"
 
 
 def test_help_shows_examples_and_exit_status(capsys):

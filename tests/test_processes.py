@@ -64,7 +64,7 @@ def flags(workdir, **fields):
 def running(num_processes, num_devices, *flags):
     """The command of the README, with its lines as they come."""
     command = [sys.executable, "-m", "convstem_jax.launch_local", "--processes", num_processes]
-    command += ["--devices-per-process", num_devices, "--", *flags]
+    command += ["--devices_per_process", num_devices, "--", *flags]
     with subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,

@@ -77,9 +77,14 @@ def test_the_report_holds_figures_tables_and_verdicts(finished, capsys):
     assert "supported" in capsys.readouterr().out
 
 
-def test_an_unfinished_study_has_no_report(tmp_path, capsys):
+def test_an_unfinished_or_damaged_study_has_no_report(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "holds no finished study" in capsys.readouterr().err
+    made_up.write(tmp_path / "study")
+    for damage in ('{"kind": "grid"}\n', "[]\n", "{\n"):
+        (tmp_path / "study" / "trials.jsonl").write_text(damage)
+        assert report.main([str(tmp_path / "study")]) == 2
+        assert "holds no finished study" in capsys.readouterr().err
 
 
 def test_studies_of_the_same_are_reported_as_one(finished, tmp_path, capsys):

@@ -221,6 +221,7 @@ def test_images_are_classified_as_in_evaluation(uninterrupted, tmp_path, capfd, 
         ([paths[0], "--names", paths[0] + "x"], 2, "0.pngx, cannot be read"),
         ([paths[0], "--names", "README.md"], 2, "lines for 10 classes: see --names"),
         ([paths[0], "--config", "configs/quickstart.py:vitp"], 2, "of a vitp_tiny"),
+        ([paths[0], "--config", "configs/quickstart.py:eval_resize=20"], 2, "eval_resize=20"),
     ):
         assert predict.main([str(workdir), *argv]) == status
         said = capfd.readouterr().err

@@ -122,8 +122,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         return tell(error)
     except OSError as error:
-        print(f"error: --output {args.output} cannot be written: {error}", file=sys.stderr)
-        return ConfigError.status
+        return tell(ConfigError(f"--output {args.output} cannot be written: {error}"))
     counts = ", ".join(f"{len(split):,} in {name}" for name, split in splits.items())
     print(f"{path}: {len(class_names)} classes, {counts}, {os.path.getsize(path) / 1e6:.1f} MB")
     return 0

@@ -31,10 +31,9 @@ class Reading:
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "Reading":
         """As the configuration has it, but no more processes than there are cores."""
-        reading = cls(*(config[field.name] for field in dataclasses.fields(cls)))
         # More would not be faster, and each holds batches in memory.
-        num_workers = min(reading.num_workers, len(os.sched_getaffinity(0)))
-        return dataclasses.replace(reading, num_workers=num_workers)
+        num_workers = min(config.num_workers, len(os.sched_getaffinity(0)))
+        return cls(num_workers, config.num_threads, config.read_ahead, config.prefetch)
 
 
 def train_batches(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import concurrent.futures
 import functools
 import multiprocessing
+import os
 
 import jax
 import numpy as np
@@ -22,8 +23,9 @@ class Reader:
     Args:
         examples: what to read.
         batch_size: examples of a batch.
-        num_workers: processes that make batches; 0 for a thread of this one. There is no more than
-            one: small images keep Python busy, not OpenCV, and two threads take twice as long.
+        num_workers: processes that make batches, one a core at most; 0 for a thread of this one.
+            There is no more than one: small images keep Python busy, not OpenCV, and two threads
+            take twice as long.
         read_ahead: batches that are made before they are asked for, for each worker.
         memory: bytes of the host to keep batches in.
     """
@@ -38,6 +40,7 @@ class Reader:
         memory: float = 0.0,
     ):
         self.examples, self.batch_size = examples, batch_size
+        num_workers = min(num_workers, len(os.sched_getaffinity(0)))
         self._ahead = read_ahead * max(1, num_workers)
         self.batch_bytes = batch_size * sum(np.asarray(x).nbytes for x in examples[0].values())
         self._room, self._kept = int(memory / self.batch_bytes), {}

@@ -20,9 +20,10 @@ from convstem_jax import build, command_line, files, preemption, provenance, run
 from convstem_jax.complexity import complexity
 from convstem_jax.errors import ConfigError, writing
 from convstem_jax.study import experiments
-from convstem_jax.study.finished import choose
+from convstem_jax.study.finished import choose, read
 from convstem_jax.study.population import open_readers, open_splits, train_population
 from convstem_jax.study.programs import Programs, trials_per_device
+from convstem_jax.terminal import duration
 
 _EPILOG = f"""\
 examples:
@@ -143,7 +144,7 @@ def _report(workdir: str) -> None:
         )
         return
     try:
-        report.write(report.read([workdir]), os.path.join(workdir, "report"))
+        report.write(read([workdir]), os.path.join(workdir, "report"))
     except OSError as error:
         raise ConfigError(f"the report cannot be written: {error}") from error
     print(f"report: {workdir}/report/index.html")
@@ -185,8 +186,7 @@ class _Progress:
         loss = f"loss {np.median(losses):.3f}" if len(losses) else "all diverged"
         print(
             f"{self._index:3}/{self._num}  {p.name:36} {num_trials} trials at {share:4.0%}  "
-            f"{loss}  {done / self._total:4.0%} of all, "
-            f"{left // 60:.0f} min {left % 60:02.0f} s left",
+            f"{loss}  {done / self._total:4.0%} of all, {duration(left)} left",
             flush=True,
         )
 

@@ -8,8 +8,7 @@ import zlib
 import ml_collections
 import numpy as np
 
-from convstem_jax import build
-from convstem_jax import config as rules
+from convstem_jax import build, rules
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
 from convstem_jax.optim import OPTIMIZERS
@@ -40,7 +39,7 @@ def _are_increasing(values) -> bool:
 _CENTER = (
     tuple, lambda v: len(v) == 2 and _are_positive(v), "a learning rate and a weight decay, above 0"
 )  # fmt: skip
-# Fields of a study beside those of a run; rules as in `config.RULES`.
+# Fields of a study beside those of a run; rules as in `rules.RULES`.
 RULES = {
     "experiments": (
         tuple, lambda v: v and set(v) <= set(EXPERIMENTS), "some of " + ", ".join(EXPERIMENTS)
@@ -194,6 +193,7 @@ def run_config(
     run.model, run.optimizer, run.epochs = population.model, population.optimizer, population.epochs
     run.lr, run.wd, run.seed = population.trials[0]
     run.init_from, run.state_sharding, run.profile_step = "", "replicated", 0
+    run.num_threads = run.prefetch = run.keep_checkpoints = 1
     # In epochs they are the same for all lengths, as in the paper.
     run.warmup_epochs = config.warmup_share * config.lengths[0]
     run.eval_every_epochs = config.lengths[0] / config.evals_of_shortest

@@ -14,6 +14,7 @@ from convstem_jax.run_folder import FREE_FIELDS
 MAY_DIFFER = (*FREE_FIELDS, "experiments", "num_seeds", "num_random")
 FAILED = 100.0  # top-1 error (%) that a diverged trial counts as
 _IDENTITY = ("kind", "model", "optimizer", "epochs", "lr", "wd", "seed")  # of a trial
+_OUTCOME = ("top1_error", "diverged_at")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,9 @@ def read(folders: list[str]) -> Study:
                 records = [json.loads(line) for line in file]
             if "experiments" not in configs[-1]:
                 raise ValueError("config.json is no study's")
-        except (OSError, ValueError, TypeError) as error:
+            if not all(record.keys() >= {*_IDENTITY, *_OUTCOME} for record in records):
+                raise ValueError("trials.jsonl has lines that are no trials")
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{folder} holds no finished study: {error}") from error
         for record in records:
             trials.setdefault(tuple(record[name] for name in _IDENTITY), record)

@@ -173,7 +173,8 @@ class Programs:
                 arguments = ema["params"], ema["batch_stats"], shapes[1], key
                 self.batch_statistics = statistics.lower(*arguments).compile()
                 need = max(need, _need(self.batch_statistics) + state_bytes)
-                need += config.precise_bn_examples * bytes_of_image  # which stay there
+                # They stay there, at least one batch.
+                need += max(config.precise_bn_examples, config.batch_size) * bytes_of_image
             return need
 
         while (need := compile_for(per_device)) > memory:

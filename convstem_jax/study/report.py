@@ -142,9 +142,9 @@ def write(study: Study, output: str) -> list[Claim]:
         sections += [f"## {title}", tabulate(rows, headers, "github", disable_numparse=True)]
     for name, (_, caption) in drawn.items():
         sections += [f"![{caption}]({name}.png)", caption]
-    files.write_text(os.path.join(output, "report.md"), "\n\n".join(sections) + "\n")
+    files.write(os.path.join(output, "report.md"), "\n\n".join(sections) + "\n")
     page = _page(study, tables, found, drawn, svgs)
-    files.write_text(os.path.join(output, "index.html"), page)
+    files.write(os.path.join(output, "index.html"), page)
     return found
 
 
