@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import arguments
-from benchmarks.jax_contenders import IMPLEMENTATIONS, Training
+from benchmarks.jax_contenders import OURS, Training
 from benchmarks.workload import Case
 from convstem_jax import files, mixing
 from convstem_jax.checkpoint import Checkpoints
@@ -32,7 +32,6 @@ from convstem_jax.models import MODELS
 from convstem_jax.step import eval_step, model_inputs
 from convstem_jax.terminal import positive
 
-OURS = IMPLEMENTATIONS[0]
 NUM_AHEAD = 3  # steps that the host can ask for without waiting for one
 
 

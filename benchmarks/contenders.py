@@ -18,7 +18,6 @@ from benchmarks.workload import Case
 from convstem_jax.errors import first_line
 
 JAX = jax_contenders.IMPLEMENTATIONS
-OURS = JAX[0]
 TORCH = ("torchvision", "timm")
 
 

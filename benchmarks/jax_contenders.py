@@ -23,9 +23,10 @@ from convstem_jax import build
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.models.vit import ViTSpec
 from convstem_jax.sharding import Sharding
-from convstem_jax.step import HParams, Recipe, TrainState, init_state, split, train_step
+from convstem_jax.step import HParams, Recipe, TrainState, init_state, split_model, train_step
 
-IMPLEMENTATIONS = ("convstem_jax", "plain Flax, bfloat16", "plain Flax, float32")  # ours first
+OURS = "convstem_jax"
+IMPLEMENTATIONS = (OURS, "plain Flax, bfloat16", "plain Flax, float32")
 
 
 class PlainBlock(nnx.Module):
@@ -85,7 +86,7 @@ def new_model(
         name: a key of `MODELS`.
         dtype: of this project's; the others' names say theirs.
     """
-    if implementation == "convstem_jax":
+    if implementation == OURS:
         return lambda: create_model(name, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     spec = MODELS[name]
     if not isinstance(spec, ViTSpec) or spec.stem_kernels or spec.stem_norm:
@@ -106,7 +107,7 @@ def abstract_state(
     new: Callable[[], nnx.Module], recipe: Recipe
 ) -> tuple[nnx.GraphDef, TrainState]:
     """The structure of a model, and the shapes of its state."""
-    graphdef, _, _ = split(nnx.eval_shape(new))
+    graphdef, _, _ = split_model(nnx.eval_shape(new))
     return graphdef, jax.eval_shape(lambda: init_state(recipe, new()))
 
 
@@ -203,25 +204,3 @@ def _train_steps(graphdef, recipe, state, batches, hparams):
 
     state, metrics = jax.lax.scan(step, state, batches)
     return state, jax.tree.map(lambda x: x[-1], metrics)
-
-
-def matmul_size() -> int:
-    """Of matrices whose products reach this device's peak and do not take minutes."""
-    return 1024 if jax.default_backend() == "cpu" else 8192
-
-
-def matmul_flops(size: int, dtype: str = "bfloat16", num: int = 10) -> float:
-    """Operations a second of products of two `size` x `size` matrices on this device."""
-    x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
-
-    @jax.jit
-    def products(x):
-        return jax.lax.fori_loop(0, num, lambda _, y: (x @ y) * x.dtype.type(size**-0.5), x)
-
-    products(x).block_until_ready()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        products(x).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 * num / float(np.median(times))

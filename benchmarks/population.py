@@ -97,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     with open_readers(config, memory=1e9) as readers:
         whole = functools.partial(time_population, config, readers, programs, trials)
         one = functools.partial(time_run, config, readers, step, new_state)
-        whole(2), one(2)  # compile
+        whole(2)  # compile
+        one(2)
         whole(args.steps)  # and read
         pairs = [(whole(args.steps), one(args.steps)) for _ in range(args.repeats)]
     parts = -(-args.trials // programs.num_trials)

@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", default="vitc_4gf", choices=MODELS, metavar="MODEL",
         help="as in convstem_jax.create_model (default: %(default)s)")  # fmt: skip
-    add("--implementation", default=jax_contenders.IMPLEMENTATIONS[0], metavar="NAME",
+    add("--implementation", default=jax_contenders.OURS, metavar="NAME",
         choices=jax_contenders.IMPLEMENTATIONS,
         help=f"of: {'; '.join(jax_contenders.IMPLEMENTATIONS)} (default: %(default)s)")  # fmt: skip
     add("--batch", type=arguments.even, default=256, help="default: %(default)s; must be even")

@@ -22,25 +22,22 @@ import functools
 import json
 import math
 import sys
-import time
 from unittest import mock
 
 import jax
 from jax.extend import core
-import jax.numpy as jnp
-import numpy as np
 
-from benchmarks import arguments, jax_contenders
+from benchmarks import arguments, ceilings, jax_contenders
+from benchmarks.jax_contenders import OURS
 from benchmarks.workload import recipe_of
 from convstem_jax import files
-from convstem_jax.complexity import inner_programs, multiply_adds
+from convstem_jax.jaxprs import inner_programs, multiply_adds
 from convstem_jax.models import MODELS
 from convstem_jax.models import kernels as kernels_for_gpus
 from convstem_jax.models.attention import attend
 from convstem_jax.models.vit import ViTSpec
 from convstem_jax.step import train_step
 
-OURS = jax_contenders.IMPLEMENTATIONS[0]
 PAPER = [f"vit{stem}_{size}gf" for size in (1, 4, 18, 36) for stem in "cp"]
 # Cost nothing of their own: at best what is before them writes in that order.
 VIEWS = ("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy")
@@ -223,22 +220,6 @@ def _traced_for(device: jax.sharding.AbstractDevice) -> Iterator[None]:
         yield
 
 
-def bandwidth(size: int = 2**28, num: int = 10) -> float:
-    """Bytes a second that adding to an array of `size` bfloat16 numbers reads and writes here."""
-
-    @functools.partial(jax.jit, donate_argnums=0)  # else the loop begins with a copy
-    def add(x):
-        return jax.lax.fori_loop(0, num, lambda _, y: y + jnp.bfloat16(1), x)
-
-    x = add(jnp.zeros(size, jnp.bfloat16)).block_until_ready()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        x = add(x).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return 4 * size * num / float(np.median(times))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     parser = arguments.new_parser("roofline", __doc__)
@@ -276,8 +257,8 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"measuring the ceilings of {here}; --flops and --bandwidth give them", file=sys.stderr
         )
-    flops = args.flops or jax_contenders.matmul_flops(jax_contenders.matmul_size())
-    speed = args.bandwidth or bandwidth(2**26 if jax.default_backend() == "cpu" else 2**28)
+    flops = args.flops or ceilings.matmul_flops(ceilings.matmul_size())
+    speed = args.bandwidth or ceilings.bandwidth()
     rows = []
     for model in args.models or list(measured) or PAPER:
         batch = measured.get(model, {}).get("batch", args.batch)

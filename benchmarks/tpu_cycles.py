@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import jax
 
 from benchmarks import arguments, jax_contenders
+from benchmarks.jax_contenders import IMPLEMENTATIONS, OURS
 from benchmarks.workload import recipe_of
 from convstem_jax import build, files, tpu
 from convstem_jax.errors import UserError
@@ -24,7 +25,6 @@ from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
 from convstem_jax.terminal import tell
 
-OURS, *PLAIN = jax_contenders.IMPLEMENTATIONS
 WHAT = ("model", "topology", "batch_on_device", "implementation")  # what a row is of
 
 
@@ -34,7 +34,7 @@ def estimate(
     """Cycles and bytes of a device; None where the implementation has no such model.
 
     Args:
-        implementation: one of `jax_contenders.IMPLEMENTATIONS`.
+        implementation: one of `IMPLEMENTATIONS`.
         model: a key of `MODELS`.
         topology: a slice, as in preflight.
         batch: images on a device.
@@ -68,11 +68,11 @@ def table(rows: list[dict]) -> str:
             what = row["model"], row["topology"], row["batch_on_device"]
             found.setdefault(what, {})[row["implementation"]] = row["cycles"]
     headers = ("model", "slice", "images on a device", OURS)
-    headers += tuple(text for name in PLAIN for text in (name, "our cycles over its"))
+    headers += tuple(text for name in IMPLEMENTATIONS[1:] for text in (name, "our cycles over its"))
     lines = []
     for what, cycles in found.items():
         ours, line = cycles.get(OURS), [*what, _millions(cycles.get(OURS))]
-        for name in PLAIN:
+        for name in IMPLEMENTATIONS[1:]:
             plain = cycles.get(name)
             line += [_millions(plain), f"{ours / plain:.2f}" if ours and plain else "–"]
         lines.append(line)
@@ -93,8 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--models", nargs="+", default=["vitc_4gf"], choices=MODELS, metavar="MODEL")
     add("--topology", nargs="+", default=["v5e:2x2"], metavar="NAME", help="as in preflight")
-    add("--implementations", nargs="+", default=[OURS, *PLAIN], choices=[OURS, *PLAIN],
-        metavar="NAME", help=f"of: {'; '.join([OURS, *PLAIN])} (default: all)")  # fmt: skip
+    add("--implementations", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS,
+        metavar="NAME", help=f"of: {'; '.join(IMPLEMENTATIONS)} (default: all)")  # fmt: skip
     # TPUs compute in lanes of 128, and the stem's first layers lay the images along them.
     add("--batch", type=arguments.even, default=128,
         help="images on a device (default: %(default)s)")  # fmt: skip

@@ -30,8 +30,9 @@ from flax import nnx
 import jax
 import numpy as np
 
-from benchmarks import arguments, jax_contenders, torch_contenders
-from benchmarks.contenders import JAX, OURS, TORCH, Contender, all_compiled, missing
+from benchmarks import arguments, ceilings, torch_contenders
+from benchmarks.contenders import JAX, TORCH, Contender, all_compiled, missing
+from benchmarks.jax_contenders import OURS
 from benchmarks.workload import Case
 from convstem_jax import files
 from convstem_jax.complexity import complexity
@@ -63,18 +64,20 @@ def take_turns(
     return seconds
 
 
-def rows_of(seconds: dict[Contender, list[float]], peak: float) -> list[dict]:
+def rows_of(model: str, seconds: dict[Contender, list[float]], peak: float) -> list[dict]:
     """A row for each implementation of one model.
 
     Args:
-        seconds: from `take_turns`.
+        model: its name.
+        seconds: of its contenders, from `take_turns`.
         peak: operations a second that the device reaches.
     """
-    ours = [np.array(its) for contender, its in seconds.items() if contender.case.name == OURS]
+    network = nnx.eval_shape(lambda: create_model(model, rngs=nnx.Rngs(0)))
+    flops = 6 * complexity(network).flops  # of the paper's network, forward and twice backward
+    ours = next((its for contender, its in seconds.items() if contender.case.name == OURS), None)
     rows = []
     for contender, its in seconds.items():
         case = contender.case
-        network = nnx.eval_shape(lambda name=case.model: create_model(name, rngs=nnx.Rngs(0)))
         images_per_second = case.batch / np.median(its)
         rows.append({
             "model": case.model,
@@ -83,9 +86,8 @@ def rows_of(seconds: dict[Contender, list[float]], peak: float) -> list[dict]:
             "batch": case.batch,
             "optimizer": case.optimizer,
             "images_per_second": images_per_second,
-            "speed_over_its": float(np.median(its / ours[0])) if ours else None,
-            # Of the paper's network, forward and twice backward, whatever an implementation omits.
-            "mfu": 6 * complexity(network).flops * images_per_second / peak,
+            "speed_over_its": float(np.median(np.divide(its, ours))) if ours else None,
+            "mfu": flops * images_per_second / peak,  # whatever an implementation omits
             "peak_bytes": contender.peak_bytes,
             "compile_seconds": round(contender.compile_seconds, 1),
         })  # fmt: skip
@@ -152,7 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         "on CPUs with float32 (default: %(default)s)")  # fmt: skip
     add("--steps", type=positive, default=20, help="of each turn (default: %(default)s)")
     add("--repeats", type=positive, default=5, help="default: %(default)s")
-    add("--torch_mode", default="max-autotune", help="of torch.compile, or eager (%(default)s)")
+    add("--torch_mode", default="max-autotune",
+        help="of torch.compile, or eager (default: %(default)s)")  # fmt: skip
     add("--overlap", type=positive, default=0, metavar="N", help="compile N of JAX's "
         "at once, and N of PyTorch's beside them, which is sooner done, but disturbs what they "
         "measure of their kernels (default: one at a time)")  # fmt: skip
@@ -184,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     cases = cases_of(args)
     if not cases:
         parser.error("nothing is left to be timed: see --models, --implementations and --skip")
-    args.matmul_size = args.matmul_size or jax_contenders.matmul_size()
+    args.matmul_size = args.matmul_size or ceilings.matmul_size()
     if jax.default_backend() == "cpu" and os.getloadavg()[0] > os.cpu_count() / 2:
         print(
             f"other programs use these {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}): the "
@@ -192,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
     print("measuring what products of matrices reach", file=sys.stderr)
-    peak = jax_contenders.matmul_flops(args.matmul_size, args.dtype)
+    peak = ceilings.matmul_flops(args.matmul_size, args.dtype)
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, "
         f"Python {platform.python_version()}: {peak / 1e12:.2f} Tflop/s in products of "
@@ -212,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
         contenders.sort(key=lambda contender: cases.index(contender.case))
         seconds = take_turns(contenders, args.steps, args.repeats, leave_out)
         for model in models:
-            rows += rows_of({x: its for x, its in seconds.items() if x.case.model == model}, peak)
+            own = {x: its for x, its in seconds.items() if x.case.model == model}
+            rows += rows_of(model, own, peak)
         for contender in contenders:
             contender.end()
         if args.json:

@@ -13,7 +13,15 @@ from convstem_jax.data.sources import Split
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import create_model
 from convstem_jax.sharding import Sharding
-from convstem_jax.step import HParams, PyTree, Recipe, TrainState, init_state, split, train_step
+from convstem_jax.step import (
+    HParams,
+    PyTree,
+    Recipe,
+    TrainState,
+    init_state,
+    split_model,
+    train_step,
+)
 
 
 def train_examples(config: ml_collections.ConfigDict, split: Split) -> TrainExamples:
@@ -79,7 +87,7 @@ def new_state(
         return new_model(config, recipe.num_classes, seed)
 
     try:
-        graphdef, _, _ = split(nnx.eval_shape(model, 0))
+        graphdef, _, _ = split_model(nnx.eval_shape(model, 0))
     except ValueError as error:
         raise ConfigError(f"config.model={config.model}: {error}") from error
     return graphdef, lambda seed: init_state(recipe, model(seed))

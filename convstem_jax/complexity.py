@@ -9,7 +9,6 @@ of their biases; activations are the outputs of convolutions and matrix products
 included. Norms, softmax and activation functions cost nothing.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 import dataclasses
 import json
@@ -22,9 +21,10 @@ from jax.extend import core
 import jax.numpy as jnp
 from tabulate import tabulate
 
+from convstem_jax.jaxprs import inner_programs, multiply_adds
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.models.vit import ViTSpec
-from convstem_jax.step import split
+from convstem_jax.step import split_model
 from convstem_jax.terminal import new_parser, tell
 
 
@@ -76,7 +76,7 @@ def complexity(model: nnx.Module) -> Complexity:
     addition of the position embedding as a product's output would be; so does this.
     """
     size = model.spec.image_size
-    graphdef, params, batch_stats = split(model)
+    graphdef, params, batch_stats = split_model(model)
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     options = {"all_tokens": True} if isinstance(model.spec, ViTSpec) else {}
 
@@ -99,43 +99,6 @@ def complexity(model: nnx.Module) -> Complexity:
     return Complexity(
         round(flops), sum(math.prod(x.shape) for x in jax.tree.leaves(params)), round(acts)
     )
-
-
-def float32_products(jaxpr) -> dict[str, int]:
-    """Matrix products and convolutions with a float32 operand: their types and how many."""
-    found = Counter()
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            operands = [v.aval for v in eqn.invars[:2]]
-            if any(x.dtype == jnp.float32 for x in operands):
-                found[" x ".join(f"{x.dtype}{list(x.shape)}" for x in operands)] += 1
-        for inner in inner_programs(eqn):
-            found.update(float32_products(inner))
-    return dict(found)
-
-
-def multiply_adds(eqn) -> int:
-    """Of a matrix product or a convolution; 0 for any other instruction.
-
-    Zeros that pad a convolution's input count, zeros that dilate it do not.
-    """
-    size, shapes = math.prod(eqn.outvars[0].aval.shape), [v.aval.shape for v in eqn.invars]
-    if eqn.primitive.name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        return size * math.prod(shapes[0][axis] for axis in contracted)
-    if eqn.primitive.name == "conv_general_dilated":
-        out_channels = shapes[1][eqn.params["dimension_numbers"].rhs_spec[0]]
-        per_output = math.prod(shapes[1]) // out_channels
-        return size * per_output // math.prod(eqn.params["lhs_dilation"])
-    return 0
-
-
-def inner_programs(eqn) -> Iterator:
-    """Programs that an instruction calls."""
-    programs = core.Jaxpr | core.ClosedJaxpr
-    for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: isinstance(x, programs)):
-        if isinstance(inner, programs):
-            yield getattr(inner, "jaxpr", inner)
 
 
 def _count(jaxpr, params: dict) -> Iterator[tuple[tuple, int, int]]:
@@ -190,8 +153,7 @@ def rows(names: Iterable[str], num_classes: int = 1000, **changes) -> list[dict]
 
         counts = dataclasses.asdict(complexity(nnx.eval_shape(new_model)))
         as_printed = num_classes == 1000 and not changes
-        printed = PAPER.get(name) if as_printed else None
-        printed = printed or (None,) * 3
+        printed = (as_printed and PAPER.get(name)) or (None,) * 3
         paper = {
             f"paper_{column}": value and round(value * unit)
             for column, value, unit in zip(COLUMNS, printed, _UNITS, strict=True)

@@ -7,6 +7,7 @@ green, red, so the first convolution's inputs are reversed.
 
 from collections.abc import Iterator
 import re
+from typing import Any
 
 from flax import traverse_util
 import numpy as np
@@ -128,8 +129,8 @@ def to_torch(weights: PyTree, layout: str) -> dict[str, np.ndarray]:
         CheckpointError: the layout has no such network.
     """
     state = {}
-    for path, name, kind in _names(weights, layout):
-        state[name] = np.ascontiguousarray(_transpose(kind, np.asarray(_get(weights, path))))
+    for path, x, name, kind in _names(weights, layout):
+        state[name] = np.ascontiguousarray(_transpose(kind, np.asarray(x)))
         if path[-1] == "var":  # torch counts the batches that went into the statistics
             state[name.removesuffix("running_var") + "num_batches_tracked"] = np.zeros((), np.int64)
     return state
@@ -152,22 +153,21 @@ def from_torch(state: dict[str, np.ndarray], like: PyTree, layout: str) -> PyTre
             wrong.append(f"twice: {new}, once as {name}")
         renamed[new] = x
     state = renamed
-    for path, name, kind in _names(like, layout):
+    for path, x, name, kind in _names(like, layout):
         used.add(name)
-        shape = _get(like, path).shape
         if name not in state:
             wrong.append(f"missing: {name}")
             continue
         array = np.asarray(state[name], np.float32)
-        wanted = _transpose(kind, np.empty(shape, np.bool_)).shape
+        wanted = _transpose(kind, np.empty(x.shape, np.bool_)).shape
         if name == "pos_embedding" and array.ndim == 3 and array.shape[1] == 1:
             array = array.transpose(1, 0, 2)  # [T, 1, d] in pycls's main branch
         if array.shape != wanted:
             wrong.append(f"shape: {name} is {array.shape} and should be {wanted}")
             continue
         flat[path] = _transpose_back(kind, array)
-    ignored = re.compile(r"(^|\.)num_batches_tracked$")
-    wrong += [f"unknown: {name}" for name in state if name not in used and not ignored.search(name)]
+    unknown = (name for name in state if not name.endswith("num_batches_tracked"))
+    wrong += [f"unknown: {name}" for name in unknown if name not in used]
     if wrong:
         raise CheckpointError(
             f"these are not {layout} weights of this model; {len(wrong)} tensors do not fit:\n  "
@@ -182,8 +182,8 @@ def _rename(name: str, layout: str) -> str:
     return name
 
 
-def _names(weights: PyTree, layout: str) -> Iterator[tuple[tuple, str, str]]:
-    """Yields (path in `weights`, name in the layout, kind of array) of every array."""
+def _names(weights: PyTree, layout: str) -> Iterator[tuple[tuple, Any, str, str]]:
+    """Yields (path in `weights`, the array, its name in the layout, its kind) of every array."""
     if _has_conv_stem(weights):
         kernels = [conv["kernel"].shape[0] for conv in weights["params"]["stem"]["convs"].values()]
         if set(kernels) != {3}:
@@ -199,7 +199,7 @@ def _names(weights: PyTree, layout: str) -> Iterator[tuple[tuple, str, str]]:
             if match := pattern.fullmatch("/".join(map(str, module))):
                 numbers = {key: int(value) for key, value in match.groupdict().items()}
                 numbers |= {f"{key}1": value + 1 for key, value in numbers.items()}
-                yield path, template.format(**numbers) + leaf, _kind(path, x.shape, layout)
+                yield path, x, template.format(**numbers) + leaf, _kind(path, x.shape, layout)
                 break
         else:
             name = "/".join(map(str, module))
@@ -234,12 +234,6 @@ def _kind(path: tuple, shape: tuple[int, ...], layout: str) -> str:
         sees_colours = path[1] == "stem" and shape[2] == 3
         return "conv of BGR" if layout == "pycls" and sees_colours else "conv"
     return "pointwise" if "se" in path else "linear"  # squeeze-and-excitation is 1x1 convolutions
-
-
-def _get(tree: PyTree, path: tuple):
-    for key in path:
-        tree = tree[key]
-    return tree
 
 
 def _transpose(kind: str, x: np.ndarray) -> np.ndarray:

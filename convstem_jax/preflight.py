@@ -24,9 +24,10 @@ import jax.numpy as jnp
 from tabulate import tabulate
 
 from convstem_jax import build, files, tpu
-from convstem_jax.complexity import complexity, float32_products
+from convstem_jax.complexity import complexity
 from convstem_jax.config import load_config
 from convstem_jax.errors import ConfigError, UserError, first_line
+from convstem_jax.jaxprs import float32_products
 from convstem_jax.lead import AHEAD
 from convstem_jax.rules import validate
 from convstem_jax.sharding import Sharding, bytes_on_device

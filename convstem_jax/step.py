@@ -57,7 +57,7 @@ class Recipe:
 
 def init_state(recipe: Recipe, model: nnx.Module) -> TrainState:
     """State of an untrained model; call it under `jax.jit` to make the arrays where they belong."""
-    _, params, batch_stats = split(model)
+    _, params, batch_stats = split_model(model)
     # Learning rate and weight decay have no part in the initial state.
     opt_state = optim.OPTIMIZERS[recipe.optimizer](0.0, 0.0).init(params)
     # A second set of buffers: donating the state must not donate one buffer twice.
@@ -65,7 +65,7 @@ def init_state(recipe: Recipe, model: nnx.Module) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state, ema)
 
 
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, PyTree, PyTree]:
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, PyTree, PyTree]:
     """Takes a model apart into its graph, parameters and BatchNorm statistics (plain dicts)."""
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)

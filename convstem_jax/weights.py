@@ -16,7 +16,7 @@ from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError, ConfigError
 from convstem_jax.models import create_model
 from convstem_jax.sharding import without_mesh
-from convstem_jax.step import PyTree, split
+from convstem_jax.step import PyTree, split_model
 
 Weights = dict[str, PyTree]  # {"params", "batch_stats"}: nested dicts of arrays
 
@@ -39,7 +39,7 @@ class Architecture:
 
     def graphdef(self, **kwargs) -> nnx.GraphDef:
         """The model without its weights; `kwargs` as in `create_model`."""
-        return split(nnx.eval_shape(lambda: self.build(**kwargs)))[0]
+        return split_model(nnx.eval_shape(lambda: self.build(**kwargs)))[0]
 
     def with_weights(self, weights: Weights, dtype: jnp.dtype) -> nnx.Module:
         """The model that has them, in evaluation mode; `dtype` to compute in."""
@@ -53,9 +53,8 @@ class Architecture:
         Raises:
             ConfigError: it is of another, or for images of another size than those at `path`.
         """
-        words = "a {} for {} pixels".format
-        own = words(self.model, self.image_size)
-        asked = words(config.model, config.image_size)
+        own = f"a {self.model} for {self.image_size} pixels"
+        asked = f"a {config.model} for {config.image_size} pixels"
         if own != asked:
             raise ConfigError(f"{path} is {own}, but the configuration is of {asked}: give its own")
 
@@ -65,7 +64,7 @@ class Architecture:
 
     def shapes(self) -> Weights:
         """Shapes of the model's weights."""
-        _, params, batch_stats = split(nnx.eval_shape(self.build))
+        _, params, batch_stats = split_model(nnx.eval_shape(self.build))
         return {"params": params, "batch_stats": batch_stats}
 
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks import torch_contenders
 from convstem_jax import layouts
 from convstem_jax.models import create_model
-from convstem_jax.step import split
+from convstem_jax.step import split_model
 
 
 def abstract(name, **kwargs):
@@ -43,7 +43,7 @@ def images_of(n, size, seed=1):
 def torchvision_network(model):
     """torchvision's network of the same architecture, with the weights of `model`."""
     network = torch_contenders.torchvision_network(model.spec, model.head.out_features)
-    _, params, batch_stats = split(model)
+    _, params, batch_stats = split_model(model)
     if all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
         state = layouts.to_torch({"params": params, "batch_stats": batch_stats}, "torchvision")
         network.load_state_dict({name: torch.tensor(x) for name, x in state.items()})

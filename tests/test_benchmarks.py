@@ -253,7 +253,7 @@ def test_medians_ratios_and_mfu():
         FakeContender("convstem_jax", (1.0, 2.0, 9.0), order),
         FakeContender("timm", (4.0, 4.0, 9.0), order),
     ]
-    rows = train_step.rows_of(train_step.take_turns(both, 5, 3, None), peak=1e9)
+    rows = train_step.rows_of("vitp_1gf", train_step.take_turns(both, 5, 3, None), peak=1e9)
     assert order == ["convstem_jax", "timm", "timm", "convstem_jax", "convstem_jax", "timm"]
     assert [row["images_per_second"] for row in rows] == [8 / 2, 8 / 4]
     assert [row["speed_over_its"] for row in rows] == [1, 2], "medians of 4, 2 and 1"

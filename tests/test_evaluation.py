@@ -10,7 +10,7 @@ import pytest
 
 from convstem_jax import mixing
 from convstem_jax.evaluation import evaluate, precise_batch_stats
-from convstem_jax.step import Recipe, batch_statistics, split
+from convstem_jax.step import Recipe, batch_statistics, split_model
 from tests.networks import random_model
 
 
@@ -57,7 +57,7 @@ def test_precise_statistics_are_means_over_batches():
         std=(0.25, 0.25, 0.25),
     )
     model = random_model("vitc_tiny", depth=0)
-    graphdef, params, batch_stats = split(model)
+    graphdef, params, batch_stats = split_model(model)
     rng = np.random.default_rng(0)
     batches = [
         {"image": rng.integers(0, high, (16, 32, 32, 3)).astype(np.uint8)} for high in (64, 256)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from convstem_jax import optim, sharding, xla_options
-from convstem_jax.complexity import float32_products
 from convstem_jax.config import load_config
+from convstem_jax.jaxprs import float32_products
 from convstem_jax.models import attention, create_model, kernels, target
 from convstem_jax.models.regnet import GroupedConv
 from convstem_jax.study import programs

@@ -16,7 +16,7 @@ from convstem_jax import layouts
 from convstem_jax.models import create_model, stems
 from convstem_jax.models.vit import VITS
 from convstem_jax.sharding import Sharding
-from convstem_jax.step import split
+from convstem_jax.step import split_model
 from tests.networks import abstract, images_of, random_model, torchvision_network
 
 # Table 1, and the number of parameters that follows from it with 1000 classes.
@@ -147,7 +147,7 @@ def test_logits_gradients_and_statistics_are_torchvisions(name, mode, dtype):
         getattr(model, mode)()
         images = images_of(num, model.spec.image_size).astype(dtype)
         labels = np.arange(num)
-        graphdef, *arrays = split(model)
+        graphdef, *arrays = split_model(model)
         params, batch_stats = jax.tree.map(lambda x: x.astype(dtype), arrays)
 
         def gradients(params, batch_stats):
@@ -213,7 +213,7 @@ def test_logits_gradients_and_statistics_are_torchvisions(name, mode, dtype):
 def test_the_last_block_is_computed_for_the_class_token_alone(depth):
     """The same logits and gradients as of all tokens, which the paper counts, for less work."""
     model, images = random_model("vitp_tiny", depth=depth, num_classes=5), images_of(2, 32)
-    graphdef, params, batch_stats = split(model)
+    graphdef, params, batch_stats = split_model(model)
 
     def logits(params, **kwargs):
         return nnx.merge(graphdef, params, batch_stats)(images, **kwargs)
@@ -238,11 +238,10 @@ def test_the_last_block_is_computed_for_the_class_token_alone(depth):
 
 def test_norms_have_the_papers_epsilons():
     """Tokens and pixels of ordinary size do not show them."""
-    for name in NETWORKS:
-        modules = [m for _, m in nnx.iter_modules(abstract(name))]
-        assert {m.epsilon for m in modules if isinstance(m, nnx.LayerNorm)} <= {1e-6}
-        assert {m.epsilon for m in modules if isinstance(m, nnx.BatchNorm)} <= {1e-5}
-        assert {m.momentum for m in modules if isinstance(m, nnx.BatchNorm)} <= {0.9}
+    modules = [m for name in NETWORKS for _, m in nnx.iter_modules(abstract(name))]
+    assert {m.epsilon for m in modules if isinstance(m, nnx.LayerNorm)} == {1e-6}
+    assert {m.epsilon for m in modules if isinstance(m, nnx.BatchNorm)} == {1e-5}
+    assert {m.momentum for m in modules if isinstance(m, nnx.BatchNorm)} == {0.9}
 
 
 def products(jaxpr):

@@ -10,7 +10,7 @@ import torch
 
 from convstem_jax import optim
 from convstem_jax.models import create_model
-from convstem_jax.step import split
+from convstem_jax.step import split_model
 
 WD = 0.3
 DECAYED = {"kernel": True, "position_embedding": True, "bias": False, "scale": False}
@@ -63,7 +63,7 @@ def test_optimizers_follow_torch(name):
 
 def test_decay_acts_on_all_but_biases_and_norms():
     model = nnx.eval_shape(lambda: create_model("vitc_tiny", depth=5, rngs=nnx.Rngs(0)))
-    mask = optim.decay_mask(split(model)[1])
+    mask = optim.decay_mask(split_model(model)[1])
     flat = {tuple(k.key for k in path): x for path, x in jax.tree.leaves_with_path(mask)}
     norms = [p for p, m in nnx.iter_modules(model) if isinstance(m, nnx.LayerNorm | nnx.BatchNorm)]
     assert len(norms) == 3 + 2 * 5 + 1

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from convstem_jax import preflight, provenance, tpu
-from convstem_jax.complexity import float32_products
+from convstem_jax import hlo, preflight, provenance, tpu
 from convstem_jax.config import load_config
 from convstem_jax.errors import ConfigError
+from convstem_jax.jaxprs import float32_products
 
 ROOT = pathlib.Path(__file__).parent.parent
 DRILL = "DRILL" in os.environ
@@ -175,10 +175,10 @@ STEM_ON_V6E = """
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from convstem_jax import tpu
+from convstem_jax import hlo, tpu
 from convstem_jax.models.stems import ConvStem
 from convstem_jax.sharding import Sharding
-from convstem_jax.step import split
+from convstem_jax.step import split_model
 
 def loss(graphdef, params, batch_stats, images):
     return nnx.merge(graphdef, params, batch_stats)(images).sum()
@@ -187,7 +187,7 @@ def new():
     sizes = (3, 3, 3), (24, 48, 96), (2, 2, 2), 192
     return ConvStem(*sizes, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 
-graphdef, params, batch_stats = split(nnx.eval_shape(new))
+graphdef, params, batch_stats = split_model(nnx.eval_shape(new))
 images = jax.ShapeDtypeStruct((32, 224, 224, 3), "float32")
 sharding = Sharding(tpu.open_slice("v6e:1x1").devices)
 step = sharding.jit(jax.grad(loss, 1), graphdef, in_shardings=sharding.replicated)
@@ -207,14 +207,14 @@ def test_the_compiler_survives_the_stem_on_v6e():
 
 LARGE_PRODUCT = """
 import jax
-from convstem_jax import tpu
+from convstem_jax import hlo, tpu
 
 n = 4096
 for name in ("v3:2x2", "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
     slice_ = tpu.open_slice(name)
     sharding = jax.sharding.SingleDeviceSharding(slice_.devices[0])
     x = jax.ShapeDtypeStruct((n, n), "bfloat16", sharding=sharding)
-    program = tpu.read_program(jax.jit(lambda a, b: a @ b).lower(x, x).compile().as_text())
+    program = hlo.read_program(jax.jit(lambda a, b: a @ b).lower(x, x).compile().as_text())
     peak = slice_.chip.flops * slice_.num_chips / len(slice_.devices)
     print(name, 2 * n**3 / (program.cycles / slice_.chip.clock) / peak)
 """
@@ -358,7 +358,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_loops_and_branches_are_counted_as_they_run():
-    program = tpu.read_program(HLO)
+    program = hlo.read_program(HLO)
     assert program.cycles == 4 * 100 + 1 + 50 + 1000 + 10 + 20
     assert program.collectives == {
         "all-gather": (2, 64 * 2 + 32 * 2),  # one of them in two fusions
@@ -379,7 +379,7 @@ def test_a_chip_sends_along_each_axis_and_twice_along_a_ring(topology, links):
 
 def test_another_form_of_program_is_not_read_as_an_empty_one():
     with pytest.raises(ValueError, match="no entry"):
-        tpu.read_program(HLO.replace("ENTRY", "START"))
+        hlo.read_program(HLO.replace("ENTRY", "START"))
 
 
 def test_the_memory_that_lacks_is_read_from_the_error():

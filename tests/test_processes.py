@@ -26,7 +26,7 @@ from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import ConfigError
 from convstem_jax.metrics import read_jsonl
 from convstem_jax.sharding import MIN_SIZE, Sharding, bytes_on_device
-from convstem_jax.step import split
+from convstem_jax.step import split_model
 from convstem_jax.weights import Architecture, save
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -225,7 +225,7 @@ def test_all_processes_must_have_the_same_weights_to_start_from(there, tmp_path,
     architecture = Architecture("vitc_tiny", num_classes=10, image_size=32)
     for seed, home in enumerate([tmp_path / "first", tmp_path / "other"]):
         home.mkdir()
-        _, *found = split(architecture.build(rngs=nnx.Rngs(seed)))
+        _, *found = split_model(architecture.build(rngs=nnx.Rngs(seed)))
         if there or not seed:
             start = dict(zip(("params", "batch_stats"), found, strict=True))
             save(str(home / "start.safetensors"), start, architecture)

@@ -11,8 +11,8 @@ from benchmarks import jax_contenders
 from benchmarks.workload import recipe_of
 from convstem_jax import build
 from convstem_jax import train as train_module
-from convstem_jax.complexity import float32_products, inner_programs
 from convstem_jax.config import load_config, set_field
+from convstem_jax.jaxprs import float32_products, inner_programs
 from convstem_jax.sharding import Sharding
 
 ARRAYS = jax.ShapeDtypeStruct

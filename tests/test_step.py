@@ -25,7 +25,7 @@ from convstem_jax.step import (
     eval_step,
     init_state,
     normalize,
-    split,
+    split_model,
     train_step,
 )
 from tests.networks import random_model, torchvision_network
@@ -84,7 +84,7 @@ def make_batch(n=32):
 
 @functools.cache
 def jit_step(name, recipe, sharding):
-    graphdef, _, _ = split(tiny(name))
+    graphdef, _, _ = split_model(tiny(name))
     return build.jit_train_step(sharding, graphdef, recipe, sharding.replicated)
 
 
@@ -226,7 +226,7 @@ def test_one_step_is_pytorchs(monkeypatch, name, optimizer, gpu):
     images = rng.integers(0, 256, (16, 32, 32, 3)).astype(np.uint8)
     labels = rng.integers(0, 10, 16).astype(np.int32)
 
-    graphdef, params, _ = split(model)
+    graphdef, params, _ = split_model(model)
     hparams = HParams(jnp.float32(lr), jnp.float32(wd), jnp.uint32(0), **SCHEDULE)
     step = ONE_DEVICE.jit(train_step, graphdef, recipe)
     batch = {"image": images, "label": labels}
@@ -305,7 +305,7 @@ def test_8_devices_share_grouped_convolutions(monkeypatch, is_product):
     """XLA alone would have each of them compute the whole batch."""
     monkeypatch.setattr(regnet, "is_product", lambda *_: is_product)
     model = random_model("regnety_tiny", num_classes=10, depths=(1,), widths=(8,), group_width=2)
-    graphdef, _, _ = split(model)
+    graphdef, _, _ = split_model(model)
     grads = []
     for num_devices in (1, 8):
         run = make_run("vitc_tiny", num_devices=num_devices)  # for its batch
@@ -329,7 +329,7 @@ def test_accumulation_updates_the_running_statistics_with_each_micro_batch():
     forward = nnx.jit(lambda model, x: model(normalize(x, RECIPE)))
     for i in range(4):
         forward(model, images[i::4])
-    assert distance(fetch(state.batch_stats), fetch(split(model)[2])) < 1e-5
+    assert distance(fetch(state.batch_stats), fetch(split_model(model)[2])) < 1e-5
 
 
 def test_each_micro_batch_lies_on_every_device_and_nothing_is_sent():
@@ -347,7 +347,7 @@ def test_each_micro_batch_lies_on_every_device_and_nothing_is_sent():
 def test_learning_rates_can_be_vmapped():
     """What the study does: trials that differ in `hparams` are one program."""
     lrs = [0.01, 0.03, 0.1]
-    graphdef, _, _ = split(tiny("vitp_tiny"))
+    graphdef, _, _ = split_model(tiny("vitp_tiny"))
     run = make_run("vitp_tiny")
     axes = (None, None, 0, None, HParams(0, *[None] * 5))
     trials = ONE_DEVICE.jit(jax.vmap(train_step, in_axes=axes), graphdef, RECIPE)
@@ -420,7 +420,7 @@ class Echo(nnx.Module):
 
 def jit_eval_step(model, **recipe_changes):
     recipe = dataclasses.replace(RECIPE, **recipe_changes)
-    graphdef, params, batch_stats = split(model)
+    graphdef, params, batch_stats = split_model(model)
     step = ONE_DEVICE.jit(eval_step, graphdef, recipe)
     return lambda batch, params=params: jax.device_get(step(params, batch_stats, batch))
 
@@ -450,7 +450,7 @@ def test_models_that_have_learnt_nothing_or_diverged_are_not_right():
     model = tiny("vitc_tiny")
     eval_batch = jit_eval_step(model)
     batch = make_batch() | {"label": np.arange(32, dtype=np.int32) % 10, "mask": np.ones(32, bool)}
-    params = split(model)[1]
+    params = split_model(model)[1]
 
     fresh = eval_batch(batch, params | {"head": jax.tree.map(jnp.zeros_like, params["head"])})
     assert fresh["top1_errors"] >= 28, "with 10 equal logits at most one class can be right"

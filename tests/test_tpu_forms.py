@@ -78,7 +78,7 @@ def test_attention_in_bfloat16_is_near_that_in_float32(monkeypatch, on_tpu, offs
 
 POPULATION = """
 import dataclasses, sys
-from convstem_jax import tpu
+from convstem_jax import hlo, tpu
 from convstem_jax.config import load_config
 from convstem_jax.models import MODELS
 from convstem_jax.study.experiments import Population, run_config
@@ -91,7 +91,7 @@ for name in sys.argv[1:]:
     config = load_config("configs/study.py:dtype=bfloat16")
     config = run_config(config, Population("seeds", name, "sgd", 3.0, (Trial(0.1, 1e-4, 0),)))
     programs = Programs(config, 10, 2, devices=devices, memory=12e9)
-    program = tpu.read_program(programs.step.as_text())
+    program = hlo.read_program(programs.step.as_text())
     print(name, programs.num_trials, program.cycles > 0, len(program.collectives))
 """
 

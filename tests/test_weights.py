@@ -16,7 +16,7 @@ import convstem_jax
 from convstem_jax import convert, layouts, weights
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError
-from convstem_jax.step import TrainState, split
+from convstem_jax.step import TrainState, split_model
 from convstem_jax.transfer import resize_position_embedding, transfer
 from tests import networks
 
@@ -25,7 +25,7 @@ TINY = ("vitp_tiny", "vitc_tiny", "regnety_tiny")
 
 def random_weights(name, num_classes=10, image_size=32):
     model = networks.random_model(name, num_classes=num_classes, image_size=image_size)
-    _, params, batch_stats = split(model)
+    _, params, batch_stats = split_model(model)
     found = jax.device_get({"params": params, "batch_stats": batch_stats})
     return found, weights.Architecture(name, num_classes, image_size)
 
@@ -281,7 +281,7 @@ def test_wrong_files_have_one_line_and_a_status(tmp_path, capsys):
 
 def test_a_model_is_loaded_with_its_weights(tmp_path):
     model = networks.random_model("vitc_tiny", num_classes=10)
-    _, params, batch_stats = split(model)
+    _, params, batch_stats = split_model(model)
     architecture = weights.Architecture("vitc_tiny", 10, 32)
     write_run(tmp_path, {"params": params, "batch_stats": batch_stats}, architecture, {1: None})
     weights.save(str(tmp_path / "file.safetensors"), *weights.load(str(tmp_path)))

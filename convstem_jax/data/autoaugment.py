@@ -84,12 +84,12 @@ def rotate(image: np.ndarray, value: float) -> np.ndarray:
 
 
 def shear_x(image: np.ndarray, value: float) -> np.ndarray:
-    """Shifts each row by `value` times its height."""
+    """Shifts each row by `value` times its distance from the top."""
     return _warp(image, [[1, value, 0], [0, 1, 0]])
 
 
 def shear_y(image: np.ndarray, value: float) -> np.ndarray:
-    """Shifts each column by `value` times its place."""
+    """Shifts each column by `value` times its distance from the left."""
     return _warp(image, [[1, 0, 0], [value, 1, 0]])
 
 

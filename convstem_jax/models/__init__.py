@@ -25,17 +25,17 @@ def create_model(
     """Builds a model, e.g. `create_model("vitc_4gf", rngs=nnx.Rngs(0))`, in evaluation mode.
 
     Args:
-      name: a key of `MODELS`, such as `vitp_1gf`, `vitc_18gf` or `regnety_4gf`.
-      num_classes: number of logits.
-      dtype: type to compute in, `jnp.bfloat16` or `jnp.float32`. Parameters are float32.
-      rngs: random keys of the initialisation.
-      **changes: fields of the model's spec to replace, such as `image_size` or `patch_size`.
+        name: a key of `MODELS`, such as `vitp_1gf`, `vitc_18gf` or `regnety_4gf`.
+        num_classes: number of logits.
+        dtype: type to compute in, `jnp.bfloat16` or `jnp.float32`. Parameters are float32.
+        rngs: random keys of the initialisation.
+        **changes: fields of the model's spec to replace, such as `image_size` or `patch_size`.
 
     Returns:
-      A module that maps `[N, H, W, 3]` normalised images to `[N, num_classes]` float32 logits.
+        A module that maps `[N, H, W, 3]` normalised images to `[N, num_classes]` float32 logits.
 
     Raises:
-      ValueError: the name is unknown, or the sizes do not fit together.
+        ValueError: the name is unknown, or the sizes do not fit together.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model '{name}': choose one of {', '.join(MODELS)}")

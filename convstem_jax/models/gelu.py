@@ -59,14 +59,13 @@ def _by_kernel(x):
         kernels.store(y_ref, _gelu_and_slope(kernels.load(x_ref, exists))[0], exists)
 
     block = pl.BlockSpec((_BLOCK,), lambda i: (i,))
-    (y,) = kernels.call(
+    call = kernels.call(
         kernel,
-        [x.reshape(-1)],
-        [block],
-        [((x.size,), x.dtype)],
-        [block],
         name="gelu",
         grid=(pl.cdiv(x.size, _BLOCK),),
+        in_specs=[block],
+        out_specs=block,
+        out_shape=jax.ShapeDtypeStruct((x.size,), x.dtype),
         num_warps=4,
     )
-    return y.reshape(x.shape)
+    return call(x.reshape(-1)).reshape(x.shape)

@@ -1,6 +1,6 @@
 """What this project's own kernels for GPUs share: they are written in Pallas, for Triton."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 
 import jax
@@ -37,43 +37,18 @@ by_device = functools.partial(target.by_device, check_vma=False)
 
 
 def call(
-    kernel: Callable[..., None],
-    inputs: Sequence[jax.Array],
-    in_specs: Sequence[pl.BlockSpec],
-    outputs: Sequence[tuple[tuple[int, ...], jnp.dtype]],
-    out_specs: Sequence[pl.BlockSpec],
-    *,
-    name: str,
-    grid: tuple[int, ...],
-    num_warps: int,
-    num_stages: int = 1,
-) -> list[jax.Array]:
-    """`pallas_call` of Triton.
+    kernel: Callable[..., None], *, num_warps: int, num_stages: int = 1, **options
+) -> Callable:
+    """`pl.pallas_call` of Triton.
 
     Args:
         kernel: takes references to the blocks of inputs and outputs.
-        inputs: arrays.
-        in_specs: their blocks.
-        outputs: shapes and types.
-        out_specs: their blocks.
-        name: in profiles.
-        grid: how many programs.
         num_warps: of a program.
         num_stages: how many rounds of a loop are under way at once, for their loads.
-
-    Returns:
-        The outputs.
+        **options: of `pl.pallas_call`.
     """
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=in_specs,
-        out_shape=[jax.ShapeDtypeStruct(*output) for output in outputs],
-        out_specs=out_specs,
-        compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-        interpret=INTERPRET,
-        name=name,
-    )(*inputs)
+    params = triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+    return pl.pallas_call(kernel, compiler_params=params, interpret=INTERPRET, **options)
 
 
 def load(ref, exists: jax.Array) -> jax.Array:

@@ -51,10 +51,10 @@ def _gradient(epsilon, x_and_grads):
         x, grad_x, grad_y = (
             kernels.load(ref, exists).astype(jnp.float32) for ref in (x_ref, grad_x_ref, grad_y_ref)
         )
-        y, rate = _normalized(x, num_columns, epsilon)
+        y, inv_std = _normalized(x, num_columns, epsilon)
         shift = grad_y.sum(1, keepdims=True) / num_columns
         slope = (grad_y * y).sum(1, keepdims=True) / num_columns
-        kernels.store(out_ref, grad_x + rate * (grad_y - shift - slope * y), exists)
+        kernels.store(out_ref, grad_x + inv_std * (grad_y - shift - slope * y), exists)
 
     return _call(kernel, x_and_grads, "layer_norm_gradient")
 
@@ -64,8 +64,8 @@ def _normalized(x, num_columns, epsilon):
     x = x.astype(jnp.float32)
     x -= x.sum(1, keepdims=True) / num_columns
     x = jnp.where(jnp.arange(x.shape[1]) < num_columns, x, 0)
-    rate = jax.lax.rsqrt((x * x).sum(1, keepdims=True) / num_columns + epsilon)
-    return x * rate, rate
+    inv_std = jax.lax.rsqrt((x * x).sum(1, keepdims=True) / num_columns + epsilon)
+    return x * inv_std, inv_std
 
 
 def _call(kernel, inputs, name):
@@ -80,14 +80,13 @@ def _call(kernel, inputs, name):
         kernel(rows[:, None] & columns, num_columns, *refs)
 
     block = pl.BlockSpec((_ROWS, pl.next_power_of_2(num_columns)), lambda i: (i, 0))
-    (out,) = kernels.call(
+    call = kernels.call(
         on_block,
-        inputs,
-        [block] * len(inputs),
-        [((num_rows, num_columns), inputs[0].dtype)],
-        [block],
         name=name,
         grid=(pl.cdiv(num_rows, _ROWS),),
+        in_specs=[block] * len(inputs),
+        out_specs=block,
+        out_shape=jax.ShapeDtypeStruct((num_rows, num_columns), inputs[0].dtype),
         num_warps=_ROWS,
     )
-    return out.reshape(shape)
+    return call(*inputs).reshape(shape)

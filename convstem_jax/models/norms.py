@@ -99,24 +99,24 @@ def _batch_norm_forward(x, scale, bias, epsilon, relu):
     axes = tuple(range(x.ndim - 1))
     mean = y.mean(axes)
     var = jnp.maximum((y**2).mean(axes) - mean**2, 0)
-    rate = jax.lax.rsqrt(var + epsilon)
-    gain = rate * scale
+    inv_std = jax.lax.rsqrt(var + epsilon)
+    gain = inv_std * scale
     shift = bias - mean * gain
     y = y * gain + shift
     y = (nnx.relu(y) if relu else y).astype(x.dtype)
-    return (y, mean, var), (x, mean, rate, gain, shift)
+    return (y, mean, var), (x, mean, inv_std, gain, shift)
 
 
 def _batch_norm_backward(epsilon, relu, residuals, grads):
     # `apply_norm` stops the gradients of mean and variance.
-    x, mean, rate, gain, shift = residuals
+    x, mean, inv_std, gain, shift = residuals
     x_type, num, axes = x.dtype, x.size // x.shape[-1], tuple(range(x.ndim - 1))
     x, grad = x.astype(mean.dtype), grads[0].astype(mean.dtype)
     if relu:
         grad = jnp.where(x * gain + shift > 0, grad, 0)
     grad_bias = grad.sum(axes)
-    grad_scale = ((grad * x).sum(axes) - mean * grad_bias) * rate
-    slope = gain * rate * grad_scale / num
+    grad_scale = ((grad * x).sum(axes) - mean * grad_bias) * inv_std
+    slope = gain * inv_std * grad_scale / num
     grad_x = gain * grad - slope * x - (gain * grad_bias / num - slope * mean)
     return grad_x.astype(x_type), grad_scale, grad_bias
 

@@ -75,17 +75,20 @@ def _attend(qkv):
     """`[N, T, h, d]`, and the logarithm to base 2 of the sums of exponentials, `[N, h, T]`."""
     n, t, _, h, d = qkv.shape
     blocks = _blocks(t, d)
-    return kernels.call(
+    call = kernels.call(
         functools.partial(_attend_kernel, t),
-        [qkv] * 3,
-        blocks.of_qkv,
-        [((n, t, h, d), qkv.dtype), ((n, h, t), jnp.float32)],
-        [blocks.out, blocks.lse],
         name="attention",
         grid=(n, h),
+        in_specs=blocks.of_qkv,
+        out_specs=[blocks.out, blocks.lse],
+        out_shape=[
+            jax.ShapeDtypeStruct((n, t, h, d), qkv.dtype),
+            jax.ShapeDtypeStruct((n, h, t), jnp.float32),
+        ],
         num_warps=4,
         num_stages=2,
     )
+    return call(qkv, qkv, qkv)
 
 
 def _gradients(qkv_out_lse_grad):
@@ -93,17 +96,20 @@ def _gradients(qkv_out_lse_grad):
     qkv, out, lse, grad = qkv_out_lse_grad
     n, t, _, h, d = qkv.shape
     blocks = _blocks(t, d)
-    return kernels.call(
+    call = kernels.call(
         functools.partial(_gradient_kernel, t),
-        [qkv, qkv, qkv, out, lse, grad],
-        [*blocks.of_qkv, blocks.out, blocks.lse, blocks.out],
-        [(qkv.shape, qkv.dtype), ((n, 3, h, d), jnp.float32)],
-        [blocks.packed, blocks.bias],
         name="attention_gradient",
         grid=(n, h),
+        in_specs=[*blocks.of_qkv, blocks.out, blocks.lse, blocks.out],
+        out_specs=[blocks.packed, blocks.bias],
+        out_shape=[
+            jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+            jax.ShapeDtypeStruct((n, 3, h, d), jnp.float32),
+        ],
         num_warps=8,
         num_stages=3,
     )
+    return call(qkv, qkv, qkv, out, lse, grad)
 
 
 class _Blocks(NamedTuple):

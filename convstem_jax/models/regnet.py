@@ -186,13 +186,13 @@ class RegNet(nnx.Module):
     """RegNetY: `[N, H, W, 3]` normalised images to `[N, num_classes]` float32 logits.
 
     Args:
-      spec: shape of the network.
-      num_classes: number of logits.
-      dtype: type to compute in, bfloat16 or float32; parameters and statistics are float32.
-      rngs: random keys of the initialisation.
+        spec: shape of the network.
+        num_classes: number of logits.
+        dtype: type to compute in, bfloat16 or float32; parameters and statistics are float32.
+        rngs: random keys of the initialisation.
 
     Raises:
-      ValueError: the sizes do not fit together.
+        ValueError: the sizes do not fit together.
     """
 
     def __init__(

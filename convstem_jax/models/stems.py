@@ -26,11 +26,11 @@ class PatchifyStem(nnx.Module):
     Maps `[N, H, W, 3]` to `[N, H / patch_size, W / patch_size, width]`.
 
     Args:
-      patch_size: of the convolution.
-      width: output channels.
-      norm: a key of `NORMS`, followed by ReLU (Figure 7); None for neither, as in ViT_P.
-      dtype: type to compute in; parameters and statistics are float32.
-      rngs: random keys of the initialisation.
+        patch_size: of the convolution.
+        width: output channels.
+        norm: a key of `NORMS`, followed by ReLU (Figure 7); None for neither, as in ViT_P.
+        dtype: type to compute in; parameters and statistics are float32.
+        rngs: random keys of the initialisation.
     """
 
     def __init__(
@@ -67,18 +67,18 @@ class ConvStem(nnx.Module):
     Maps `[N, H, W, 3]` to `[N, H / s, W / s, width]`, with s the product of `strides`.
 
     Args:
-      kernels: size of each convolution before the last: 3 in ViT_C. A 3x3 is padded by 1 on both
-        sides, the larger ones of Table 3 are not padded.
-      channels: output channels of each.
-      strides: stride of each.
-      width: output channels of the last 1x1 convolution.
-      norm: a key of `NORMS`: batch in ViT_C, layer in Figure 7.
-      init: "paper" for the authors' code of mid-2021, "later" for theirs of 2022.
-      dtype: type to compute in; parameters and statistics are float32.
-      rngs: random keys of the initialisation.
+        kernels: size of each convolution before the last: 3 in ViT_C. A 3x3 is padded by 1 on both
+            sides, the larger ones of Table 3 are not padded.
+        channels: output channels of each.
+        strides: stride of each.
+        width: output channels of the last 1x1 convolution.
+        norm: a key of `NORMS`: batch in ViT_C, layer in Figure 7.
+        init: "paper" for the authors' code of mid-2021, "later" for theirs of 2022.
+        dtype: type to compute in; parameters and statistics are float32.
+        rngs: random keys of the initialisation.
 
     Raises:
-      ValueError: `kernels`, `channels` and `strides` differ in length.
+        ValueError: `kernels`, `channels` and `strides` differ in length.
     """
 
     def __init__(

@@ -154,13 +154,13 @@ class ViT(nnx.Module):
     and gives the same logits.
 
     Args:
-      spec: shape of the network.
-      num_classes: number of logits.
-      dtype: type to compute in, bfloat16 or float32; parameters and statistics are float32.
-      rngs: random keys of the initialisation (paper-era, from the authors' code).
+        spec: shape of the network.
+        num_classes: number of logits.
+        dtype: type to compute in, bfloat16 or float32; parameters and statistics are float32.
+        rngs: random keys of the initialisation (paper-era, from the authors' code).
 
     Raises:
-      ValueError: heads, patches or strides do not divide as the architecture needs.
+        ValueError: heads, patches or strides do not divide as the architecture needs.
     """
 
     def __init__(
@@ -216,14 +216,13 @@ class ViT(nnx.Module):
 
 
 def _check(spec: ViTSpec) -> None:
-    sizes, kernels, strides = dataclasses.asdict(spec), spec.stem_kernels, spec.stem_strides
+    kernels, strides = spec.stem_kernels, spec.stem_strides
     for name in ("width", "mlp_dim", "num_heads", "patch_size", "image_size"):
-        if sizes[name] < 1:
-            raise ValueError(f"{name} is {sizes[name]}: it must be 1 or more")
-    if (spec.stem_strides or spec.stem_kernels) and not spec.stem_channels:
+        if (size := getattr(spec, name)) < 1:
+            raise ValueError(f"{name} is {size}: it must be 1 or more")
+    if (strides or kernels) and not spec.stem_channels:
         raise ValueError(
-            f"strides {spec.stem_strides} and kernels {spec.stem_kernels} are given to a stem "
-            "without channels"
+            f"strides {strides} and kernels {kernels} are given to a stem without channels"
         )
     for field, known in (("stem_norm", (None, *NORMS)), ("stem_init", stems.INITS)):
         if (value := getattr(spec, field)) not in known:

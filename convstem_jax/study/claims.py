@@ -39,10 +39,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Trials that count with one sign: a claim's advantage is the sum of weight times summary.
-
-    Without `summary`, which is given errors and the axis to work along, that is their mean.
-    """
+    """Trials whose `summary`, given errors and the axis to work along, counts with `weight`."""
 
     label: str
     weight: int

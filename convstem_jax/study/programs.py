@@ -56,7 +56,7 @@ def population_step(
     keeps the state that it had before, and with it the last error that it could be given.
 
     Args:
-        graphdef: the model's structure, from `step.split`.
+        graphdef: the model's structure, from `step.split_model`.
         recipe: what is fixed.
         state: before the step.
         batch: as for `train_step`.

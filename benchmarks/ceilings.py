@@ -1,0 +1,55 @@
+"""What this device reaches: operations a second in products of matrices, bytes a second."""
+
+from collections.abc import Callable
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_TIMES = 10  # in one program, so that its start does not count
+
+
+def matmul_size() -> int:
+    """Of matrices whose products reach this device's peak and do not take minutes."""
+    return 1024 if jax.default_backend() == "cpu" else 8192
+
+
+def matmul_flops(size: int, dtype: str = "bfloat16") -> float:
+    """Operations a second of products of two `size` x `size` matrices."""
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+
+    @jax.jit
+    def products(x):
+        return jax.lax.fori_loop(0, _TIMES, lambda _, y: (x @ y) * x.dtype.type(size**-0.5), x)
+
+    return 2 * size**3 * _TIMES / _median_seconds(lambda: products(x))
+
+
+def bandwidth() -> float:
+    """Bytes a second that adding to a large array of bfloat16 numbers reads and writes."""
+    size = 2**26 if jax.default_backend() == "cpu" else 2**28
+
+    @functools.partial(jax.jit, donate_argnums=0)  # else the loop begins with a copy
+    def add(x):
+        return jax.lax.fori_loop(0, _TIMES, lambda _, y: y + jnp.bfloat16(1), x)
+
+    x = jnp.zeros(size, jnp.bfloat16)
+
+    def run():
+        nonlocal x
+        x = add(x)
+        return x
+
+    return 4 * size * _TIMES / _median_seconds(run)
+
+
+def _median_seconds(run: Callable[[], jax.Array]) -> float:
+    run().block_until_ready()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run().block_until_ready()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
