@@ -23,7 +23,7 @@ def even(text: str) -> int:
     """An even number of 2 or more, for argparse: the images of a batch."""
     number = terminal.positive(text)
     if number % 2:
-        raise argparse.ArgumentTypeError(f"{text} must be even, since images are mixed in pairs")
+        raise argparse.ArgumentTypeError(f"{text!r} must be even: images are mixed in pairs")
     return number
 
 

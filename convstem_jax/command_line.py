@@ -14,7 +14,14 @@ import ml_collections
 
 from convstem_jax import processes
 from convstem_jax.config import load_config, set_fields, split_argument
-from convstem_jax.errors import Preempted, StorageError, UserError, first_line, is_passing
+from convstem_jax.errors import (
+    ConfigError,
+    Preempted,
+    StorageError,
+    UserError,
+    first_line,
+    is_passing,
+)
 from convstem_jax.run_folder import FREE_FIELDS
 from convstem_jax.terminal import new_parser
 
@@ -24,6 +31,12 @@ exit status:
   75 asked to stop, and saved; another process was lost; storage did not answer: run it again
   130 interrupted
 """
+_NO_MEMORY = (
+    "the devices have too little memory: set config.state_sharding=fsdp, which a run may change, "
+    "raise config.accumulate, lower config.batch_size or take more devices"
+)
+# Grain's, where a signal comes before the worker can ignore it.
+_LOST_WORKER = re.compile(r"Worker process was terminated unexpectedly with exit code -(\d+)")
 _OVERRIDE = re.compile(r"--config\.([^=]+)(=?)(.*)", re.DOTALL)
 
 
@@ -69,13 +82,19 @@ def run(
             print("storage did not answer: first give the same command again", file=sys.stderr)
         return error.exit_status
     except (RuntimeError, ValueError, OSError) as error:
+        reason = first_line(error)[:1000]
+        if "RESOURCE_EXHAUSTED" in reason and not args.traceback:
+            print(f"error: {_NO_MEMORY} ({reason})", file=sys.stderr)
+            return ConfigError.status
         is_lost_peer = processes.is_lost_peer(error)
-        if not (is_lost_peer or is_passing(error)):
+        lost_worker = _LOST_WORKER.search(str(error))
+        if not (is_lost_peer or lost_worker or is_passing(error)):
             raise
         if args.traceback:
             traceback.print_exc()
         what = "another process of the run was lost" if is_lost_peer else "storage did not answer"
-        reason = first_line(error)[:1000]
+        if lost_worker:
+            what = f"a process that reads the data was ended by signal {lost_worker[1]}"
         print(
             f"{what}: the same command goes on from the last checkpoint ({reason})",
             file=sys.stderr,

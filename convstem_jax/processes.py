@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import os
 import re
+import socket
 import sys
 import threading
+import time
 
 import jax
 from jax.experimental import multihost_utils
@@ -21,6 +23,7 @@ from convstem_jax.errors import (
     is_passing,
 )
 
+REACH_SECONDS = 240  # for process 0 to answer, less than JAX waits
 MEET_SECONDS = 10  # for the others to reach the end
 
 
@@ -47,10 +50,23 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
         raise ConfigError(f"--coordinator {coordinator} must be HOST:PORT, as in 10.0.0.1:8476")
     if num_processes is not None and not 0 <= process < num_processes:
         raise ConfigError(f"--process {process} must be from 0 to {num_processes - 1}")
+    if coordinator is None and os.environ.get("SLURM_NTASKS") == "1":
+        return  # JAX would see one of this process's GPUs alone
     if coordinator is not None:  # it may take minutes to find that nobody is there
         print(f"meeting the other processes at {coordinator}", file=sys.stderr, flush=True)
+        if process:
+            _wait_for(coordinator)
+    elif tasks := os.environ.get("SLURM_NTASKS"):
+        print(
+            f"meeting the other processes, {tasks} in all as SLURM says; --processes=1 looks for "
+            "no others",
+            file=sys.stderr,
+            flush=True,
+        )
     try:
-        jax.distributed.initialize(*given)
+        # Else JAX would look for a cluster nevertheless, and use one device of this machine.
+        method = None if coordinator is None else "deactivate"
+        jax.distributed.initialize(*given, cluster_detection_method=method)
     except ValueError as error:
         # What JAX says where it finds no cluster.
         if coordinator is None and "should be defined" in str(error):
@@ -64,6 +80,27 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
             f"the other processes cannot be reached ({first_line(error)}): see that all run and "
             "that --coordinator names process 0; --processes=1 looks for no others"
         ) from error
+
+
+def _wait_for(coordinator: str) -> None:
+    """Waits until process 0 answers: JAX ends a process for which it does not by an abort.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + REACH_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"nothing answers at --coordinator {coordinator} ({first_line(error)}): see "
+                    "that process 0 runs there and that no firewall is between"
+                ) from error
+        time.sleep(1)
 
 
 def is_first() -> bool:

@@ -145,6 +145,10 @@ def _lock(workdir: str) -> None:
         ) from error
     except OSError:  # a file system without locks, such as a mounted bucket
         os.close(file)
+        print(
+            f"the file system of --workdir {workdir} has no locks: see that no other run uses it",
+            flush=True,
+        )
         return
     os.ftruncate(file, 0)
     os.write(file, str(os.getpid()).encode())

@@ -10,12 +10,11 @@ _GPU = {
     "xla_gpu_enable_triton_gemm": False,
     # Query, key and value would become one product, and three copies out of it.
     "xla_gpu_dot_merger_threshold_mb": 0,
-    # XLA's own choice, and loops: the host would wait for the outcome of each, eight times a step
-    # where mixing draws from a beta distribution. Not CONVOLUTION, though each ends a graph: where
-    # the compiler finds in a cache what it would measure, cuDNN runs for the first time while a
-    # graph is recorded, and failed.
+    # XLA's own choice without CONVOLUTION, though each ends a graph: where the compiler finds in a
+    # cache what it would measure, cuDNN runs for the first time while a graph is recorded, and
+    # failed.
     "xla_gpu_enable_command_buffer": (
-        "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
+        "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION"
     ),
     # Conditions too where little stands beside them, as the EMA's at the end of a step.
     "xla_gpu_graph_min_graph_size": 1,

@@ -696,13 +696,14 @@ def cluster(cloud):
     srun = cloud.folder / "bin/srun"
     srun.unlink()
     srun.write_text(
-        '#!/bin/bash\nshift 2; for i in 0 1 2 3; do SLURM_PROCID=$i "$@" & done; wait; exit 137\n'
+        '#!/bin/bash\nshift 3; for i in 0 1 2 3; do SLURM_PROCID=$i "$@" & done; wait; exit 137\n'
     )
     for path in (python, srun):
         path.chmod(0o755)
 
     def run(statuses: str, **settings):
         slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "STATUSES": statuses}
+        slurm |= {"WORKDIR": str(cloud.folder / "run")}
         done = cloud.run("bash launch/slurm.sbatch", cwd=cloud.folder / "code", **slurm, **settings)
         assert not list(cloud.folder.glob("code/.slurm*"))
         return done.returncode, cloud.calls()
@@ -730,6 +731,15 @@ def test_slurm_requeues_after_75_alone(cluster, statuses, status):
 
 def test_slurm_does_not_requeue_for_ever(cluster):
     assert cluster("75 75 75 75", MAX_RESTARTS="3", SLURM_RESTART_COUNT="3") == (75, [])
+
+
+def test_slurm_gives_up_without_progress(cluster, cloud):
+    """A new checkpoint begins the count anew."""
+    for step, num_calls in ((None, 1), (100, 2), (100, 2), (200, 3), (200, 3)):
+        if step:
+            (cloud.folder / f"run/checkpoints/{step}").mkdir(parents=True, exist_ok=True)
+        status, calls = cluster("75 75 75 75", MAX_FAILURES="2")
+        assert (status, len(calls)) == (75, num_calls), step
 
 
 def test_slurm_options():

@@ -1,9 +1,12 @@
 """Mixup, CutMix and lighting against plain NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from convstem_jax import mixing
 
@@ -102,3 +105,16 @@ def test_lighting_has_the_covariance_of_the_principal_components():
     np.testing.assert_allclose(np.cov(light.T), expected, atol=0.03 * expected.max())
     assert np.abs(light.mean(axis=0)).max() < 3e-4
     assert (mixing.lighting(jax.random.key(0), 4, 0.0) == jnp.zeros((4, 3))).all()
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.8, 1.0, 3.0])
+def test_symmetric_beta(alpha):
+    drawn = mixing.symmetric_beta(jax.random.key(0), alpha, (20_000,))
+    assert stats.kstest(drawn, stats.beta(alpha, alpha).cdf).pvalue > 0.01
+
+
+def test_drawing_a_mask_takes_no_loop():
+    """A GPU's host would wait for the outcome of each of its rounds."""
+    draw = functools.partial(mixing.draw_mask, mixup_alpha=0.8, cutmix_alpha=1.0)
+    program = str(jax.make_jaxpr(draw, static_argnums=(1, 2))(jax.random.key(0), H, W))
+    assert "cos" in program and "while[" not in program and "cond[" not in program

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from convstem_jax.data import packed
-from convstem_jax.errors import ConfigError, DataError, first_line
+from convstem_jax.errors import ConfigError, DataError, first_line, is_of_this_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Split:
     """A split of an image classification data set: a sequence of decoded records.
 
     `split[i]` is `{"image": uint8 [h, w, 3], "label": int32}` and raises `DataError` where record
-    i cannot be decoded or its label is outside the classes, `IndexError` where there is none.
+    i cannot be decoded or its label is outside the classes, `ConfigError` where this process lacks
+    memory, open files or permission, `IndexError` where there is none.
     """
 
     name: str
@@ -50,6 +51,11 @@ class Split:
         try:
             record = self.records[index]
         except Exception as error:  # ArrayRecord raises a bare RuntimeError
+            if is_of_this_process(error):
+                raise ConfigError(
+                    f"{where} cannot be read by this process: give it more memory or open files, "
+                    f"or the right to read ({first_line(error)})"
+                ) from error
             raise DataError(
                 f"{where} cannot be read: {first_line(error)}; build the data anew"
             ) from error

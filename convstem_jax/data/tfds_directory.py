@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 import os
 import re
+import resource
 
 from array_record.python import array_record_module
 import tensorflow_datasets as tfds
 
 from convstem_jax.errors import ConfigError, DataError, first_line
+
+# What else a process may have open: 9 for each worker (Grain 0.2), libraries, checkpoints.
+OTHER_FILES = 1000
 
 
 def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], list[str]]:
@@ -22,7 +26,8 @@ def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], list[
         The records, each with `image`, encoded, and `label`; and the names of the classes.
 
     Raises:
-        ConfigError: there is no such folder or split, or it is not in ArrayRecord.
+        ConfigError: there is no such folder or split, it is not in ArrayRecord, or this machine
+            allows too few open files.
         DataError: a file holds another number of records than `dataset_info.json` says.
     """
     path = _find_version(data_dir, dataset)
@@ -55,8 +60,28 @@ def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], list[
     if not isinstance(features["label"], tfds.features.ClassLabel):
         raise ConfigError(f"{path}: the feature 'label' is {features['label']}, not a ClassLabel")
     _check_counts(builder.info.splits[whole])
+    _let_be_open(len(builder.info.splits[whole].filepaths), path)
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     return records, features["label"].names
+
+
+def _let_be_open(num_files: int, path: str) -> None:
+    """Raises this process's limit of open files, and so that of its workers.
+
+    Random access keeps all files of a split open: ImageNet's have 1,024 and 64, and 1,024 is what
+    many machines allow at first.
+
+    Raises:
+        ConfigError: the machine allows no more.
+    """
+    wanted = num_files + OTHER_FILES
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise ConfigError(
+            f"{path} has {num_files} files to keep open, and this machine allows {hard} in all: "
+            f"raise the hard limit to {wanted} or more (ulimit -Hn, or limits.conf)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _find_version(data_dir: str, dataset: str) -> str:

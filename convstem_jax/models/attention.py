@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
 from convstem_jax.models import packed_attention
-from convstem_jax.models.linear import linear
+from convstem_jax.models.linear import linear, spread
 from convstem_jax.models.target import by_device, has_fused_attention, on_tpu
 
 
@@ -66,16 +66,41 @@ def of_all_tokens(
 def of_class_token(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, num_tokens: int
 ) -> jax.Array:
-    """The same for the class token alone, the first, which attends to all: `[N, 1, C]`."""
+    """The same for the class token alone, the first, which attends to all: `[N, 1, C]`.
+
+    Of one query no keys and values need be made. It goes through the keys' kernel, to meet the
+    tokens themselves; and their mean, not each of them, goes through the values' kernel. The keys'
+    bias would add the same to all scores, which the softmax does not see.
+    """
     n, _, c = x.shape
-    form = choose_form(x, num_tokens, c // num_heads)
-    q, k, v = _project(x, kernel, bias, num_heads, form, class_token_only=True)
-    q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))  # [N, h, d, T]
-    return attend_from_one(q[..., 0], k, v, num_tokens).reshape(n, 1, c)
+    heads = num_heads, c // num_heads
+    kernels = kernel.astype(x.dtype).reshape(c, 3, *heads)
+    kernel_q, kernel_k, kernel_v = jnp.unstack(kernels, axis=1)
+    bias_q, _, bias_v = bias.reshape(3, *heads)
+    q = linear(x[:, 0], kernel_q, bias_q) * heads[1] ** -0.5  # [N, h, d]
+    q = jnp.einsum("nhd,chd->nhc", q, kernel_k)
+    scores = jnp.where(jnp.arange(x.shape[1]) < num_tokens, _scores_of_one(q, x), -jnp.inf)
+    means = jnp.einsum("nht,ntc->nhc", jax.nn.softmax(scores).astype(x.dtype), x)
+    values = jnp.einsum("nhc,chd->nhd", means, kernel_v)
+    return (values + spread(bias_v, values)).reshape(n, 1, c)
 
 
-def _project(x, kernel, bias, num_heads, form, class_token_only=False):
-    """Queries, of the class token alone or of all, keys and values: `[N, T, h, d]`."""
+@jax.custom_vjp
+def _scores_of_one(q, x):
+    return jnp.einsum("nhc,ntc->nht", q, x, preferred_element_type=jnp.float32)
+
+
+def _scores_backward(residuals, grad):
+    q, x = residuals
+    grad = grad.astype(q.dtype)  # JAX's own would multiply it in float32.
+    return jnp.einsum("nht,ntc->nhc", grad, x), jnp.einsum("nht,nhc->ntc", grad, q)
+
+
+_scores_of_one.defvjp(lambda q, x: (_scores_of_one(q, x), (q, x)), _scores_backward)
+
+
+def _project(x, kernel, bias, num_heads, form):
+    """Queries, keys and values: `[N, T, h, d]`."""
     n, _, c = x.shape
     heads = num_heads, c // num_heads
     # cuBLAS adds a bias that is a vector; TPUs write `[h, d]` from the product.
@@ -85,13 +110,8 @@ def _project(x, kernel, bias, num_heads, form, class_token_only=False):
     # One parameter and three products: the gradient of a single product would have to be
     # concatenated, which takes TPUs as long as the product.
     return [
-        linear(tokens, kernel, bias).reshape(n, -1, *heads)
-        for tokens, kernel, bias in zip(
-            (x[:, :1] if class_token_only else x, x, x),
-            jnp.unstack(kernels, axis=1),
-            biases,
-            strict=True,
-        )
+        linear(x, kernel, bias).reshape(n, -1, *heads)
+        for kernel, bias in zip(jnp.unstack(kernels, axis=1), biases, strict=True)
     ]
 
 
@@ -133,38 +153,6 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """
     q = q * q.shape[2] ** -0.5
     return pin_layout(_attend(*map(pin_layout, (q, k, v))))
-
-
-def attend_from_one(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int) -> jax.Array:
-    """The same for one query of an image.
-
-    Args:
-        q: `[N, h, d]`.
-        k: keys, `[N, h, d, T]`.
-        v: values, likewise.
-        num_tokens: how many of the T tokens are attended to.
-
-    Returns:
-        `[N, h, d]`, of the type of the inputs.
-    """
-    k, v = pin_layout(k), pin_layout(v)
-    scores = _scores_of_one(q * q.shape[2] ** -0.5, k)
-    scores = jnp.where(jnp.arange(k.shape[3]) < num_tokens, scores, -jnp.inf)
-    return jnp.einsum("nht,nhdt->nhd", jax.nn.softmax(scores).astype(v.dtype), v)
-
-
-@jax.custom_vjp
-def _scores_of_one(q, k):
-    return jnp.einsum("nhd,nhdt->nht", q, k, preferred_element_type=jnp.float32)
-
-
-def _scores_backward(residuals, grad):
-    q, k = residuals
-    grad = grad.astype(q.dtype)  # JAX's own would multiply it in float32.
-    return jnp.einsum("nht,nhdt->nhd", grad, k), jnp.einsum("nht,nhd->nhdt", grad, q)
-
-
-_scores_of_one.defvjp(lambda q, k: (_scores_of_one(q, k), (q, k)), _scores_backward)
 
 
 @jax.custom_vjp

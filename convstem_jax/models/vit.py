@@ -150,7 +150,7 @@ class ViT(nnx.Module):
     """Vision transformer: `[N, H, W, 3]` normalised images to `[N, num_classes]` float32 logits.
 
     The head reads the class token alone, so that the last block is computed for it alone, which
-    saves four fifths of that block. `all_tokens=True` computes it for all, as the paper counts it,
+    saves nearly all of that block. `all_tokens=True` computes it for all, as the paper counts it,
     and gives the same logits.
 
     Args:
