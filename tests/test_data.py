@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import pickle
+import resource
 import shutil
 import signal
 import struct
@@ -25,7 +26,7 @@ import pytest
 
 from convstem_jax import data
 from convstem_jax.config import load_config
-from convstem_jax.data import augment, pack, pipeline, sources
+from convstem_jax.data import augment, pack, pipeline, sources, tfds_directory
 from convstem_jax.data.examples import EvalExamples, TrainExamples, TrainTransform, _permutation
 from convstem_jax.data.reader import Reader
 from convstem_jax.errors import ConfigError, DataError
@@ -289,6 +290,30 @@ def test_a_damaged_record_is_named(copied):
     with pytest.raises(DataError, match=r"fashion_mnist_10k/test, record \d+ cannot be read"):
         for i in range(len(split)):
             split[i]
+
+
+def test_all_files_of_a_split_may_be_open(monkeypatch):
+    """ImageNet's training split has 1,024, and many machines allow 1,024 at first."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        split = sources.open_split(str(DATASETS), NAME, "train")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+        monkeypatch.setattr(tfds_directory, "OTHER_FILES", hard)
+        with pytest.raises(ConfigError, match="1 files to keep open.*raise the hard limit"):
+            sources.open_split(str(DATASETS), NAME, "train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    class Full:
+        def __getitem__(self, index):
+            raise RuntimeError("open() failed: Too many open files")
+
+        def __len__(self):
+            return 1
+
+    with pytest.raises(ConfigError, match="give it more memory or open files"):
+        sources.Split(NAME, Full(), split.class_names)[0]
 
 
 def test_a_file_cut_in_half_is_noticed_before_training(copied):

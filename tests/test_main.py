@@ -208,6 +208,31 @@ def test_storage_that_does_not_answer_is_worth_another_try(kind, monkeypatch, ca
 
 
 @pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to …"),
+            2,
+            "config.state_sharding=fsdp.*RESOURCE_EXHAUSTED",
+        ),
+        (
+            RuntimeError("Worker process was terminated unexpectedly with exit code -15."),
+            75,
+            "reads the data was ended by signal 15: the same command goes on",
+        ),
+    ],
+)
+def test_what_others_say_is_told_with_its_remedy(error, status, message, monkeypatch, capsys):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(train, "train", fail)
+    assert main([*QUICK, "--compilation_cache="]) == status
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     "kind, status",
     [
         (ConfigError, 2), (DataError, 3), (CheckpointError, 4), (NotFiniteError, 5),

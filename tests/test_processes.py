@@ -396,6 +396,23 @@ def test_without_a_cluster_a_process_is_alone():
     assert jax.process_count() == 1 and not jax.distributed.is_initialized()
 
 
+def test_one_task_of_slurm_has_all_its_gpus(monkeypatch):
+    """JAX would join it to nobody, and leave it the first GPU alone."""
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    processes.start(None, None, None)
+    assert not jax.distributed.is_initialized()
+
+
+def test_a_coordinator_that_does_not_answer(monkeypatch, capsys):
+    """JAX would end the process by an abort, after five minutes."""
+    monkeypatch.setattr(processes, "REACH_SECONDS", 0)
+    with pytest.raises(ConfigError, match="nothing answers at --coordinator localhost:1 "):
+        processes.start("localhost:1", 2, 1)
+    assert "meeting the other processes at localhost:1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "statuses, status",
     [
