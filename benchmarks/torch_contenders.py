@@ -34,10 +34,6 @@ from convstem_jax.errors import first_line
 from convstem_jax.models import MODELS
 from convstem_jax.models.vit import ViTSpec
 
-# The same network under timm's name.
-TIMM = {"vitp_18gf": "vit_base_patch16_224"}
-
-
 @functools.cache
 def declare_torchvision():
     """Lets torchvision for CUDA be imported beside a CPU build of PyTorch.
@@ -111,22 +107,46 @@ def torchvision_network(spec, num_classes: int = NUM_CLASSES):
     )
 
 
+def timm_network(spec: ViTSpec):
+    """timm's VisionTransformer, of which its `vit_base_patch16_224` is one, of the sizes of `spec`.
+
+    It has no convolutional stem, and is given torchvision's.
+    """
+    declare_torchvision()
+    from timm.models.vision_transformer import VisionTransformer
+    from torch import nn
+
+    class Stem(nn.Module):
+        num_patches = (spec.image_size // spec.patch_size) ** 2
+
+        def __init__(self, **_):
+            super().__init__()
+            self.layers = torchvision_network(spec).conv_proj
+
+        def forward(self, images):
+            return self.layers(images).flatten(2).transpose(1, 2)
+
+    return VisionTransformer(
+        spec.image_size,
+        spec.patch_size,
+        num_classes=NUM_CLASSES,
+        embed_dim=spec.width,
+        depth=spec.depth,
+        num_heads=spec.num_heads,
+        mlp_ratio=spec.mlp_dim / spec.width,
+        **({"embed_layer": Stem} if spec.stem_channels else {}),
+    )
+
+
 def new_network(implementation: str, model: str) -> Callable | None:
     """A function that makes the network; None where this implementation has none such."""
-    if implementation == "torchvision":
-        spec = MODELS[model]
-        if isinstance(spec, ViTSpec) and (spec.stem_kernels or spec.stem_norm):
-            return None
-        return lambda: torchvision_network(spec)
-    if model not in TIMM:
+    spec = MODELS[model]
+    is_vit = isinstance(spec, ViTSpec)
+    if is_vit and (spec.stem_kernels or spec.stem_norm):
         return None
-
-    def timm_network():
-        import timm
-
-        return timm.create_model(TIMM[model], num_classes=NUM_CLASSES)
-
-    return timm_network
+    if implementation == "torchvision":
+        return lambda: torchvision_network(spec)
+    return (lambda: timm_network(spec)) if is_vit else None
 
 
 class TorchStep:
