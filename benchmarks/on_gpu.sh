@@ -69,8 +69,8 @@ run roofline "$python" -m benchmarks.roofline --measured "$folder"/train_step_*g
 run options "$python" -m benchmarks.train_step --models vitc_4gf vitc_1gf regnety_4gf \
   --batch 256 256 128 --implementations convstem_jax --json "$folder/xla_options_gpu.json" \
   --steps_in_a_call 5 \
-  --xla_options xla_gpu_enable_command_buffer=CONDITIONAL,WHILE \
-  xla_gpu_enable_command_buffer=CONDITIONAL,CONVOLUTION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,FUSION,WHILE \
+  --xla_options xla_gpu_enable_command_buffer=CONDITIONAL \
+  xla_gpu_enable_command_buffer=CONDITIONAL,CONVOLUTION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,FUSION \
   xla_gpu_experimental_enable_conv_fusion=true xla_gpu_graph_min_graph_size=5 "${flags[@]}"
 run around "$python" -m benchmarks.around_step --models vitc_4gf vitc_1gf --json "$folder/around_step_gpu.json"
 run around "$python" -m benchmarks.around_step --models vitc_36gf --batch 128 --json "$folder/around_step_36gf.json"

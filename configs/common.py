@@ -150,7 +150,8 @@ def base() -> ml_collections.ConfigDict:
     config.wd = 0.24  # weight decay
     config.batch_size = 2048  # over all devices
     # Micro-batches whose gradients one update averages, where memory is short. BatchNorm then uses
-    # the statistics of each micro-batch, and its running ones move once for each.
+    # the statistics of each micro-batch, its running ones move once for each, and devices add up
+    # their gradients after each.
     config.accumulate = 1
     # "replicated" on every device, or "fsdp": parameters, optimiser and EMA are split over the
     # devices, where memory is short.
