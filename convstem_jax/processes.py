@@ -50,16 +50,17 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
         raise ConfigError(f"--coordinator {coordinator} must be HOST:PORT, as in 10.0.0.1:8476")
     if num_processes is not None and not 0 <= process < num_processes:
         raise ConfigError(f"--process {process} must be from 0 to {num_processes - 1}")
-    if coordinator is None and os.environ.get("SLURM_NTASKS") == "1":
-        return  # JAX would see one of this process's GPUs alone
+    slurm = os.environ if "SLURM_STEP_NODELIST" in os.environ else {}
+    if coordinator is None and slurm.get("SLURM_NTASKS") == "1":
+        return  # JAX would leave it the first of its GPUs
     if coordinator is not None:  # it may take minutes to find that nobody is there
         print(f"meeting the other processes at {coordinator}", file=sys.stderr, flush=True)
         if process:
             _wait_for(coordinator)
-    elif tasks := os.environ.get("SLURM_NTASKS"):
+    elif slurm.get("SLURM_PROCID") == "0":
         print(
-            f"meeting the other processes, {tasks} in all as SLURM says; --processes=1 looks for "
-            "no others",
+            f"meeting the other processes, {slurm.get('SLURM_NTASKS')} in all as SLURM says; "
+            "--processes=1 looks for no others",
             file=sys.stderr,
             flush=True,
         )
