@@ -34,6 +34,7 @@ from convstem_jax.errors import first_line
 from convstem_jax.models import MODELS
 from convstem_jax.models.vit import ViTSpec
 
+
 @functools.cache
 def declare_torchvision():
     """Lets torchvision for CUDA be imported beside a CPU build of PyTorch.
