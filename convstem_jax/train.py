@@ -84,7 +84,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     reading = pipeline.Reading.of(config)
     steps_per_epoch = len(train_split) / config.batch_size
     num_steps = build.num_steps(config, len(train_split))
-    num_precise = build.num_precise_batches(config, len(train_split))
+    state_shapes = jax.eval_shape(new_state, jnp.uint32(config.seed))
+    num_precise = 0
+    if state_shapes.batch_stats:
+        num_precise = build.num_precise_batches(config, len(train_split))
 
     new_train_batches = functools.partial(
         pipeline.train_batches,
@@ -115,9 +118,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     # -------------------------------------------------- checkpoints, or weights to start from
 
     def room():
-        missing = num_precise * bool(state.batch_stats) - len(precise_batches)
-        image_bytes = 3 * config.image_size**2
-        return room_left() - missing * config.batch_size * image_bytes / len(sharding.devices)
+        images_to_come = (num_precise - len(precise_batches)) * config.batch_size
+        return room_left() - images_to_come * 3 * config.image_size**2 / len(sharding.devices)
 
     checkpoints = Checkpoints(
         os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints, room=room
@@ -144,7 +146,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     # ----------------------------------------------------------------------- model and state
 
     hparams = jax.device_put(build.hparams(config, len(train_split)), sharding.replicated)
-    shardings = sharding.of_state(jax.eval_shape(new_state, hparams.seed))
+    shardings = sharding.of_state(state_shapes)
     state = jax.jit(new_state, out_shardings=shardings)(hparams.seed)
 
     jit_train_step = build.jit_train_step(sharding, graphdef, recipe, shardings)
@@ -184,7 +186,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         nonlocal state
         with records.pause(step, state):
             raw = {"params": state.params, "batch_stats": state.batch_stats}
-            if num_precise and state.batch_stats:
+            if num_precise:
                 if not precise_batches:
                     read_precise_batches()
                 raw = precise(raw)

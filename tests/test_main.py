@@ -13,7 +13,7 @@ import sys
 import jax
 import pytest
 
-from convstem_jax import command_line, provenance, train
+from convstem_jax import command_line, launch_local, predict, preflight, provenance, train
 from convstem_jax.config import load_config
 from convstem_jax.errors import (
     CheckpointError,
@@ -171,6 +171,20 @@ def test_the_commit_is_of_this_project_alone(monkeypatch, tmp_path):
     for command in ("init -q", "add other.txt", "-c user.name=A -c user.email=a commit -qm A"):
         subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
     assert provenance.commit() == "of the image"
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "message"),
+    [
+        (preflight, ["--num_examples", "0"], "--num_examples: '0' must be a whole number of 1"),
+        (predict, ["--top", "0"], "--top: '0' must be a whole number of 1 or more"),
+        (launch_local, ["--processes", "many"], "--processes: 'many' must be a whole number"),
+    ],
+)
+def test_counts_are_checked(program, argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.main(argv)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_help_shows_examples_and_exit_status(capsys):

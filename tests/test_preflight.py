@@ -244,7 +244,6 @@ def test_wrong_topologies_are_refused(name):
     "flags, words",
     [
         (["--topology", "v5e:2x2", "v5e:foo"], "v5e:foo"),
-        (["--topology", "v5e:2x2", "--num_examples", "0"], "--num_examples 0"),
         (
             ["--topology", "v5e:2x2", "--records", "pyproject.toml"],
             "--records pyproject.toml holds",

@@ -352,7 +352,7 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys, mo
         errors[num] = train_module.train(config(**fields), str(tmp_path / num))
         said = capsys.readouterr().out
         assert said.count("256 training images give BatchNorm's statistics") == (num == "256")
-        assert "the EMA is updated once, after the first step" in said
+        assert "the EMA is updated only once, after the first step" in said
         assert ("at the end the EMA is still 37% what it was" in said) == (num == "0")
     assert [(1e9 - before, 1e9 - room()) for room, before in rooms] == [
         (0, 0), (256 * 32 * 32 * 3, 0),
