@@ -31,10 +31,6 @@ exit status:
   75 asked to stop, and saved; another process was lost; storage did not answer: run it again
   130 interrupted
 """
-_NO_MEMORY = (
-    "the devices have too little memory: set config.state_sharding=fsdp, which a run may change, "
-    "raise config.accumulate, lower config.batch_size or take more devices"
-)
 # Grain's, where a signal comes before the worker can ignore it.
 _LOST_WORKER = re.compile(r"Worker process was terminated unexpectedly with exit code -(\d+)")
 _OVERRIDE = re.compile(r"--config\.([^=]+)(=?)(.*)", re.DOTALL)
@@ -83,15 +79,21 @@ def run(
         return error.exit_status
     except (RuntimeError, ValueError, OSError) as error:
         reason = first_line(error)[:1000]
-        if "RESOURCE_EXHAUSTED" in reason and not args.traceback:
-            print(f"error: {_NO_MEMORY} ({reason})", file=sys.stderr)
-            return ConfigError.status
         is_lost_peer = processes.is_lost_peer(error)
         lost_worker = _LOST_WORKER.search(str(error))
-        if not (is_lost_peer or lost_worker or is_passing(error)):
+        no_memory = "RESOURCE_EXHAUSTED" in reason
+        if not (no_memory or is_lost_peer or lost_worker or is_passing(error)):
             raise
         if args.traceback:
             traceback.print_exc()
+        if no_memory:
+            first = "set config.state_sharding=fsdp, which a run may change, " * several_processes
+            print(
+                f"error: the devices have too little memory: {first}raise config.accumulate, lower "
+                f"config.batch_size or take more devices ({reason})",
+                file=sys.stderr,
+            )
+            return ConfigError.status
         what = "another process of the run was lost" if is_lost_peer else "storage did not answer"
         if lost_worker:
             what = f"a process that reads the data was ended by signal {lost_worker[1]}"

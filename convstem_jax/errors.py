@@ -85,6 +85,12 @@ class Preempted(UserError):
     status = 75
 
 
+class UnreachableError(UserError):
+    """Process 0 does not answer: perhaps it will, when the same command is given again."""
+
+    status = 75
+
+
 class StorageError(UserError):
     """Storage did not answer: the same command goes on from the last checkpoint."""
 

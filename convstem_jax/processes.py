@@ -17,6 +17,7 @@ from convstem_jax.errors import (
     ConfigError,
     PeerError,
     StorageError,
+    UnreachableError,
     UserError,
     causes,
     first_line,
@@ -39,19 +40,22 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
         process: number of this one.
 
     Raises:
-        ConfigError: part of the arguments is missing or wrong, or the others cannot be reached.
+        ConfigError: part of the arguments is missing or wrong, or the others cannot be joined.
+        UnreachableError: process 0 does not answer within minutes.
     """
     given = [coordinator, num_processes, process]
     if num_processes == 1 and coordinator is None:
         return
     if any(value is None for value in given) and any(value is not None for value in given):
         raise ConfigError("--coordinator, --processes and --process belong together: give all")
-    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+    port = re.fullmatch(r".+:(\d+)", coordinator or "none:0")
+    if not port or int(port[1]) >= 2**16:
         raise ConfigError(f"--coordinator {coordinator} must be HOST:PORT, as in 10.0.0.1:8476")
     if num_processes is not None and not 0 <= process < num_processes:
         raise ConfigError(f"--process {process} must be from 0 to {num_processes - 1}")
     slurm = os.environ if "SLURM_STEP_NODELIST" in os.environ else {}
-    if coordinator is None and slurm.get("SLURM_NTASKS") == "1":
+    is_alone = slurm.get("SLURM_NTASKS") == "1" and "OMPI_COMM_WORLD_SIZE" not in os.environ
+    if coordinator is None and is_alone:
         return  # JAX would leave it the first of its GPUs
     if coordinator is not None:  # it may take minutes to find that nobody is there
         print(f"meeting the other processes at {coordinator}", file=sys.stderr, flush=True)
@@ -87,7 +91,7 @@ def _wait_for(coordinator: str) -> None:
     """Waits until process 0 answers: JAX ends a process for which it does not by an abort.
 
     Raises:
-        ConfigError: it does not.
+        UnreachableError: it does not.
     """
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + REACH_SECONDS
@@ -95,9 +99,9 @@ def _wait_for(coordinator: str) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
             return
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             if time.monotonic() > deadline:
-                raise ConfigError(
+                raise UnreachableError(
                     f"nothing answers at --coordinator {coordinator} ({first_line(error)}): see "
                     "that process 0 runs there and that no firewall is between"
                 ) from error

@@ -43,7 +43,7 @@
 : "${POLL_SECONDS:=60}"               # between two looks at the machine
 : "${BACKOFF_SECONDS:=60}"            # wait after the first failure; doubles with each further one
 : "${BACKOFF_MAX_SECONDS:=1800}"
-: "${MAX_FAILURES:=20}"               # in a row, without a new checkpoint, before giving up
+: "${MAX_FAILURES:=20}"               # in a row, without a new checkpoint, before giving up; SLURM too
 : "${DELETE_AT_END:=yes}"             # whether tpu_spot.sh deletes the machine however the run ends
 
 # --- Containers: launch/docker.sh, launch/gke.sh ---

@@ -298,8 +298,8 @@ def test_all_files_of_a_split_may_be_open(monkeypatch):
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
         split = sources.open_split(str(DATASETS), NAME, "train")
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
-        monkeypatch.setattr(tfds_directory, "OTHER_FILES", hard)
+        assert min(hard, 4000) <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= hard
+        monkeypatch.setattr(tfds_directory, "LEAST_FILES", hard)
         with pytest.raises(ConfigError, match="1 files to keep open.*raise the hard limit"):
             sources.open_split(str(DATASETS), NAME, "train")
     finally:

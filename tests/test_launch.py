@@ -691,6 +691,7 @@ def cluster(cloud):
     python.parent.mkdir(parents=True)
     python.write_text(
         "#!/bin/bash\nset -- $STATUSES\ns=${@:SLURM_PROCID+1:1}\n"
+        "[[ -z ${NEW:-} ]] || mkdir -p $WORKDIR/checkpoints/$NEW\n"
         "[[ $s != dead ]] || kill -9 $PPID\nexit $s\n"
     )
     srun = cloud.folder / "bin/srun"
@@ -735,10 +736,9 @@ def test_slurm_does_not_requeue_for_ever(cluster):
 
 def test_slurm_gives_up_without_progress(cluster, cloud):
     """A new checkpoint begins the count anew."""
-    for step, num_calls in ((None, 1), (100, 2), (100, 2), (200, 3), (200, 3)):
-        if step:
-            (cloud.folder / f"run/checkpoints/{step}").mkdir(parents=True, exist_ok=True)
-        status, calls = cluster("75 75 75 75", MAX_FAILURES="2")
+    saved = "", "100", "200", "", "200.orbax-checkpoint-tmp"
+    for step, num_calls in zip(saved, (1, 2, 3, 4, 4), strict=True):
+        status, calls = cluster("75 75 75 75", MAX_FAILURES="2", NEW=step)
         assert (status, len(calls)) == (75, num_calls), step
 
 

@@ -1,6 +1,7 @@
 """Mixup, CutMix and lighting against plain NumPy."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -117,4 +118,4 @@ def test_drawing_a_mask_takes_no_loop():
     """A GPU's host would wait for the outcome of each of its rounds."""
     draw = functools.partial(mixing.draw_mask, mixup_alpha=0.8, cutmix_alpha=1.0)
     program = str(jax.make_jaxpr(draw, static_argnums=(1, 2))(jax.random.key(0), H, W))
-    assert "cos" in program and "while[" not in program and "cond[" not in program
+    assert not re.search("random_gamma|while|cond", program)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from convstem_jax import layouts
-from convstem_jax.models import create_model, stems
+from convstem_jax.models import attention, create_model, stems
 from convstem_jax.models.vit import VITS
 from convstem_jax.sharding import Sharding
 from convstem_jax.step import split_model
@@ -427,3 +427,23 @@ def test_images_of_another_size_are_refused():
     model = random_model("vitp_tiny", depth=0)
     with pytest.raises(ValueError, match=r"\(2, 48, 48, 3\).*32, 32, 3"):
         model(jnp.zeros((2, 48, 48, 3)))
+
+
+def test_the_class_token_alone_attends_as_among_all():
+    """Also where tokens are filled up, which nobody attends to."""
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (rng.normal(size=shape) for shape in ((2, 9, 32), (32, 96), (96,)))
+
+    def loss(attend, x, kernel, bias, **num):
+        return (attend(x, kernel, bias, num_heads=4, **num)[:, 0] ** 2).sum()
+
+    filled = np.concatenate([x, 9 * np.ones((2, 1, 32))], axis=1)
+    of_one = functools.partial(loss, attention.of_class_token, num_tokens=9)
+    of_all = functools.partial(loss, attention.of_all_tokens, num_tokens=9)
+    found = jax.value_and_grad(of_one, (0, 1, 2))(*map(jnp.float32, (filled, kernel, bias)))
+    expected = jax.value_and_grad(of_all, (0, 1, 2))(*map(jnp.float32, (x, kernel, bias)))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    grad_x, *grads = found[1]
+    assert not grad_x[:, 9:].any()
+    for grad, wanted in zip((grad_x[:, :9], *grads), expected[1], strict=True):
+        np.testing.assert_allclose(grad, wanted, atol=1e-4 * np.abs(wanted).max())

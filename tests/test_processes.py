@@ -23,7 +23,7 @@ import pytest
 
 from convstem_jax import launch_local, processes, run_folder
 from convstem_jax.checkpoint import Checkpoints
-from convstem_jax.errors import ConfigError
+from convstem_jax.errors import ConfigError, UnreachableError
 from convstem_jax.metrics import read_jsonl
 from convstem_jax.sharding import MIN_SIZE, Sharding, bytes_on_device
 from convstem_jax.step import split_model
@@ -382,6 +382,7 @@ def test_a_work_directory_that_is_not_shared_is_refused(tmp_path):
         ((None, 2, None), "belong together"),
         (("localhost:1", 2, 2), "--process 2 must be from 0 to 1"),
         (("localhost", 2, 1), "--coordinator localhost must be HOST:PORT"),
+        (("localhost:70000", 2, 1), "--coordinator localhost:70000 must be HOST:PORT"),
         (("localhost:1", 2, -1), "--process -1 must be from 0 to 1"),
     ],
 )
@@ -401,14 +402,19 @@ def test_one_task_of_slurm_has_all_its_gpus(monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("SLURM_NTASKS", "1")
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: joined.append(args))
     processes.start(None, None, None)
-    assert not jax.distributed.is_initialized()
+    assert not joined
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")  # mpirun within the task
+    processes.start(None, None, None)
+    assert joined
 
 
 def test_a_coordinator_that_does_not_answer(monkeypatch, capsys):
     """JAX would end the process by an abort, after five minutes."""
     monkeypatch.setattr(processes, "REACH_SECONDS", 0)
-    with pytest.raises(ConfigError, match="nothing answers at --coordinator localhost:1 "):
+    with pytest.raises(UnreachableError, match="nothing answers at --coordinator localhost:1 "):
         processes.start("localhost:1", 2, 1)
     assert "meeting the other processes at localhost:1" in capsys.readouterr().err
 

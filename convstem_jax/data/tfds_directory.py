@@ -10,8 +10,9 @@ import tensorflow_datasets as tfds
 
 from convstem_jax.errors import ConfigError, DataError, first_line
 
-# What else a process may have open: 9 for each worker (Grain 0.2), libraries, checkpoints.
-OTHER_FILES = 1000
+# Open files beside a split's own: what a process has in any case, and what it may have with another
+# split and 9 for each worker (Grain 0.2).
+LEAST_FILES, MOST_FILES = 200, 4000
 
 
 def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], list[str]]:
@@ -74,14 +75,16 @@ def _let_be_open(num_files: int, path: str) -> None:
     Raises:
         ConfigError: the machine allows no more.
     """
-    wanted = num_files + OTHER_FILES
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < wanted:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < num_files + LEAST_FILES:  # negative: no limit
         raise ConfigError(
             f"{path} has {num_files} files to keep open, and this machine allows {hard} in all: "
-            f"raise the hard limit to {wanted} or more (ulimit -Hn, or limits.conf)"
+            f"raise the hard limit to {num_files + MOST_FILES} (ulimit -Hn, or limits.conf)"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    wanted = num_files + MOST_FILES
+    if 0 <= soft < wanted:
+        soft = wanted if hard < 0 else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _find_version(data_dir: str, dataset: str) -> str:
