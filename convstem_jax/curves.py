@@ -28,7 +28,7 @@ def plot_curves(path: str, records: list[dict], title: str) -> None:
         label = f"{label}: {errors[-1]:.2f} %"
         error_axes.plot([r["epoch"] for r in evals], errors, style, label=label)
     error_axes.set(xlabel="epoch", ylabel="top-1 error (%)", xlim=(0, None), ylim=(0, None))
-    error_axes.legend()
+    error_axes.legend(loc="lower left")  # errors fall
     for axes in (loss_axes, error_axes):
         axes.grid(alpha=0.3)
     figure.suptitle(title)
