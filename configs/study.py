@@ -39,9 +39,13 @@ def get_config(arg: str = ""):
     config.evals_of_shortest = 2  # evaluations in it; longer ones have as many an epoch
     config.num_seeds = 4  # of every comparison at one setting; fewer decide nothing
     config.num_random = 64  # settings drawn for each model and optimiser, in `lr_wd` and `depth`
-    # The coarse grid from which each model's own optimum is taken: factors to these centres.
+    # From intervals around each model's own optimum, as wide as the paper's, or from the paper's.
+    config.intervals = "own"
+    config.optima = ()  # (model, optimiser, learning rate, weight decay) of those that are known
+    # The coarse grid from which each other optimum is taken: factors to these centres.
     config.grid_factors = (0.25, 1.0, 4.0)
     config.grid_seeds = 3  # of each point; the best points lie as close together as seeds do
+    config.max_widenings = 2  # times that a grid grows where its best point is on the edge
     config.adamw_center = (2e-3, 0.2)  # learning rate, weight decay
     config.sgd_center = (0.1, 5e-4)
     config.memory_gb = 0.0  # of each device to use; 0 for nine tenths of what it has
@@ -56,6 +60,7 @@ def get_config(arg: str = ""):
         config.ema_every = 4
         config.lengths = (3.0, 6.0)
         config.grid_seeds = 1
+        config.max_widenings = 0
         config.num_seeds = 2
         config.num_random = 4
     elif scale == "cpu":
@@ -75,6 +80,8 @@ def get_config(arg: str = ""):
     else:
         config.vitp, config.vitc, config.cnn = "vitp_4gf", "vitc_4gf", "regnety_4gf"
         config.cnn_image_size, config.cnn_eval_resize = 240, 272
+        config.optima = tuple((*pair, *best) for pair, best in common.STABILITY.items())
+        config.intervals = "paper"
         config.grid_seeds = 1
         config.accumulate = 4  # a trial has one device for its whole batch
         config.lengths = (50.0, 100.0, 200.0, 400.0)

@@ -7,12 +7,14 @@ import numpy as np
 
 from convstem_jax.config import load_config
 from convstem_jax.study import experiments
+from convstem_jax.study.finished import known_optima
 
 
 def plan(arg=""):
     config = load_config(f"configs/study.py:{arg}")
     grids = experiments.grids(config)
     optima = {(p.model, p.optimizer): config[f"{p.optimizer}_center"] for p in grids}
+    optima |= known_optima(config)
     return config, grids, experiments.populations(config, optima)
 
 

@@ -14,7 +14,7 @@ from convstem_jax.data.pack import pack
 from convstem_jax.errors import ConfigError, Preempted
 from convstem_jax.models import MODELS
 from convstem_jax.study import __main__ as program
-from convstem_jax.study import claims, experiments
+from convstem_jax.study import claims, experiments, report
 from convstem_jax.study.experiments import Population
 from convstem_jax.study.finished import Study, choose
 from convstem_jax.study.programs import Trial
@@ -59,18 +59,40 @@ def test_no_comparison_has_a_seed_by_which_its_setting_was_chosen():
     assert {t.seed for p in later if p.kind == "seeds" for t in p.trials} == {2, 3, 4}
 
 
-def test_random_settings_fill_the_papers_intervals_around_the_optimum():
-    _, _, later = plan("full,num_random=2000")
-    population = next(p for p in later if p.name == "vitp_tiny-sgd-5ep-random")
-    for values, center, width in (
-        ([t.lr for t in population.trials], 0.1, 32),
-        ([t.wd for t in population.trials], 5e-4, 30),
-    ):
-        exponents = np.log(np.array(values) / center) / np.log(width)
-        assert -0.5 <= exponents.min() < -0.49 and 0.49 < exponents.max() <= 0.5
-        assert abs(exponents.mean()) < 0.02  # log-uniform
-    _, _, again = plan("full,num_random=2000")
+@pytest.mark.parametrize(
+    "arg, model, lr, wd",
+    [
+        # As wide as the paper's, around the optimum.
+        ("full", "vitp_tiny-sgd", (0.1 / 32**0.5, 0.1 * 32**0.5), (5e-4 / 30**0.5, 5e-4 * 30**0.5)),
+        # The paper's, whatever the optimum.
+        ("imagenet", "vitp_4gf-sgd", (0.1, 3.2), (4e-6, 1.2e-4)),
+        ("imagenet", "vitc_4gf_deep-adamw", (2.5e-4, 8e-3), (0.02, 0.8)),
+        ("imagenet", "regnety_4gf-adamw", (1.25e-3, 4e-2), (0.0075, 0.24)),
+    ],
+)
+def test_random_settings_fill_their_intervals(arg, model, lr, wd):
+    _, _, later = plan(f"{arg},num_random=2000")
+    [population] = [p for p in later if p.kind == "random" and p.name.startswith(f"{model}-")]
+    for field, (low, high) in (("lr", lr), ("wd", wd)):
+        values = np.log([getattr(trial, field) for trial in population.trials])
+        places = (values - np.log(low)) / np.log(high / low)
+        assert 0 <= places.min() < 0.01 and 0.99 < places.max() < 1 + 1e-9
+        assert abs(places.mean() - 0.5) < 0.02  # log-uniform
+    _, _, again = plan(f"{arg},num_random=2000")
     assert population in again
+
+
+def test_imagenets_optima_are_those_of_table_4():
+    config, grids, later = plan("imagenet")
+    assert not grids
+    trials = {(p.model, p.optimizer): p.trials for p in later if p.kind == "seeds"}
+    assert {(t.lr, t.wd) for t in trials["vitp_4gf", "sgd"]} == {(1.9, 1.3e-5)}
+    assert {(t.lr, t.wd) for t in trials["vitc_4gf_s1", "adamw"]} == {(1e-3, 0.24)}
+    study = Study(json.loads(config.to_json()), [], [])
+    assert study.optimum("vitc_4gf_s1", "adamw") == (1e-3, 0.24)
+    assert not study.on_edge("vitc_4gf_s1", "adamw")
+    _, grids, _ = plan("imagenet,vitc=vitc_36gf")  # it is not in Table 4
+    assert {p.model for p in grids} == {"vitc_36gf"}
 
 
 def test_a_configuration_of_a_training_is_refused():
@@ -86,6 +108,11 @@ def test_a_configuration_of_a_training_is_refused():
         ("lengths=('a','b')", "config.lengths=.*the shortest first"),
         ("adamw_center=('a',1)", "config.adamw_center=.*above 0"),
         ("grid_factors=(None,)", "config.grid_factors=.*the smallest first"),
+        ("optima=(('vit','adamw',1e-3,0.1),)", "config.optima=.*rows of model"),
+        ("optima=('vitc_tiny','adamw',1e-3,0.1)", "config.optima=.*rows of model"),
+        ("optima=(1,)", "config.optima=.*rows of model"),
+        ("optima=(('vitc_tiny','adamw','a',0.1),)", "config.optima=.*rows of model"),
+        ("intervals=mine", "config.intervals='mine': it must be one of"),
         ("batch_size=15,mixup_alpha=0.8", "config.batch_size=15 does not divide by .*2 images"),
         ("batch_size=32,accumulate=3", "config.batch_size=32 does not divide by .*3 micro-batches"),
         ("imagenet,colour", "'imagenet' has colours already: leave out"),
@@ -171,6 +198,38 @@ def test_an_optimum_on_the_edge_of_the_grid_is_known():
     assert not study.on_edge("vitp_tiny", "sgd")
     records[0]["top1_error"] = 1
     assert study.on_edge("vitp_tiny", "sgd")
+    around = same | {"kind": "random", "lr": 1, "wd": 1, "top1_error": 9, "diverged_at": None}
+    study.trials.extend([around, around | {"model": "vitc_tiny"}])
+    [found] = claims.claims(study)
+    assert found.on_edge == ["area under the EDF, vitp_tiny"]
+    assert "vitp_tiny 1.00 *" in report.claim_table([found])[1][2]
+
+
+def test_a_grid_grows_beyond_the_edge_that_its_best_point_lies_on():
+    _, [grid, *_], _ = plan("full,grid_seeds=2,adamw_center=(4.0,8.0)")
+
+    def tried(*parts, best):
+        return [
+            trial._asdict()
+            | {
+                "top1_error": abs(np.log(trial.lr / best[0])) + abs(np.log(trial.wd / best[1])),
+                "diverged_at": None,
+            }
+            for part in parts
+            for trial in part.trials
+        ]
+
+    assert experiments.widen(grid, tried(grid, best=(4, 8))) is None
+    one = experiments.widen(grid, tried(grid, best=(4, 1e-9)))
+    assert one.name == f"{grid.name}-1" and {t.seed for t in one.trials} == {0, 1}
+    assert {(t.lr, t.wd) for t in one.trials} == {(1, 0.5), (4, 0.5), (16, 0.5)}
+    corner = experiments.widen(one, tried(grid, one, best=(1e9, 1e-9)))
+    assert {(t.lr, t.wd) for t in corner.trials} == {
+        *((64, wd) for wd in (0.125, 0.5, 2, 8, 32)),
+        *((lr, 0.125) for lr in (1, 4, 16)),
+    }
+    _, [point, *_], _ = plan("full,grid_factors=(1.0,)")
+    assert experiments.widen(point, tried(point, best=(9, 9))) is None
 
 
 def test_experiments_that_were_not_made_have_no_claims():
@@ -218,7 +277,7 @@ def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, cap
 
     def run(*more):
         flags = ["--workdir", str(tmp_path / "run"), "--compilation_cache=", "--config.memory_gb=2"]
-        return program.main([*flags, *more])
+        return program.main([*flags, "--config.max_widenings=2", *more])
 
     monkeypatch.setattr(program, "train_population", train)
     monkeypatch.setattr(program, "Programs", lambda *args, memory: compiled.append((*args, memory)))
@@ -234,11 +293,12 @@ def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, cap
     made = [(config.model, config.optimizer, num) for config, _, num, _ in compiled]
     assert len(set(made)) == len(made), "the same program twice"
     names = [name for name, *_ in seen]
-    assert [name.endswith("grid") for name in names] == [True] * 6 + [False] * (len(seen) - 6)
-    best = {"adamw": 2e-3 * 4, "sgd": 0.1 * 4}
+    assert ["-grid" in name for name in names] == [True] * 18 + [False] * (len(seen) - 18)
+    best = {"adamw": 2e-3 * 64, "sgd": 0.1 * 64}
     for name, optimizer, trials in seen:
         if name.endswith("seeds"):
-            assert [(t.lr, t.seed) for t in trials] == [(best[optimizer], i) for i in (1, 2)]
+            assert [t.seed for t in trials] == [1, 2]
+            assert [t.lr for t in trials] == pytest.approx([best[optimizer]] * 2)
     records = [json.loads(x) for x in (tmp_path / "run" / "trials.jsonl").read_text().splitlines()]
     assert len(records) == sum(len(trials) for *_, trials in seen)
     output = capsys.readouterr().out

@@ -20,7 +20,7 @@ from convstem_jax import build, command_line, files, preemption, provenance, run
 from convstem_jax.complexity import complexity
 from convstem_jax.errors import ConfigError, writing
 from convstem_jax.study import experiments
-from convstem_jax.study.finished import choose, read
+from convstem_jax.study.finished import choose, known_optima, read
 from convstem_jax.study.population import open_readers, open_splits, train_population
 from convstem_jax.study.programs import Programs, trials_per_device
 from convstem_jax.terminal import duration
@@ -52,8 +52,9 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
             f"there are {jax.process_count()} processes: a study runs in one, with all its devices"
         )
     grids = experiments.grids(config)
+    known = known_optima(config)
     centers = {(p.model, p.optimizer): config[f"{p.optimizer}_center"] for p in grids}
-    later = experiments.populations(config, centers)  # for their sizes; the optima come later
+    later = experiments.populations(config, known | centers)  # for their sizes
     planned = [*grids, *later]
     runs = {(p.model, p.optimizer): experiments.run_config(config, p) for p in planned}
     train_split, eval_split = open_splits(config)
@@ -109,8 +110,18 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
             records.extend(about | result for result in results)
             return results
 
-        optima = {(p.model, p.optimizer): choose(train(p)) for p in grids}
-        for population in experiments.populations(config, optima):
+        def search(grid):
+            tried = train(grid)
+            for _ in range(config.max_widenings):
+                grid = experiments.widen(grid, tried)
+                if grid is None:
+                    break
+                progress.add(grid)
+                tried = tried + train(grid)
+            return choose(tried)
+
+        found = {(p.model, p.optimizer): search(p) for p in grids}
+        for population in experiments.populations(config, known | found):
             train(population)
 
     path = os.path.join(workdir, "trials.jsonl")
@@ -167,6 +178,10 @@ class _Progress:
 
     def _work(self, population) -> float:
         return self._flops(population.model) * population.epochs * len(population.trials)
+
+    def add(self, population) -> None:
+        self._total += self._work(population)
+        self._num += 1
 
     def start(self, population) -> None:
         self._population, self._index = population, self._index + 1

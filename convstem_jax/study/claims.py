@@ -28,6 +28,7 @@ class Claim:
     interval: tuple[float, float] | None  # 95 %, bootstrap; None from too few values
     num_values: int  # seeds or trials that it rests on, of the smallest group
     num_diverged: int  # among all of them
+    on_edge: list[str]  # groups whose setting is on the edge of its coarse grid: perhaps not best
 
     @property
     def verdict(self) -> str:
@@ -45,6 +46,7 @@ class Group:
     weight: int
     errors: np.ndarray
     num_diverged: int = 0
+    on_edge: bool = False  # of the coarse grid: the setting that the trials have or are around
     summary: Callable[..., np.ndarray] = np.mean
 
 
@@ -155,6 +157,7 @@ def _edf(study, name, better, worse, optimizer, figure, drawing) -> Iterator[Cla
             weight,
             outcomes(trials),
             num_diverged(trials),
+            study.on_edge(model, optimizer),
             _area,
         )
 
@@ -184,7 +187,8 @@ def _area(errors: np.ndarray, axis: int = -1) -> np.ndarray:
 def _seeds(study, weight, model, optimizer, epochs) -> Group:
     trials = study.seeds(model, optimizer, epochs)
     label = f"{model}, {optimizer}, {epochs:g} epochs"
-    return Group(label, weight, outcomes(trials), num_diverged(trials))
+    edge = study.on_edge(model, optimizer)
+    return Group(label, weight, outcomes(trials), num_diverged(trials), edge)
 
 
 def _gaps(study, first, second, epochs) -> list[Group]:
@@ -211,6 +215,7 @@ def _claim(name, sentence, figure, drawing, groups, minimum=MIN_SEEDS) -> Iterat
             interval=_interval(groups) if num >= minimum else None,
             num_values=num,
             num_diverged=sum(group.num_diverged for group in groups),
+            on_edge=[group.label for group in groups if group.on_edge],
         )
 
 

@@ -12,18 +12,16 @@ from convstem_jax import build, rules
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
 from convstem_jax.optim import OPTIMIZERS
-from convstem_jax.study.finished import family_of
+from convstem_jax.study.finished import Optima, choose, family_of, known_optima
 from convstem_jax.study.programs import Trial
 
-# From end to end of the intervals that the paper draws from (section 5.3): of lr, of wd.
-WIDTHS = {
-    ("vit", "adamw"): (8e-3 / 2.5e-4, 0.8 / 0.02),
-    ("vit", "sgd"): (3.2 / 0.1, 1.2e-4 / 4e-6),
-    ("regnety", "adamw"): (4e-2 / 1.25e-3, 0.24 / 0.0075),
-    ("regnety", "sgd"): (8 / 0.25, 8e-5 / 3e-6),
+# What the paper draws learning rates and weight decays from (section 5.3): lowest and highest.
+INTERVALS = {
+    ("vit", "adamw"): ((2.5e-4, 8e-3), (0.02, 0.8)),
+    ("vit", "sgd"): ((0.1, 3.2), (4e-6, 1.2e-4)),
+    ("regnety", "adamw"): ((1.25e-3, 4e-2), (0.0075, 0.24)),
+    ("regnety", "sgd"): ((0.25, 8), (3e-6, 8e-5)),
 }
-Optima = dict[tuple[str, str], tuple[float, float]]  # (model, optimiser) -> lr, wd
-
 
 EXPERIMENTS = ("length", "optimizer", "lr_wd", "stems", "norms", "depth")
 
@@ -36,8 +34,20 @@ def _are_increasing(values) -> bool:
     return _are_positive(values) and all(a < b for a, b in itertools.pairwise(values))
 
 
+def _are_optima(rows) -> bool:
+    pairs = list(itertools.product(MODELS, OPTIMIZERS))
+    return all(
+        isinstance(row, (tuple, list)) and tuple(row[:2]) in pairs and _is_setting(row[2:])
+        for row in rows
+    )
+
+
+def _is_setting(values) -> bool:
+    return len(values) == 2 and _are_positive(values)
+
+
 _CENTER = (
-    tuple, lambda v: len(v) == 2 and _are_positive(v), "a learning rate and a weight decay, above 0"
+    tuple, _is_setting, "a learning rate and a weight decay, above 0"
 )  # fmt: skip
 # Fields of a study beside those of a run; rules as in `rules.RULES`.
 RULES = {
@@ -54,8 +64,11 @@ RULES = {
     "evals_of_shortest": rules.integer(1),
     "num_seeds": rules.integer(1),
     "num_random": rules.integer(1),
+    "intervals": rules.one_of(("own", "paper")),
+    "optima": (tuple, _are_optima, "rows of model, optimiser, learning rate and weight decay"),
     "grid_seeds": rules.integer(1),
     "grid_factors": (tuple, _are_increasing, "factors above 0, the smallest first"),
+    "max_widenings": rules.integer(0),
     "adamw_center": _CENTER,
     "sgd_center": _CENTER,
     "memory_gb": rules.number(lambda v: v >= 0, "of 0 or more"),
@@ -72,15 +85,17 @@ class Population:
     optimizer: str
     epochs: float
     trials: tuple[Trial, ...]
+    widened: int = 0  # how many populations of the same grid were before
 
     @property
     def name(self) -> str:
         """Also of its folder."""
-        return f"{self.model}-{self.optimizer}-{self.epochs:g}ep-{self.kind}"
+        widened = f"-{self.widened}" if self.widened else ""
+        return f"{self.model}-{self.optimizer}-{self.epochs:g}ep-{self.kind}{widened}"
 
 
 def grids(config: ml_collections.ConfigDict) -> list[Population]:
-    """The coarse grid around the configuration's centre, for each optimum that will be needed.
+    """The coarse grid around the configuration's centre, for each optimum needed and not known.
 
     Raises:
         ConfigError: a field of the study is wrong.
@@ -94,6 +109,7 @@ def grids(config: ml_collections.ConfigDict) -> list[Population]:
     pairs = list(itertools.product(names, OPTIMIZERS))
     centers = {pair: config[f"{pair[1]}_center"] for pair in pairs}
     needed = {(family_of(p.model, names), p.optimizer) for p in populations(config, centers)}
+    needed -= known_optima(config).keys()
     factors = (config.grid_factors, config.grid_factors, range(config.grid_seeds))
 
     def trials(lr, wd):
@@ -104,6 +120,31 @@ def grids(config: ml_collections.ConfigDict) -> list[Population]:
         for pair in pairs
         if pair in needed
     ]
+
+
+def widen(grid: Population, tried: list[dict]) -> Population | None:
+    """The points one step beyond the edges of a grid on which its best point lies.
+
+    Args:
+        grid: its newest population.
+        tried: records of the trials of all its populations.
+
+    Returns:
+        None where the best point lies inside.
+    """
+    axes = []
+    for name, best in zip(("lr", "wd"), choose(tried), strict=True):
+        values = sorted({trial[name] for trial in tried})
+        if len(values) > 1 and best == values[0]:
+            values.append(best**2 / values[1])
+        elif len(values) > 1 and best == values[-1]:
+            values.append(best**2 / values[-2])
+        axes.append(values)
+    there = {(trial["lr"], trial["wd"]) for trial in tried}
+    points = [point for point in itertools.product(*axes) if point not in there]
+    seeds = sorted({trial["seed"] for trial in tried})
+    trials = tuple(Trial(*point, seed) for point in points for seed in seeds)
+    return dataclasses.replace(grid, trials=trials, widened=grid.widened + 1) if trials else None
 
 
 def populations(config: ml_collections.ConfigDict, optima: Optima) -> list[Population]:
@@ -140,12 +181,14 @@ def populations(config: ml_collections.ConfigDict, optima: Optima) -> list[Popul
             # The grid's seeds would count errors that were chosen for being low.
             chosen = config.grid_seeds
             return tuple(Trial(lr, wd, seed) for seed in range(chosen, chosen + config.num_seeds))
-        # Log-uniform in an interval of the paper's width around the optimum.
+        # Log-uniform in the paper's interval, or in one as wide around the optimum.
         rng = np.random.default_rng(zlib.crc32(f"{model} {optimizer}".encode()))
         exponents = rng.uniform(-0.5, 0.5, size=(config.num_random, 2))
         family = "vit" if model.startswith("vit") else "regnety"
-        factors = np.array(WIDTHS[family, optimizer]) ** exponents
-        return tuple(Trial(float(lr * a), float(wd * b), i) for i, (a, b) in enumerate(factors))
+        low, high = np.array(INTERVALS[family, optimizer]).T
+        center = np.sqrt(low * high) if config.intervals == "paper" else (lr, wd)
+        settings = center * (high / low) ** exponents
+        return tuple(Trial(lr, wd, i) for i, (lr, wd) in enumerate(settings.tolist()))
 
     return [
         Population(kind, model, optimizer, epochs, trials(kind, model, optimizer))

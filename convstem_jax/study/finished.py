@@ -1,6 +1,6 @@
 """A finished study, as its folder holds it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -15,6 +15,8 @@ MAY_DIFFER = (*FREE_FIELDS, "experiments", "num_seeds", "num_random")
 FAILED = 100.0  # top-1 error (%) that a diverged trial counts as
 _IDENTITY = ("kind", "model", "optimizer", "epochs", "lr", "wd", "seed")  # of a trial
 _OUTCOME = ("top1_error", "diverged_at")
+
+Optima = dict[tuple[str, str], tuple[float, float]]  # (model, optimiser) -> lr, wd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +65,16 @@ class Study:
         return min(survived, default=0.0)
 
     def optimum(self, model: str, optimizer: str) -> tuple[float, float] | None:
-        """What the coarse grid chose, for the model or the one that it is a variant of: lr, wd."""
+        """Best setting of the model, or of the one that it is a variant of: lr, wd."""
+        known = known_optima(self.config).get((family_of(model, self.families), optimizer))
         grid = self.grid(model, optimizer)
-        return choose(grid) if grid else None
+        return known or (choose(grid) if grid else None)
 
     def on_edge(self, model: str, optimizer: str) -> bool:
-        """Whether the optimum lies on the grid's edge, so that a better one may lie outside."""
+        """Whether a grid chose the optimum on its edge, so that a better one may lie outside."""
         grid = self.grid(model, optimizer)
+        if not grid:
+            return False
         return any(
             value in (min(trial[name] for trial in grid), max(trial[name] for trial in grid))
             for name, value in zip(("lr", "wd"), choose(grid), strict=True)
@@ -104,6 +109,12 @@ def num_diverged(trials: list[dict]) -> int:
 def family_of(model: str, families: Sequence[str]) -> str:
     """Which of the families a model is a variant of."""
     return next(name for name in families if model.startswith(name))
+
+
+def known_optima(config: Mapping) -> Optima:
+    """Those that a study's configuration gives, so that no grid is searched."""
+    rows = config.get("optima", ())  # the field is a later one than the first studies
+    return {(model, optimizer): (lr, wd) for model, optimizer, lr, wd in rows}
 
 
 def choose(grid: list[dict]) -> tuple[float, float]:
