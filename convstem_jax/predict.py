@@ -69,13 +69,15 @@ def predict(model: nnx.Module, images: Iterable[np.ndarray]) -> np.ndarray:
     """Probabilities of the classes, float32 `[N, num_classes]`, on this process's first device.
 
     Args:
-        model: as `weights.load_model` gives it.
+        model: as `weights.load_model` gives it, or in training mode; it stays as it is.
         images: N of them, all `[H, W, 3]` as `prepare` gives them.
     """
     graphdef, state = nnx.split(model)
 
     def probabilities(state, images):
-        return jax.nn.softmax(nnx.merge(graphdef, state)(images).astype(jnp.float32))
+        model = nnx.merge(graphdef, state)
+        model.eval()  # whatever the caller's is: in training images would depend on each other
+        return jax.nn.softmax(model(images).astype(jnp.float32))
 
     probabilities = Sharding(jax.local_devices()[:1]).jit(probabilities)
     found, images = [], iter(images)

@@ -117,22 +117,9 @@ def load(
         described = json.loads(metadata["convstem_jax"])
         class_names = tuple(described.pop("class_names", ()))
         architecture = Architecture(**described, class_names=class_names)
-        shapes = architecture.shapes()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no model of this version: {error}") from error
-    wanted = {"/".join(map(str, k)): x for k, x in traverse_util.flatten_dict(shapes).items()}
-    wrong = [f"missing: {name}" for name in wanted.keys() - found.keys()]
-    wrong += [f"unknown: {name}" for name in found.keys() - wanted.keys()]
-    wrong += [
-        f"shape: {name} is {found[name].shape} and should be {wanted[name].shape}"
-        for name in wanted.keys() & found.keys()
-        if found[name].shape != wanted[name].shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{path} does not hold a {architecture.model}; {len(wrong)} tensors do not fit:\n  "
-            + "\n  ".join(sorted(wrong))
-        )
+    _check_fit(path, found, architecture)
     tree = nnx.restore_int_paths(traverse_util.unflatten_dict(found, sep="/"))
     return {"batch_stats": {}} | tree, architecture
 
@@ -146,9 +133,8 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
     import safetensors.numpy
 
     try:
-        flat = traverse_util.flatten_dict(weights)
         # safetensors writes memory as it lies, also of a transposed view.
-        arrays = {"/".join(map(str, key)): np.ascontiguousarray(x) for key, x in flat.items()}
+        arrays = {name: np.ascontiguousarray(x) for name, x in _flat(weights).items()}
         metadata = {"convstem_jax": json.dumps(dataclasses.asdict(architecture))}
         # Its own `save_file` makes files that nobody else may read.
         files.write(path, safetensors.numpy.save(arrays, metadata))
@@ -156,9 +142,36 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
+def _check_fit(path: str, found: dict[str, np.ndarray], architecture: Architecture) -> None:
+    """Checks that arrays have the names and shapes of a model's weights."""
+    try:
+        wanted = _flat(architecture.shapes())
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} describes no model of this version: {error}") from error
+    wrong = [f"missing: {name}" for name in wanted.keys() - found.keys()]
+    wrong += [f"unknown: {name}" for name in found.keys() - wanted.keys()]
+    wrong += [
+        f"shape: {name} is {found[name].shape} and should be {wanted[name].shape}"
+        for name in wanted.keys() & found.keys()
+        if found[name].shape != wanted[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not hold a {architecture.model}; {len(wrong)} tensors do not fit:\n  "
+            + "\n  ".join(sorted(wrong))
+        )
+
+
+def _flat(weights: Weights) -> dict[str, np.ndarray]:
+    flat = traverse_util.flatten_dict(weights)
+    return {"/".join(map(str, key)): x for key, x in flat.items()}
+
+
 def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Architecture]:
     if not run_folder.has_checkpoint(path):
         raise ConfigError(f"{path} holds no checkpoint: name the folder of a run")
+    if step not in (None, "best") and not isinstance(step, (int, np.integer)):
+        raise ConfigError(f"step is {step!r}: give a number of updates, or 'best'")
     folder = os.path.abspath(os.path.join(path, "checkpoints"))
     checkpoints = Checkpoints(folder, read_only=True)
     try:
@@ -176,6 +189,7 @@ def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Ar
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}/config.json cannot be read: {error}") from error
     num_classes = len(weights["params"]["head"]["bias"])
+    _check_fit(path, _flat(weights), Architecture(model, num_classes, image_size))
     class_names = tuple(run_folder.read_classes(path))
     if class_names and len(class_names) != num_classes:
         raise ConfigError(

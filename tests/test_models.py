@@ -6,6 +6,7 @@ import math
 
 from flax import nnx
 import jax
+from jax import export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -412,6 +413,8 @@ def test_patchify_initialisation_is_cut_at_2_absolute():
         ("vitc_tiny", {"stem_kernels": (3, 3)}, r"kernels \(3, 3\), channels"),
         ("vitp_tiny", {"stem_init": "later"}, "is of the convolutional stem"),
         ("vitc_tiny", {"stem_kernels": (3, 3, 5)}, "neither 3 nor at most its strides"),
+        ("vitc_tiny", {"stem_channels": (16, 0, 64)}, r"stem_channels are \(16, 0, 64\)"),
+        ("vitc_tiny", {"stem_strides": (-2, -2, 2)}, r"stem_strides are \(-2, -2, 2\)"),
         ("vitc_tiny", {"num_classes": 0}, "num_classes is 0"),
         ("regnety_tiny", {"depths": (1, 1)}, "the same number of stages"),
         ("regnety_tiny", {"group_width": 24}, "width 32 is not a multiple of the group width 24"),
@@ -423,10 +426,30 @@ def test_sizes_that_do_not_fit_are_refused(name, changes, message):
         abstract(name, **changes)
 
 
-def test_images_of_another_size_are_refused():
-    model = random_model("vitp_tiny", depth=0)
+def test_what_are_no_such_images_is_refused():
+    vit, cnn = random_model("vitp_tiny", depth=0), random_model("regnety_tiny")
     with pytest.raises(ValueError, match=r"\(2, 48, 48, 3\).*32, 32, 3"):
-        model(jnp.zeros((2, 48, 48, 3)))
+        vit(jnp.zeros((2, 48, 48, 3)))
+    for model in (vit, cnn):
+        with pytest.raises(ValueError, match=r"\(2, 3, 32, 32\); this model takes \[N, "):
+            model(jnp.zeros((2, 3, 32, 32)))
+        with pytest.raises(ValueError, match=r"\(32, 32, 3\); this model takes \[N, "):
+            model(jnp.zeros((32, 32, 3)))
+        with pytest.raises(ValueError, match="uint8: normalise"):
+            model(jnp.zeros((2, 32, 32, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize("name", ["vitp_tiny", "vitc_tiny", "regnety_tiny"])
+def test_models_do_what_others_of_flax_do(name):
+    """Any number of images in an exported program, none at all, a summary of the layers."""
+    model, images = random_model(name), jnp.array(images_of(3, 32))
+    assert "head" in nnx.tabulate(model, images)
+    assert model(images[:0]).shape == (0, 1000)
+    [num] = export.symbolic_shape("n")
+    program = export.export(jax.jit(lambda images: model(images)))(
+        jax.ShapeDtypeStruct((num, 32, 32, 3), jnp.float32)
+    )
+    np.testing.assert_allclose(program.call(images), model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_the_class_token_alone_attends_as_among_all():

@@ -15,7 +15,8 @@ import torch
 import convstem_jax
 from convstem_jax import convert, layouts, weights
 from convstem_jax.checkpoint import Checkpoints
-from convstem_jax.errors import CheckpointError
+from convstem_jax.errors import CheckpointError, ConfigError
+from convstem_jax.predict import predict
 from convstem_jax.step import TrainState, split_model
 from convstem_jax.transfer import resize_position_embedding, transfer
 from tests import networks
@@ -289,6 +290,26 @@ def test_a_model_is_loaded_with_its_weights(tmp_path):
     expected = nnx.clone(model)(images)
     for path in (tmp_path, tmp_path / "file.safetensors"):
         np.testing.assert_array_equal(convstem_jax.load_model(str(path))(images), expected)
+    for step in ("1", 1.0):
+        with pytest.raises(ConfigError, match="give a number of updates, or 'best'"):
+            convstem_jax.load_model(str(tmp_path), step=step)
+    config = tmp_path / "config.json"
+    for name, message in (
+        ("vitp_tiny", "missing: params/blocks/3"),
+        ("vitc_5", "no model of this"),
+    ):
+        config.write_text(json.dumps({"model": name, "image_size": 32}))
+        with pytest.raises(CheckpointError, match=message):
+            convstem_jax.load_model(str(tmp_path))
+
+
+def test_predictions_are_those_of_evaluation():
+    """Also of a model that is in training, whose statistics would be those of the images."""
+    model, images = networks.random_model("vitc_tiny"), networks.images_of(3, 32)
+    expected = predict(model, images)
+    model.train()
+    np.testing.assert_array_equal(predict(model, images), expected)
+    assert not model.stem.norms[0].use_running_average
 
 
 def test_the_best_checkpoint_is_loaded_by_that_name(tmp_path):

@@ -51,16 +51,15 @@ def of_all_tokens(
     Returns:
         `[N, T, C]`, of the type of `x`.
     """
-    n, _, c = x.shape
-    form = choose_form(x, num_tokens, c // num_heads)
+    form = choose_form(x, num_tokens, x.shape[2] // num_heads)
     if form == "packed":
         return packed_attention.project_and_attend(x, kernel.astype(x.dtype), bias, num_heads)
     q, k, v = _project(x, kernel, bias, num_heads, form)
     if form == "cudnn":
-        return attend_fused(q, k, v, num_tokens).reshape(n, -1, c)
+        return attend_fused(q, k, v, num_tokens).reshape(x.shape)
     assert num_tokens == x.shape[1], "nothing is filled up"
     q, k, v = (y.transpose(0, 2, 3, 1) for y in (q, k, v))  # [N, h, d, T]
-    return attend(q, k, v).transpose(0, 3, 1, 2).reshape(n, -1, c)
+    return attend(q, k, v).transpose(0, 3, 1, 2).reshape(x.shape)
 
 
 def of_class_token(
@@ -101,7 +100,7 @@ _scores_of_one.defvjp(lambda q, x: (_scores_of_one(q, x), (q, x)), _scores_backw
 
 def _project(x, kernel, bias, num_heads, form):
     """Queries, keys and values: `[N, T, h, d]`."""
-    n, _, c = x.shape
+    n, t, c = x.shape
     heads = num_heads, c // num_heads
     # cuBLAS adds a bias that is a vector; TPUs write `[h, d]` from the product.
     shape = heads if form == "xla" else (c,)
@@ -110,7 +109,7 @@ def _project(x, kernel, bias, num_heads, form):
     # One parameter and three products: the gradient of a single product would have to be
     # concatenated, which takes TPUs as long as the product.
     return [
-        linear(x, kernel, bias).reshape(n, -1, *heads)
+        linear(x, kernel, bias).reshape(n, t, *heads)
         for kernel, bias in zip(jnp.unstack(kernels, axis=1), biases, strict=True)
     ]
 

@@ -63,9 +63,12 @@ def is_product(conv: nnx.Conv, x: jax.Array) -> bool:
     if conv.feature_group_count == 1 and (not on_cpu() or conv.dtype == jnp.bfloat16):
         return False
     size, stride, pad = _shape(conv)
+    if size == 1 or size > 3:
+        return size == 1
+    if not isinstance(x.shape[0], int):  # `jax.export` with any number of images
+        return False
     height, width = ((n + 2 * pad - size) // stride + 1 for n in x.shape[1:3])
-    num_patches = len(x) * height * width * size**2 * x.shape[3]
-    return size == 1 or (size <= 3 and num_patches <= MAX_PATCHES)
+    return x.shape[0] * height * width * size**2 * x.shape[3] <= MAX_PATCHES
 
 
 def _shape(conv):
@@ -77,11 +80,11 @@ def _by_product(x, kernel, num_groups, *shape):
     if num_groups == 1:
         return _multiply_patches(x, kernel, *shape)
     # Axes are moved before the patches are made, which hold more numbers than the images.
-    x = jnp.moveaxis(x.reshape(*x.shape[:3], num_groups, -1), 3, 0)
+    x = jnp.moveaxis(x.reshape(*x.shape[:3], num_groups, kernel.shape[2]), 3, 0)
     kernel = jnp.moveaxis(kernel.reshape(*kernel.shape[:3], num_groups, -1), 3, 0)
     y = jax.vmap(lambda x, kernel: _multiply_patches(x, kernel, *shape))(x, kernel)
     y = jnp.moveaxis(y, 0, 3)
-    return y.reshape(*y.shape[:3], -1)
+    return y.reshape(*y.shape[:3], y.shape[3] * y.shape[4])
 
 
 def _multiply_patches(x, kernel, size, stride, pad):
@@ -92,7 +95,7 @@ def _multiply_patches(x, kernel, size, stride, pad):
     patches = jnp.concatenate(shifted, axis=3)  # [N, H', W', size * size * C]
     # Two matrices: for the kernel's gradient XLA would copy an array of more axes, transposed.
     y = patches.reshape(-1, patches.shape[3]) @ kernel.reshape(-1, kernel.shape[3])
-    return y.reshape(*patches.shape[:3], -1)
+    return y.reshape(*patches.shape[:3], kernel.shape[3])
 
 
 def _over_squares(x, kernel):

@@ -24,12 +24,14 @@ def are_used(x: jax.Array) -> bool:
     it does along the axis `data`, if there is one. They count the numbers of a device's array in 32
     bits: the largest, queries, keys and values, has three times those of `x`.
     """
+    if x.dtype != jnp.bfloat16 or not target.on_hopper() or triton is None:
+        return False
+    if not isinstance(x.shape[0], int):  # `jax.export` with any number of images
+        return False
     mesh = jax.sharding.get_abstract_mesh()
     is_divided = set(mesh.axis_names) == set(mesh.auto_axes) <= {"data"}
     num_devices = max(1, target.num_devices())
-    divides = len(x) % num_devices == 0 and 3 * x.size // num_devices < 2**31
-    is_one_of_ours = x.dtype == jnp.bfloat16 and target.on_hopper()
-    return is_one_of_ours and is_divided and divides and triton is not None
+    return is_divided and len(x) % num_devices == 0 and 3 * x.size // num_devices < 2**31
 
 
 # What a kernel returns does not say along which axes it differs, which would be checked.

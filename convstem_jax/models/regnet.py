@@ -10,6 +10,7 @@ from jax.nn import initializers
 import jax.numpy as jnp
 
 from convstem_jax.models.convolution import by_xla, convolve, is_product
+from convstem_jax.models.images import check as check_images
 from convstem_jax.models.linear import Linear, spread
 from convstem_jax.models.norms import apply_norm, batch_norm
 from convstem_jax.models.target import by_device, on_tpu
@@ -230,6 +231,7 @@ class RegNet(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, images: jax.Array) -> jax.Array:
+        check_images(images)
         x = apply_norm(self.stem_norm, convolve(self.stem, images), relu=True)
         for stage in self.stages:
             for block in stage:

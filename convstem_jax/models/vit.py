@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from convstem_jax.models import attention, stems
 from convstem_jax.models.attention import pin_layout
 from convstem_jax.models.gelu import gelu
+from convstem_jax.models.images import check as check_images
 from convstem_jax.models.linear import Linear, linear, spread
 from convstem_jax.models.norms import NORMS, before_linear, layer_norm
 
@@ -85,10 +86,11 @@ for size in ("4gf", "tiny"):
 
 
 class Attention(nnx.Module):
-    """Adds multi-head self-attention of the tokens' norm; query, key and value share a parameter.
+    """Multi-head self-attention; query, key and value share a parameter.
 
-    Takes tokens `[N, T, width]`, the norm, and how many of the T are attended to. Gives
-    `[N, T, width]`, or `[N, 1, width]` if only the class token, the first, is to attend.
+    Takes tokens `[N, T, width]`, how many of the T are attended to, and kernel and bias of `qkv` as
+    `before_linear` gives them. Gives `[N, T, width]`, or `[N, 1, width]` if only the class token,
+    the first, is to attend.
     """
 
     def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -99,18 +101,22 @@ class Attention(nnx.Module):
         self.out = Linear(width, width, kernel_init=stems.torch_uniform, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, norm: nnx.LayerNorm, num_tokens: int, *, class_token_only: bool
+        self,
+        x: jax.Array,
+        num_tokens: int,
+        kernel: jax.Array,
+        bias: jax.Array,
+        *,
+        class_token_only: bool,
     ) -> jax.Array:
-        x, y, kernel, bias = before_linear(norm, self.qkv, x)
         attend_from = attention.of_class_token if class_token_only else attention.of_all_tokens
-        y = self.out(attend_from(y, kernel, bias, self.num_heads, num_tokens))
-        return (x[:, :1] if class_token_only else x) + y
+        return self.out(attend_from(x, kernel, bias, self.num_heads, num_tokens))
 
 
 class MLP(nnx.Module):
-    """Adds two layers of the tokens' norm, with the exact (erf) GELU between them.
+    """Two layers, with the exact (erf) GELU between them.
 
-    Takes tokens `[N, T, width]` and the norm.
+    Takes tokens `[N, T, width]`, and kernel and bias of `fc1` as `before_linear` gives them.
     """
 
     def __init__(self, width: int, mlp_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -121,9 +127,8 @@ class MLP(nnx.Module):
         self.fc1 = Linear(width, mlp_dim, dtype=dtype, rngs=rngs, **inits)
         self.fc2 = Linear(mlp_dim, width, dtype=dtype, rngs=rngs, **inits)
 
-    def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:
-        x, y, kernel, bias = before_linear(norm, self.fc1, x)
-        return x + self.fc2(gelu(pin_layout(linear(y, kernel, bias))))
+    def __call__(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        return self.fc2(gelu(pin_layout(linear(x, kernel, bias))))
 
 
 class Block(nnx.Module):
@@ -141,9 +146,11 @@ class Block(nnx.Module):
         self.mlp = MLP(width, mlp_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, num_tokens: int, *, class_token_only: bool) -> jax.Array:
-        x = self.attention(x, self.norm1, num_tokens, class_token_only=class_token_only)
-        x = pin_layout(x)
-        return pin_layout(self.mlp(x, self.norm2))
+        x, y, *qkv = before_linear(self.norm1, self.attention.qkv, x)
+        y = self.attention(y, num_tokens, *qkv, class_token_only=class_token_only)
+        x = pin_layout((x[:, :1] if class_token_only else x) + y)
+        x, y, *fc1 = before_linear(self.norm2, self.mlp.fc1, x)
+        return pin_layout(x + self.mlp(y, *fc1))
 
 
 class ViT(nnx.Module):
@@ -197,12 +204,10 @@ class ViT(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, images: jax.Array, *, all_tokens: bool = False) -> jax.Array:
-        size = self.spec.image_size
-        if images.shape[1:] != (size, size, 3):
-            raise ValueError(f"images are {images.shape}; this model takes [N, {size}, {size}, 3]")
+        check_images(images, self.spec.image_size)
         x = self.stem(images)  # [N, H / p, W / p, d]
-        n, _, _, d = x.shape
-        x = x.reshape(n, -1, d)
+        n, h, w, d = x.shape
+        x = x.reshape(n, h * w, d)
         class_token = spread(self.class_token[...], x[:, :1])
         x = jnp.concatenate([class_token, x], axis=1)  # [N, T, d]
         x = x + spread(self.position_embedding[...], x)
@@ -220,6 +225,9 @@ def _check(spec: ViTSpec) -> None:
     for name in ("width", "mlp_dim", "num_heads", "patch_size", "image_size"):
         if (size := getattr(spec, name)) < 1:
             raise ValueError(f"{name} is {size}: it must be 1 or more")
+    for name in ("stem_channels", "stem_strides", "stem_kernels"):
+        if min(sizes := getattr(spec, name), default=1) < 1:
+            raise ValueError(f"{name} are {sizes}: each must be 1 or more")
     if (strides or kernels) and not spec.stem_channels:
         raise ValueError(
             f"strides {strides} and kernels {kernels} are given to a stem without channels"
