@@ -7,7 +7,6 @@ import ast
 import importlib.util
 import json
 import os
-import re
 import sys
 
 import ml_collections
@@ -71,7 +70,14 @@ def load_run_config(workdir: str) -> ml_collections.ConfigDict:
 
 def split_argument(arg: str) -> tuple[list[str], dict[str, str]]:
     """Words and fields of an argument such as `18gf,sgd,mean=(0.5, 0.5, 0.5)`."""
-    parts = [part.strip() for part in re.split(r",(?![^(\[]*[)\]])", arg)]  # not in brackets
+    parts, depth = [""], 0
+    for char in arg:
+        depth += (char in "([") - (char in ")]")
+        if char == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += char
+    parts = [part.strip() for part in parts]
     words = [part for part in parts if part and "=" not in part]
     return words, dict(part.split("=", 1) for part in parts if "=" in part)
 

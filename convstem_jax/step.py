@@ -77,7 +77,7 @@ def train_step(
     """One update of the parameters, the statistics and the EMA.
 
     Args:
-        graphdef: the model's structure, from `split`.
+        graphdef: the model's structure, from `split_model`.
         recipe: what is fixed.
         state: before the update; donate it.
         batch: `image` uint8 `[N, H, W, 3]` and `label` int32 `[N]`.
@@ -173,7 +173,7 @@ def batch_statistics(
     With micro-batches they are the means of theirs, by which training normalises too.
 
     Args:
-        graphdef: the model's structure, from `split`.
+        graphdef: the model's structure, from `split_model`.
         recipe: what is fixed.
         params: parameters to compute them for.
         batch_stats: any of the same shapes that are finite.
@@ -203,7 +203,7 @@ def eval_step(
     """Sums over a batch, exact in float32 up to 16 million examples.
 
     Args:
-        graphdef: the model's structure, from `split`.
+        graphdef: the model's structure, from `split_model`.
         recipe: what is fixed.
         params: parameters to evaluate.
         batch_stats: BatchNorm statistics to evaluate with.

@@ -76,6 +76,9 @@ def test_fields_in_the_argument():
     assert (config.mean, config.seed) == ((0.1, 0.2, 0.3), 3)
     config = load_config("configs/study.py:lengths=[1.0, 2.0],num_seeds=5")
     assert (config.lengths, config.num_seeds) == ((1.0, 2.0), 5)
+    rows = ("vitp_tiny", "sgd", 0.1, 1e-4), ("vitc_tiny", "sgd", 0.2, 1e-4)
+    config = load_config(f"configs/study.py:cpu,optima={rows},num_seeds=5")
+    assert (config.optima, config.num_seeds, config.num_random) == (rows, 5, 32)
 
 
 @pytest.mark.parametrize(

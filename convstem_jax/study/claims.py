@@ -62,9 +62,9 @@ def claims(study: Study) -> list[Claim]:
 
 def _length(study: Study) -> Iterator[Claim]:
     short, long = study.lengths[0], study.lengths[-1]
+    p, c, _ = study.families
     if short < long:
-        p, c, _ = study.families
-        yield from _claim(
+        yield _claim(
             "length",
             "With the convolutional stem ViT converges faster: a short schedule costs it less.",
             "Figure 2",
@@ -76,8 +76,7 @@ def _length(study: Study) -> Iterator[Claim]:
                 _seeds(study, 1, c, "adamw", long),
             ],
         )
-    p, c, _ = study.families
-    yield from _claim(
+    yield _claim(
         "peak",
         "At equal cost the convolutional stem has the lower error.",
         "Table 2",
@@ -88,7 +87,7 @@ def _length(study: Study) -> Iterator[Claim]:
 
 def _optimizer(study: Study) -> Iterator[Claim]:
     p, c, _ = study.families
-    yield from _claim(
+    yield _claim(
         "optimizer",
         "From AdamW to SGD, patchify loses more than the convolutional stem.",
         "Figure 3",
@@ -100,7 +99,7 @@ def _optimizer(study: Study) -> Iterator[Claim]:
 def _stems(study: Study) -> Iterator[Claim]:
     p, c, _ = study.families
     for stem in study.models("seeds", f"{c}_s"):
-        yield from _claim(
+        yield _claim(
             f"stem {stem.removeprefix(f'{c}_')}",
             f"From AdamW to SGD, patchify loses more than {stem}, another convolutional stem.",
             "Table 3",
@@ -113,7 +112,7 @@ def _norms(study: Study) -> Iterator[Claim]:
     p, c, _ = study.families
     epochs = study.second_length
     for patchify, words in ((p, "patchify"), (f"{p}_bn", "patchify with BatchNorm and ReLU")):
-        yield from _claim(
+        yield _claim(
             "norm" if patchify == p else "norm of patchify",
             f"It is not BatchNorm: the convolutional stem with LayerNorm beats {words}.",
             "Figure 7",
@@ -129,14 +128,14 @@ def _lr_wd(study: Study) -> Iterator[Claim]:
     p, c, cnn = study.families
     for optimizer in ("adamw", "sgd"):
         for name, better in (("lr and wd", c), ("CNN's lr and wd", cnn)):
-            yield from _edf(
+            yield _edf(
                 study, f"{name}, {optimizer}", better, p, optimizer, "Figures 4 and 5", "edf"
             )
 
 
 def _depth(study: Study) -> Iterator[Claim]:
     p, c, _ = study.families
-    yield from _edf(study, "depth", f"{c}_deep", f"{p}_deep", "adamw", "Figure 8", "depth")
+    yield _edf(study, "depth", f"{c}_deep", f"{p}_deep", "adamw", "Figure 8", "depth")
 
 
 _CLAIMS = {
@@ -149,19 +148,21 @@ _CLAIMS = {
 }
 
 
-def _edf(study, name, better, worse, optimizer, figure, drawing) -> Iterator[Claim]:
+def _edf(study, name, better, worse, optimizer, figure, drawing) -> Claim:
+    is_around_optimum = study.config.get("intervals") != "paper"
+
     def group(weight, model):
         trials = study.random(model, optimizer)
         return Group(
             f"area under the EDF, {model}",
             weight,
             outcomes(trials),
-            num_diverged(trials),
-            study.on_edge(model, optimizer),
-            _area,
+            num_diverged=num_diverged(trials),
+            on_edge=is_around_optimum and study.on_edge(model, optimizer),
+            summary=_area,
         )
 
-    yield from _claim(
+    return _claim(
         name,
         f"Over random learning rates and weight decays {better} is more often near its best than "
         f"{worse} ({optimizer}).",
@@ -187,8 +188,13 @@ def _area(errors: np.ndarray, axis: int = -1) -> np.ndarray:
 def _seeds(study, weight, model, optimizer, epochs) -> Group:
     trials = study.seeds(model, optimizer, epochs)
     label = f"{model}, {optimizer}, {epochs:g} epochs"
-    edge = study.on_edge(model, optimizer)
-    return Group(label, weight, outcomes(trials), num_diverged(trials), edge)
+    return Group(
+        label,
+        weight,
+        outcomes(trials),
+        num_diverged=num_diverged(trials),
+        on_edge=study.on_edge(model, optimizer),
+    )
 
 
 def _gaps(study, first, second, epochs) -> list[Group]:
@@ -200,23 +206,21 @@ def _gaps(study, first, second, epochs) -> list[Group]:
     ]
 
 
-def _claim(name, sentence, figure, drawing, groups, minimum=MIN_SEEDS) -> Iterator[Claim]:
-    """The claim, unless a group is empty."""
+def _claim(name, sentence, figure, drawing, groups, minimum=MIN_SEEDS) -> Claim:
     num = min(len(group.errors) for group in groups)
-    if num:
-        numbers = {group.label: float(group.summary(group.errors, axis=-1)) for group in groups}
-        yield Claim(
-            name=name,
-            sentence=sentence,
-            figure=figure,
-            drawing=drawing,
-            numbers=numbers,
-            advantage=sum(group.weight * numbers[group.label] for group in groups),
-            interval=_interval(groups) if num >= minimum else None,
-            num_values=num,
-            num_diverged=sum(group.num_diverged for group in groups),
-            on_edge=[group.label for group in groups if group.on_edge],
-        )
+    numbers = {group.label: float(group.summary(group.errors, axis=-1)) for group in groups}
+    return Claim(
+        name=name,
+        sentence=sentence,
+        figure=figure,
+        drawing=drawing,
+        numbers=numbers,
+        advantage=sum(group.weight * numbers[group.label] for group in groups),
+        interval=_interval(groups) if num >= minimum else None,
+        num_values=num,
+        num_diverged=sum(group.num_diverged for group in groups),
+        on_edge=[group.label for group in groups if group.on_edge],
+    )
 
 
 def _interval(groups: list[Group]) -> tuple[float, float]:

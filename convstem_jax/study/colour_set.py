@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     name += "_photos" if name == args.garments else ""
     path = os.path.join(args.output, f"{name}.npz")
     try:
+        os.makedirs(args.output, exist_ok=True)
         photographs = read_photographs(args.photographs or default_photographs())
         splits = {
             name: sources.open_split(args.data_dir, args.garments, name) for name in photographs

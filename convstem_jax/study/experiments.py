@@ -12,7 +12,7 @@ from convstem_jax import build, rules
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
 from convstem_jax.optim import OPTIMIZERS
-from convstem_jax.study.finished import Optima, choose, family_of, known_optima
+from convstem_jax.study.finished import Optima, beyond, family_of, known_optima
 from convstem_jax.study.programs import Trial
 
 # What the paper draws learning rates and weight decays from (section 5.3): lowest and highest.
@@ -52,7 +52,9 @@ _CENTER = (
 # Fields of a study beside those of a run; rules as in `rules.RULES`.
 RULES = {
     "experiments": (
-        tuple, lambda v: v and set(v) <= set(EXPERIMENTS), "some of " + ", ".join(EXPERIMENTS)
+        tuple,
+        lambda v: v and all(x in EXPERIMENTS for x in v),
+        "some of " + ", ".join(EXPERIMENTS),
     ),
     "vitp": rules.one_of(MODELS),
     "vitc": rules.one_of(MODELS),
@@ -108,7 +110,11 @@ def grids(config: ml_collections.ConfigDict) -> list[Population]:
     names = families(config)
     pairs = list(itertools.product(names, OPTIMIZERS))
     centers = {pair: config[f"{pair[1]}_center"] for pair in pairs}
-    needed = {(family_of(p.model, names), p.optimizer) for p in populations(config, centers)}
+    needed = {
+        (family_of(p.model, names), p.optimizer)
+        for p in populations(config, centers)
+        if p.kind == "seeds" or config.intervals == "own"
+    }
     needed -= known_optima(config).keys()
     factors = (config.grid_factors, config.grid_factors, range(config.grid_seeds))
 
@@ -132,14 +138,10 @@ def widen(grid: Population, tried: list[dict]) -> Population | None:
     Returns:
         None where the best point lies inside.
     """
-    axes = []
-    for name, best in zip(("lr", "wd"), choose(tried), strict=True):
-        values = sorted({trial[name] for trial in tried})
-        if len(values) > 1 and best == values[0]:
-            values.append(best**2 / values[1])
-        elif len(values) > 1 and best == values[-1]:
-            values.append(best**2 / values[-2])
-        axes.append(values)
+    axes = [
+        [*sorted({trial[name] for trial in tried}), *more]
+        for name, more in zip(("lr", "wd"), beyond(tried), strict=True)
+    ]
     there = {(trial["lr"], trial["wd"]) for trial in tried}
     points = [point for point in itertools.product(*axes) if point not in there]
     seeds = sorted({trial["seed"] for trial in tried})
@@ -152,8 +154,8 @@ def populations(config: ml_collections.ConfigDict, optima: Optima) -> list[Popul
 
     Args:
         config: the study's.
-        optima: best setting of each model that the configuration names; a variant takes that of
-            the model that it is one of, as in the paper.
+        optima: best setting of each model that the configuration names, if needed; a variant takes
+            that of the model that it is one of, as in the paper.
     """
     seeds, random = set(), set()  # (model, optimiser, epochs)
     first, second = config.lengths[0], config.lengths[:2][-1]
@@ -175,24 +177,29 @@ def populations(config: ml_collections.ConfigDict, optima: Optima) -> list[Popul
             case "depth":
                 random |= {(model, "adamw", first) for model in deep(config)}
 
-    def trials(kind, model, optimizer):
-        lr, wd = optima[family_of(model, families(config)), optimizer]
-        if kind == "seeds":
-            # The grid's seeds would count errors that were chosen for being low.
-            chosen = config.grid_seeds
-            return tuple(Trial(lr, wd, seed) for seed in range(chosen, chosen + config.num_seeds))
+    def optimum(model, optimizer):
+        return optima[family_of(model, families(config)), optimizer]
+
+    def at_optimum(model, optimizer):
+        # The grid's seeds would count errors that were chosen for being low.
+        first = config.grid_seeds
+        lr, wd = optimum(model, optimizer)
+        return tuple(Trial(lr, wd, seed) for seed in range(first, first + config.num_seeds))
+
+    def at_random(model, optimizer):
         # Log-uniform in the paper's interval, or in one as wide around the optimum.
         rng = np.random.default_rng(zlib.crc32(f"{model} {optimizer}".encode()))
         exponents = rng.uniform(-0.5, 0.5, size=(config.num_random, 2))
         family = "vit" if model.startswith("vit") else "regnety"
         low, high = np.array(INTERVALS[family, optimizer]).T
-        center = np.sqrt(low * high) if config.intervals == "paper" else (lr, wd)
+        is_paper = config.intervals == "paper"
+        center = np.sqrt(low * high) if is_paper else optimum(model, optimizer)
         settings = center * (high / low) ** exponents
         return tuple(Trial(lr, wd, i) for i, (lr, wd) in enumerate(settings.tolist()))
 
     return [
-        Population(kind, model, optimizer, epochs, trials(kind, model, optimizer))
-        for kind, wanted in (("seeds", seeds), ("random", random))
+        Population(kind, model, optimizer, epochs, trials(model, optimizer))
+        for kind, trials, wanted in (("seeds", at_optimum, seeds), ("random", at_random, random))
         for model, optimizer, epochs in sorted(wanted)
     ]
 

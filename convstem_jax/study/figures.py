@@ -15,38 +15,24 @@ COLORS = ("#d1495b", "#1f6f9f", "#5a5a5a")  # P, C, CNN
 
 def figures(study: Study) -> dict[str, tuple[matplotlib.figure.Figure, str]]:
     """Figures that the study has trials for: name -> figure and caption."""
-    drawn = {}
-    for name, draw in {
-        "length": draw_length,
-        "optimizer": draw_optimizer,
-        "edf": draw_edf,
-        "lr_wd": draw_scatter,
-        "stems": draw_stems,
-        "norms": draw_norms,
-        "depth": draw_depth,
-    }.items():
-        if (figure := draw(study)) is not None:
-            caption = draw.__doc__.splitlines()[0]
-            drawn[name] = figure, caption
-    return drawn
+    made = set(study.config["experiments"])
+    return {
+        name: (draw(study), caption)
+        for name, (draw, experiments, caption) in _FIGURES.items()
+        if made & experiments and (name != "length" or len(study.lengths) > 1)
+    }
 
 
-def draw_length(study: Study):
-    """Error minus that of the longest schedule, the usual optimiser of each (Figure 2)."""
-    if not _has(study, "length", "optimizer") or len(study.lengths) < 2:
-        return None
+def _draw_length(study: Study):
     figure, [axes] = _axes(1, (5, 3.6))
     for model, color in zip(study.families, COLORS, strict=True):
-        errors = _errors_by_length(study, model, usual_optimizer(model))
-        _plot_lines(axes, study, [x - errors[-1].mean() for x in errors], color, model)
+        found = _errors_by_length(study, model, usual_optimizer(model))
+        _plot_lines(axes, study, [x - found[-1].mean() for x in found], color, model)
     _label_epochs(axes, study, "error − error of the longest (points)")
     return figure
 
 
-def draw_optimizer(study: Study):
-    """Error with AdamW (full) and SGD (dashed), and the gap between them (Figure 3)."""
-    if not _has(study, "optimizer"):
-        return None
+def _draw_optimizer(study: Study):
     figure, [error_axes, gap_axes] = _axes(2, (9, 3.6))
     for model, color in zip(study.families, COLORS, strict=True):
         adamw, sgd = (_errors_by_length(study, model, o) for o in TITLES)
@@ -60,21 +46,16 @@ def draw_optimizer(study: Study):
     return figure
 
 
-def draw_edf(study: Study):
-    """Share of random settings within some points of the model's best error (Figures 4, 5)."""
-    return _draw_edfs(study, study.families, TITLES) if _has(study, "lr_wd") else None
+def _draw_edf(study: Study):
+    return _draw_edfs(study, study.families, TITLES)
 
 
-def draw_depth(study: Study):
-    """The same for networks four times as deep (Figure 8)."""
+def _draw_depth(study: Study):
     models = [f"{name}_deep" for name in study.families[:2]]
-    return _draw_edfs(study, models, ["adamw"]) if _has(study, "depth") else None
+    return _draw_edfs(study, models, ["adamw"])
 
 
-def draw_scatter(study: Study):
-    """Error against learning rate, weight decay, and their product; x: diverged (Figures 4, 5)."""
-    if not _has(study, "lr_wd"):
-        return None
+def _draw_scatter(study: Study):
     figure, axes = _axes(6, (10, 6), rows=2)
     for i, optimizer in enumerate(TITLES):
         for model, color in zip(study.families, COLORS, strict=True):
@@ -91,25 +72,15 @@ def draw_scatter(study: Study):
     return figure
 
 
-def draw_stems(study: Study):
-    """Stems, from patchify to convolutional (Table 3)."""
-    if not _has(study, "stems"):
-        return None
+def _draw_stems(study: Study):
     p, c, _ = study.families
     names = [p, *reversed(study.models("seeds", f"{c}_s")), c]
     return _draw_bars(study, names, study.lengths[0], TITLES)
 
 
-def draw_norms(study: Study):
-    """The norm in the stem (Figure 7)."""
-    if not _has(study, "norms"):
-        return None
+def _draw_norms(study: Study):
     p, c, _ = study.families
     return _draw_bars(study, [p, f"{p}_bn", f"{c}_ln", c], study.second_length, ["adamw"])
-
-
-def _has(study: Study, *experiments: str) -> bool:
-    return bool(set(experiments) & set(study.config["experiments"]))
 
 
 def _errors_by_length(study: Study, model: str, optimizer: str) -> list[np.ndarray]:
@@ -124,9 +95,9 @@ def _axes(num: int, size: tuple[float, float], rows: int = 1):
     return figure, list(axes)
 
 
-def _plot_lines(axes, study, errors, color, label, style="o-"):
-    axes.plot(study.lengths, [x.mean() for x in errors], style, color=color, label=label)
-    for epochs, x in zip(study.lengths, errors, strict=True):
+def _plot_lines(axes, study, found, color, label, style="o-"):
+    axes.plot(study.lengths, [x.mean() for x in found], style, color=color, label=label)
+    for epochs, x in zip(study.lengths, found, strict=True):
         axes.plot([epochs] * len(x), x, ".", color=color, alpha=0.4)
 
 
@@ -170,3 +141,35 @@ def _draw_bars(study, names, epochs, optimizers):
     axes.set_xticks(range(len(names)), names, rotation=20)
     axes.legend()
     return figure
+
+
+_FIGURES = {  # name -> what draws it, any of the experiments that it needs, caption
+    "length": (
+        _draw_length,
+        {"length", "optimizer"},
+        "Error minus that of the longest schedule, the usual optimiser of each (Figure 2).",
+    ),
+    "optimizer": (
+        _draw_optimizer,
+        {"optimizer"},
+        "Error with AdamW (full) and SGD (dashed), and the gap between them (Figure 3).",
+    ),
+    "edf": (
+        _draw_edf,
+        {"lr_wd"},
+        "Share of random settings within some points of the model's best error (Figures 4, 5).",
+    ),
+    "lr_wd": (
+        _draw_scatter,
+        {"lr_wd"},
+        "Error against learning rate, weight decay, and their product; x: diverged (Figures 4, 5).",
+    ),
+    "stems": (_draw_stems, {"stems"}, "Stems, from patchify to convolutional (Table 3)."),
+    "norms": (_draw_norms, {"norms"}, "The norm in the stem (Figure 7)."),
+    "depth": (
+        _draw_depth,
+        {"depth"},
+        "Share of random settings within some points of the best error, networks four times as "
+        "deep (Figure 8).",
+    ),
+}

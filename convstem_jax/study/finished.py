@@ -65,7 +65,7 @@ class Study:
         return min(survived, default=0.0)
 
     def optimum(self, model: str, optimizer: str) -> tuple[float, float] | None:
-        """Best setting of the model, or of the one that it is a variant of: lr, wd."""
+        """Best setting of the model, or of the one that it is a variant of, if searched: lr, wd."""
         known = known_optima(self.config).get((family_of(model, self.families), optimizer))
         grid = self.grid(model, optimizer)
         return known or (choose(grid) if grid else None)
@@ -73,12 +73,7 @@ class Study:
     def on_edge(self, model: str, optimizer: str) -> bool:
         """Whether a grid chose the optimum on its edge, so that a better one may lie outside."""
         grid = self.grid(model, optimizer)
-        if not grid:
-            return False
-        return any(
-            value in (min(trial[name] for trial in grid), max(trial[name] for trial in grid))
-            for name, value in zip(("lr", "wd"), choose(grid), strict=True)
-        )
+        return bool(grid) and any(beyond(grid))
 
     def grid(self, model: str, optimizer: str) -> list[dict]:
         """Trials of the coarse grid from which the model takes its optimum."""
@@ -131,6 +126,19 @@ def choose(grid: list[dict]) -> tuple[float, float]:
         return num_diverged(trials), errors(trials).mean()
 
     return min(settings, key=badness)
+
+
+def beyond(grid: list[dict]) -> tuple[list[float], list[float]]:
+    """Learning rates and weight decays one step beyond an edge that the best point lies on.
+
+    There is one at most of each; none of what has one value alone.
+    """
+    found = []
+    for name, best in zip(("lr", "wd"), choose(grid), strict=True):
+        values = sorted({trial[name] for trial in grid})
+        edges = {values[0]: values[1], values[-1]: values[-2]} if len(values) > 1 else {}
+        found.append([best**2 / edges[best]] if best in edges else [])
+    return tuple(found)
 
 
 def read(folders: list[str]) -> Study:

@@ -101,6 +101,9 @@ class Programs:
     Attributes:
         num_trials: trained at the same time by all devices.
         need: bytes that they take of each device.
+        init, step, eval_step, batch_statistics: compiled, as the functions of `step.py` for each
+            trial; the last only where the model has BatchNorm.
+        by_trial, replicated: shardings of what each trial has its own of, and of what all share.
 
     Raises:
         ConfigError: the model's sizes do not fit together, or one trial needs more memory.

@@ -52,12 +52,13 @@ def random_table(study: Study) -> list[list[str]]:
         for optimizer in TITLES:
             trials = study.random(model, optimizer)
             if trials:
-                lr, wd = study.optimum(model, optimizer)
+                optimum = study.optimum(model, optimizer)
+                around = "{:.2g}, {:.2g}".format(*optimum) if optimum else "–"
                 edge = " *" if study.on_edge(model, optimizer) else ""
                 best = study.best(model, optimizer)
                 above = outcomes(trials) - best
                 rows.append([
-                    model, TITLES[optimizer], f"{lr:.2g}, {wd:.2g}{edge}",
+                    model, TITLES[optimizer], around + edge,
                     f"{best:.2f}", f"{np.median(errors(trials)):.2f}",
                     *(f"{np.mean(above <= points):.0%}" for points in (1, 4)),
                     f"{num_diverged(trials)} of {len(trials)}",
