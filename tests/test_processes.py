@@ -282,7 +282,11 @@ def start_two(flags_of, program=("-m", "convstem_jax.main")):
         )
         for i, words in enumerate([("-m", "convstem_jax.main"), program])
     ]
-    outputs = [process.communicate(timeout=200)[0] for process in started]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     return [process.returncode for process in started], outputs
 
 
