@@ -80,7 +80,8 @@ def prepare(
             if class_names:
                 text = "".join(f"{name}\n" for name in class_names)
                 write(os.path.join(workdir, CLASSES), text)
-            write(os.path.join(workdir, _TOKEN), secrets.token_hex())
+            _tokens[workdir] = secrets.token_hex()
+            write(os.path.join(workdir, _TOKEN), _tokens[workdir])
     with contextlib.suppress(OSError), open(os.path.join(workdir, _TOKEN)) as file:
         token = file.read()
     processes.check_same(
@@ -119,6 +120,7 @@ def _check_own(workdir: str) -> None:
         )
 
 
+_tokens: dict[str, str] = {}  # folder -> what process 0 wrote there
 _locks: dict[str, int] = {}  # folder -> open file
 
 
@@ -153,6 +155,24 @@ def _lock(workdir: str) -> None:
     os.ftruncate(file, 0)
     os.write(file, str(os.getpid()).encode())
     _locks[workdir] = file
+
+
+def check_ours(workdir: str) -> None:
+    """Checks that no other program has begun to use the folder since `prepare`.
+
+    Locks do not tell of one on another machine where they are the machine's own, as of a bucket.
+
+    Raises:
+        ConfigError: another has.
+    """
+    with processes.together():
+        if processes.is_first():
+            with contextlib.suppress(OSError), open(os.path.join(workdir, _TOKEN)) as file:
+                if file.read() != _tokens[workdir]:
+                    raise ConfigError(
+                        f"another run has begun in --workdir {workdir}, perhaps on another "
+                        "machine: stop one of them; nothing more is saved by this one"
+                    )
 
 
 def has_checkpoint(workdir: str) -> bool:

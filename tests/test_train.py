@@ -481,6 +481,23 @@ def test_a_request_to_stop_during_an_evaluation_is_met_after_it(tmp_path, monkey
     assert restore_latest(tmp_path / "run")[0] == 2
 
 
+def test_a_run_whose_folder_another_has_taken_saves_nothing_more(tmp_path, monkeypatch):
+    """As where locks are a machine's own."""
+    saved, save = [], Checkpoints.save
+
+    def then_another_begins(self, step, *args):
+        save(self, step, *args)
+        saved.append(step)
+        if step == 2:
+            (tmp_path / "run" / ".token").write_text("another's")
+
+    monkeypatch.setattr(Checkpoints, "save", then_another_begins)
+    fields = {"epochs": "0.0256", "warmup_epochs": "0", "checkpoint_every_steps": "1"}
+    with pytest.raises(ConfigError, match="another run has begun in"):
+        train_module.train(config(**fields), str(tmp_path / "run"))
+    assert saved == [1, 2]
+
+
 def test_imagenet_is_prepared_and_trained_on(tmp_path, capsys):
     """With the whole recipe."""
     make_imagenet_tars(tmp_path / "tars", num_train=24, val_numbers=range(1, 8))
