@@ -39,7 +39,7 @@
 # for v4 and older: https://docs.cloud.google.com/tpu/docs/runtimes
 : "${RUNTIME:=v2-alpha-tpuv5-lite}"
 : "${CREATE_FLAGS:=}"                 # more flags of `queued-resources create`: --internal-ips
-: "${SSH_FLAGS:=}"                    # more flags of `tpu-vm ssh`: --tunnel-through-iap
+: "${SSH_FLAGS:=}"                    # more flags of `tpu-vm ssh`: --internal-ip, --tunnel-through-iap
 : "${POLL_SECONDS:=60}"               # between two looks at the machine
 : "${BACKOFF_SECONDS:=60}"            # wait after the first failure; doubles with each further one
 : "${BACKOFF_MAX_SECONDS:=1800}"

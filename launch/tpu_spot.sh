@@ -10,43 +10,73 @@
 # request or a lost worker the same command goes on from the last checkpoint. The waits in between
 # double up to $BACKOFF_MAX_SECONDS, start anew with each new checkpoint, and end after
 # $MAX_FAILURES without one. What a person must mend (configuration, data, checkpoint, not finite, a
-# bug) ends it at once. Exit status: the run's; 75 when it gave up; 130 for Ctrl-C.
+# bug) ends it at once. Where Google does not answer, as for want of a network or a login here, it
+# waits. Exit status: the run's; 75 when it gave up; 10 if the machine could not be deleted and costs
+# money; 130 for Ctrl-C.
 
 # shellcheck source=launch/shared.sh
 . "$(dirname "$0")/shared.sh"
 
-STUCK_POLLS=5 # without an answer, or with some workers gone and others waiting for them
-MAX_SETUPS=5   # that fail in a row while the machines cost money
-QUIET_POLLS=60 # of a run without a new checkpoint, before it says so
-
-vm() { "$launch/tpu_vm.sh" "$@"; }
+STUCK_POLLS=5    # without an answer, or with some workers gone and others waiting for them
+UNREADY_POLLS=30 # of machines that are there and not ready, as when they are repaired
+MAX_SETUPS=5     # that fail in a row while the machines cost money
+MAX_ENDS=3       # of a run on the same machines without a new checkpoint: one may be broken
+MAX_DELETES=10   # at the end, DELETE_SECONDS apart
+DELETE_SECONDS=30
+QUIET_POLLS=60   # of a run without a new checkpoint, before it says so
 
 # In the background, since bash acts on Ctrl-C only between commands.
-pause() {
-  sleep "$1" &
-  wait $!
+job=''
+wait_for() {
+  "$@" &
+  job=$!
+  wait "$job"
+}
+
+pause() { wait_for sleep "$1"; }
+
+# Looking takes seconds, and 200 where gcloud tries ten times to reach a silent worker. The longest of
+# the others is set-up, which copies the data in some minutes.
+vm() {
+  local limit=3600
+  case $1 in status | logs) limit=300 ;; esac
+  wait_for timeout --kill-after=10 $limit "$launch/tpu_vm.sh" "$@"
 }
 
 interrupted() {
   trap - INT TERM
+  exec >&3 # while it looks, this script's own output goes to a file
+  kill "$job" 2>/dev/null || true
   say "stopped watching; $RUN_NAME ($machine) is not deleted, and what runs there goes on"
   say "to go on watching: launch/tpu_spot.sh; to delete it: launch/tpu_vm.sh delete"
   exit 130
 }
 
+# finish STATUS WORDS
 finish() {
+  local status=$1
   say "$2"
-  if [[ $machine != NONE && $1 != 0 ]]; then vm logs --all || true; fi
-  if [[ $machine == NONE ]]; then
-    say "no machine is left"
-  elif [[ $DELETE_AT_END == no ]]; then
-    say "$RUN_NAME is still there and costs money: launch/tpu_vm.sh delete"
-  elif vm delete; then
-    say "deleted $RUN_NAME"
-  else
-    say "$RUN_NAME could NOT be deleted: launch/tpu_vm.sh delete"
-  fi
-  exit "$1"
+  if [[ $machine == UNKNOWN ]]; then look || true; fi
+  if [[ $machine == ACTIVE && $status != 0 ]]; then vm logs --all || true; fi
+  if [[ $DELETE_AT_END == yes ]]; then delete || status=10; fi
+  case $machine in
+    NONE) say "no machine is left" ;;
+    UNKNOWN) say "whether $RUN_NAME is still there and costs money is unknown: launch/tpu_vm.sh status" ;;
+    *) say "$RUN_NAME is still there and costs money: launch/tpu_vm.sh delete" ;;
+  esac
+  exit "$status"
+}
+
+delete() {
+  local tries
+  for ((tries = 1; tries <= MAX_DELETES; tries++)); do
+    if [[ $machine != NONE ]] && vm delete; then machine=NONE; fi
+    [[ $machine != NONE ]] || return 0
+    say "$RUN_NAME could NOT be deleted ($tries of $MAX_DELETES)"
+    pause "$DELETE_SECONDS"
+    look || true # it may be gone all the same
+  done
+  [[ $machine == NONE ]]
 }
 
 # Counts a failure and waits; the next look at the machine decides what to do.
@@ -75,14 +105,16 @@ attempt() {
 replace() {
   say "deleting $RUN_NAME: $1"
   vm delete || say "that failed; it is tried again"
+  machine=UNKNOWN
   failed "$1"
 }
 
-# Reads `tpu_vm.sh status` into machine, node, num_workers, states and step.
+# Reads `tpu_vm.sh status` into machine, node, num_workers, states and step; machine stays UNKNOWN
+# where the API did not answer. Fails if something did not, and shows its message once.
 look() {
-  local output kind first second third
-  output=$(vm status) || return 1
-  machine=NONE node='' num_workers=0 states=() step=-1
+  local status=0 kind first second third
+  vm status >"$notes/output" 2>"$notes/errors" || status=$?
+  machine=UNKNOWN node='' num_workers=0 states=() step=-1
   while read -r kind first second third; do
     case $kind in
       machine) machine=$first ;;
@@ -92,8 +124,18 @@ look() {
         if [[ $third =~ ^[0-9]+$ ]] && ((third > step)); then step=$third; fi
         ;;
     esac
-  done <<<"$output"
-  [[ $node != READY || ${#states[@]} == "$num_workers" ]]
+  done <"$notes/output"
+  if ((status == 0)); then
+    errors=''
+    [[ $node != READY || ${#states[@]} == "$num_workers" ]]
+    return
+  fi
+  [[ $node == READY ]] || machine=UNKNOWN
+  if [[ $errors != "$(<"$notes/errors")" ]]; then
+    errors=$(<"$notes/errors")
+    echo "$errors" >&2
+  fi
+  return "$status"
 }
 
 # A machine that was restarted has lost what was mounted: set-up comes before every start.
@@ -113,10 +155,13 @@ consider() {
   if ((best_step == -2)); then
     best_step=$step # of an earlier session of this script
   elif ((step > best_step)); then
-    best_step=$step failures=0 delay=$BACKOFF_SECONDS quiet=0
+    best_step=$step failures=0 delay=$BACKOFF_SECONDS quiet=0 ends=0
     say "checkpoint of step $step"
   fi
-  if [[ " ${states[*]} " == *" none "* ]]; then
+  if [[ " ${states[*]} " == *" others "* ]]; then
+    DELETE_AT_END=no
+    finish 2 "another user trains there: watch it under the name that began it, or take another RUN_NAME"
+  elif [[ " ${states[*]} " == *" none "* ]]; then
     if begin; then pause "$POLL_SECONDS"; fi
     return
   fi
@@ -138,11 +183,29 @@ consider() {
       ;;
     0) finish 0 "the run is done" ;;
     75)
-      failed "the run was interrupted (${states[*]})"
-      begin || true
+      ends=$((ends + 1))
+      if ((ends >= MAX_ENDS)); then
+        vm logs --all || true
+        replace "the run was interrupted $ends times on the same machines (${states[*]})"
+      else
+        failed "the run was interrupted (${states[*]})"
+        begin || true
+      fi
       ;;
     *) finish "$status" "the run failed with status $status, and would again (${states[*]})" ;;
   esac
+}
+
+# The machines are there, and not every worker has answered.
+unheard() {
+  silent=$((silent + 1))
+  if ((silent < STUCK_POLLS)); then
+    say "no answer from $RUN_NAME ($silent of $STUCK_POLLS)"
+    pause "$POLL_SECONDS"
+  else
+    silent=0
+    replace "no answer from it $STUCK_POLLS times"
+  fi
 }
 
 read_arguments "" "$@"
@@ -154,31 +217,53 @@ if [[ $dry_run == yes ]]; then
   exit
 fi
 
-machine=NONE failures=0 delay=$BACKOFF_SECONDS best_step=-2 silent=0 leaving=0 quiet=0 setups=0 seen=''
+machine=UNKNOWN failures=0 delay=$BACKOFF_SECONDS best_step=-2 silent=0 leaving=0 quiet=0 setups=0 \
+  ends=0 unready=0 fresh=no seen='' errors=''
+exec 3>&1
+notes=$(mktemp -d)
+trap 'rm -r "$notes"' EXIT
 trap interrupted INT TERM
 while true; do
-  if ! look; then
-    silent=$((silent + 1))
-    if ((silent < STUCK_POLLS)); then
-      say "no answer from $RUN_NAME ($silent of $STUCK_POLLS)"
-      pause "$POLL_SECONDS"
-    else
-      silent=0
-      replace "no answer from it $STUCK_POLLS times"
-    fi
-    continue
+  status=0
+  look || status=$?
+  if ((status == 2)); then
+    # Nothing runs on machines that this session requested and never reached; on others it may.
+    [[ $fresh == yes ]] || DELETE_AT_END=no
+    finish 2 "gcloud refused the command itself: see SSH_FLAGS in launch/settings.sh"
   fi
-  silent=0
   if [[ $seen != "$machine $node" ]]; then
     seen="$machine $node"
-    say "$RUN_NAME is $seen"
+    if [[ $machine == UNKNOWN ]]; then
+      say "no answer about $RUN_NAME from Google: waiting, and deleting nothing"
+    else
+      say "$RUN_NAME is $seen"
+    fi
   fi
   case $machine-$node in
-    NONE-) if attempt "requesting $ACCELERATOR in $ZONE" create; then pause "$POLL_SECONDS"; fi ;;
-    ACTIVE-READY) consider ;;
+    NONE-)
+      machine=UNKNOWN fresh=yes ends=0 unready=0
+      if attempt "requesting $ACCELERATOR in $ZONE" create; then pause "$POLL_SECONDS"; fi
+      ;;
+    ACTIVE-READY)
+      unready=0
+      if ((status == 0)); then
+        silent=0 fresh=no
+        consider
+      else
+        unheard
+      fi
+      ;;
     FAILED-* | SUSPEND*-* | ACTIVE-PREEMPTED | ACTIVE-TERMINATED | ACTIVE-STOPPED)
       replace "it was refused or taken away ($seen)"
       ;;
-    *) pause "$POLL_SECONDS" ;; # in the queue, on its way, or being deleted
+    ACTIVE-*)
+      unready=$((unready + 1))
+      if ((unready < UNREADY_POLLS)); then
+        pause "$POLL_SECONDS"
+      else
+        replace "it was not ready $UNREADY_POLLS times ($seen)"
+      fi
+      ;;
+    *) pause "$POLL_SECONDS" ;; # unknown, in the queue, on its way, or being deleted
   esac
 done

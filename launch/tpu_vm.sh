@@ -24,14 +24,31 @@ queued_resource() {
     --project="$PROJECT" --zone="$ZONE" "${@:2}"
 }
 
-tpu_vm() {
-  run gcloud compute tpus tpu-vm "$1" "$RUN_NAME" --project="$PROJECT" --zone="$ZONE" "${@:2}"
-}
-
 # on_workers WHICH COMMAND
 on_workers() {
+  local track=()
+  # Only this track's ssh knows the flag.
+  [[ $SSH_FLAGS != *--tunnel-through-iap* ]] || track=(alpha)
+  # Without these a machine that is silent is waited for two hours.
   # shellcheck disable=SC2086  # several words
-  tpu_vm ssh --worker="$1" $SSH_FLAGS --command="$2"
+  run gcloud "${track[@]}" compute tpus tpu-vm ssh "$RUN_NAME" --project="$PROJECT" --zone="$ZONE" \
+    --worker="$1" --ssh-flag=-oConnectTimeout=15 --ssh-flag=-oServerAliveInterval=15 \
+    --ssh-flag=-oServerAliveCountMax=4 $SSH_FLAGS --command="$2"
+}
+
+# describe queued-resources|tpu-vm FORMAT: what the API says of it, NONE where there is none.
+describe() {
+  local error status=0
+  { error=$(
+    run gcloud compute tpus "$1" describe "$RUN_NAME" --project="$PROJECT" --zone="$ZONE" \
+      --format="value($2)" 2>&1 >&3
+  ); } 3>&1 || status=$?
+  if [[ $error == *NOT_FOUND* ]]; then
+    echo NONE
+  elif ((status != 0)); then
+    echo "$error" >&2
+    return "$status"
+  fi
 }
 
 do_create() {
@@ -69,24 +86,15 @@ do_run() {
 
 # Lines for tpu_spot.sh to read: "machine STATE", "node STATE WORKERS", "worker HOST STATE STEP".
 do_status() {
-  local state error look
+  local state look
+  state=$(describe queued-resources state.state) || return
   if [[ $dry_run == yes ]]; then
-    queued_resource describe --format='value(state.state)'
+    echo "$state"
   else
-    error=$(mktemp)
-    if ! state=$(queued_resource describe --format='value(state.state)' 2>"$error"); then
-      if ! grep -q NOT_FOUND "$error"; then
-        cat "$error" >&2
-        rm "$error"
-        return 1
-      fi
-      state=NONE
-    fi
-    rm "$error"
     echo "machine $state"
     [[ $state == ACTIVE ]] || return 0
   fi
-  state=$(tpu_vm describe --format='value(state,networkEndpoints.len())') || return 1
+  state=$(describe tpu-vm "state,networkEndpoints.len()") || return
   if [[ $dry_run == yes ]]; then
     echo "$state"
   else
@@ -95,6 +103,8 @@ do_status() {
     [[ $state == READY* ]] || return 0
   fi
   look="if cd convstem_jax 2>/dev/null; then launch/worker.sh state $(quote "$WORKDIR"); "
+  # A bucket that this user has not mounted: another watches the run under another name.
+  look+="elif grep -q ' /mnt/bucket ' /proc/mounts; then echo worker \$HOSTNAME others -1; "
   look+="else echo worker \$HOSTNAME none -1; fi"
   on_workers all "$look"
 }

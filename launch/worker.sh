@@ -16,6 +16,7 @@
 
 cd "$launch/.."
 files=$HOME/run
+: "${ANSWER_SECONDS:=20}" # that a mounted bucket has; who waits for one that hangs cannot be killed
 
 # Done twice it does no harm.
 setup() {
@@ -35,20 +36,40 @@ setup() {
 
 # https://docs.cloud.google.com/storage/docs/cloud-storage-fuse/install
 mount_bucket() {
-  if mountpoint --quiet /mnt/bucket; then return; fi
+  local answer='' url=https://packages.cloud.google.com/apt
+  # Of a gcsfuse that is gone; no answer at all is one that hangs.
+  read -r -d '' -t "$ANSWER_SECONDS" answer < <(exec 2>&1 && LC_ALL=C stat /mnt/bucket) || true
+  if [[ -z $answer || $answer == *"not connected"* ]]; then
+    run sudo umount --lazy /mnt/bucket
+  elif mountpoint --quiet /mnt/bucket; then
+    return
+  fi
   if ! command -v gcsfuse >/dev/null; then
     local key=/usr/share/keyrings/cloud.google.asc list=/etc/apt/sources.list.d/gcsfuse.list
-    run sudo curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg -o "$key"
-    run sudo sh -c "echo 'deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main' >$list"
-    run sudo apt-get -qq update
-    run sudo apt-get -qq install -y gcsfuse
+    run sudo curl -fsSL $url/doc/apt-key.gpg -o "$key"
+    run sudo sh -c "echo 'deb [signed-by=$key] $url gcsfuse-$(lsb_release -cs) main' >$list"
+    # A new machine updates itself, and holds apt's locks. `update` does not wait for its own.
+    for _ in {1..30}; do
+      if run sudo apt-get -qq update; then break; fi
+      sleep 10
+    done
+    run sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y gcsfuse
   fi
+  # It stays root's: where nothing is mounted, nothing can be written.
   run sudo mkdir -p /mnt/bucket
-  run sudo chown "${USER:-$(id -un)}" /mnt/bucket
+  # In a service, since at a shutdown all processes of an ssh session are ended at once, and the
+  # program has to save: Before= stops it after the sessions. Forking: it is up when it is mounted.
+  local service=(sudo systemd-run --quiet --collect --service-type=forking
+    --property=Before=systemd-user-sessions.service --property=After=network-online.target)
   # No cached metadata: each machine must see at once what the first one writes. A checkpoint's
-  # folder is renamed when it is complete, and without a limit that fails in a flat bucket.
-  run gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
-    --rename-dir-limit=200000 "$BUCKET" /mnt/bucket
+  # folder is renamed when it is complete, and without a limit that fails in a flat bucket. What is
+  # written as a stream comes to the bucket when the file is closed, and not by fsync.
+  run "${service[@]}" gcsfuse -o allow_other --uid="$(id -u)" --gid="$(id -g)" --implicit-dirs \
+    --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 --rename-dir-limit=200000 \
+    --enable-streaming-writes=false "$BUCKET" /mnt/bucket || {
+    sudo journalctl --quiet --no-pager --identifier=gcsfuse --lines=20 >&2 # its own words
+    exit 1
+  }
 }
 
 start() {
@@ -66,9 +87,11 @@ start() {
     return
   fi
   rm -f "$files/status"
-  # The lock goes on to the shell that waits for COMMAND, and not to COMMAND's own processes.
+  # The lock goes on to the shell that waits for COMMAND, and not to COMMAND's own processes. At a
+  # shutdown SIGHUP follows SIGTERM at once, and must not end COMMAND while it saves.
   # shellcheck disable=SC2016  # expanded by that shell
   setsid bash -c '
+    trap "" HUP
     cd "$1" && files=$2 && shift 2
     "$@" >>"$files/log" 2>&1 9>&- & echo $! >"$files/pid"
     wait $! && status=0 || status=$?
@@ -78,7 +101,7 @@ start() {
 }
 
 state() {
-  local state=none step
+  local state=none step=''
   if ! is_free; then
     state=running
   elif [[ -e $files/status ]]; then
@@ -87,8 +110,10 @@ state() {
     state=lost
   fi
   # Names of unfinished ones are not numbers.
-  step=$(find "$1/checkpoints" -maxdepth 1 -regex '.*/[0-9]+' -printf '%f\n' 2>/dev/null |
-    sort -n | tail -1) || true
+  read -r -t "$ANSWER_SECONDS" step < <(
+    exec 2>/dev/null # which would keep the ssh connection open
+    find "$1/checkpoints" -maxdepth 1 -regex '.*/[0-9]+' -printf '%f\n' | sort -n | tail -1
+  ) || true
   echo "worker $HOSTNAME $state ${step:--1}"
 }
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 SOURCED = {"settings.sh", "shared.sh"}
-FAKES = ("gcloud", "kubectl", "docker", "sleep", "sbatch", "scontrol", "srun", "lsb_release")
+FAKES = ("gcloud", "kubectl", "docker", "sleep", "sbatch", "scontrol", "srun", "lsb_release", "id")
 SETTINGS = {
     "PROJECT": "my-project",
     "ZONE": "us-west4-a",
@@ -128,14 +128,14 @@ def test_every_script_has_golden_output():
 
 @pytest.mark.parametrize("script", GOLDEN)
 def test_golden(cloud, script):
-    cloud.answer([["lsb_release", 0, "jammy\n"]])
+    cloud.answer([["lsb_release", 0, "jammy\n"], ["id", 0, "1000\n"]])
     text = ""
     for arguments in GOLDEN[script]:
         command = f"launch/{script} --dry-run {arguments}".strip()
         done = cloud.run(command, USER="me")
         assert done.returncode == 0, done.stderr
         text += f"$ {command}\n{done.stdout.replace(str(cloud.home), '~')}\n"
-    assert all(call[0] == "lsb_release" for call in cloud.calls())
+    assert {call[0] for call in cloud.calls()} <= {"lsb_release", "id"}
     path = ROOT / "tests/golden" / f"{script}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
@@ -232,6 +232,7 @@ def test_status_of_a_run(cloud, states, status):
 
 # --- Spot TPU VMs ---
 
+CREATE, DELETE = "queued-resources create", "queued-resources delete"
 DESCRIBE, NODE = "queued-resources describe", "tpu-vm describe"
 STATE, SETUP, START = "worker.sh state", "worker.sh setup", "worker.sh start"
 NOT_FOUND = [DESCRIBE, 1, "ERROR: NOT_FOUND: no such resource\n"]
@@ -254,8 +255,8 @@ def spot(cloud, answers: list, **settings):
         if call[0] == "sleep":
             waits.append(int(call[1]))
         for name, words in {
-            "create": "queued-resources create",
-            "delete": "queued-resources delete",
+            "create": CREATE,
+            "delete": DELETE,
             "setup": SETUP,
             "start": START,
             "stop": "worker.sh stop",
@@ -279,7 +280,7 @@ def test_spot_done(cloud):
 
 
 def test_spot_waits_longer_after_each_refusal(cloud):
-    answers = [NOT_FOUND, ["queued-resources create", 1, "ERROR: RESOURCE_EXHAUSTED: quota\n"]]
+    answers = [NOT_FOUND, [CREATE, 1, "ERROR: RESOURCE_EXHAUSTED: quota\n"]]
     done, did, waits = spot(cloud, answers, MAX_FAILURES="7", BACKOFF_MAX_SECONDS="500")
     assert done.returncode == 75
     assert did == ["create"] * 7 and waits == [60, 120, 240, 480, 500, 500]
@@ -287,9 +288,8 @@ def test_spot_waits_longer_after_each_refusal(cloud):
 
 
 def test_spot_goes_on_after_a_refusal_and_after_a_failed_request(cloud):
-    create = "queued-resources create"
     answers = [
-        [create, 1, "ERROR: RESOURCE_EXHAUSTED: quota\n"], [create, 0, ""],
+        [CREATE, 1, "ERROR: RESOURCE_EXHAUSTED: quota\n"], [CREATE, 0, ""],
         NOT_FOUND, NOT_FOUND, [DESCRIBE, 0, "FAILED\n"], NOT_FOUND, ACTIVE, READY,
         workers("none", "none"), workers("0", "0"),
     ]  # fmt: skip
@@ -308,7 +308,7 @@ def test_spot_goes_on_after_a_preemption(cloud, taken):
     done, did, _ = spot(cloud, answers)
     assert done.returncode == 0, done.stdout + done.stderr
     assert did == ["create", "setup", "start", "delete", "create", "setup", "start", "delete"]
-    for words in (START, SETUP, "queued-resources create"):
+    for words in (START, SETUP, CREATE):
         first, second = [call for call in cloud.calls() if words in " ".join(call)]
         assert first == second
 
@@ -336,6 +336,91 @@ def test_spot_replaces_a_silent_machine(cloud):
     done, did, _ = spot(cloud, answers)
     assert done.returncode == 0, done.stdout + done.stderr
     assert did == ["delete", "create", "setup", "start", "delete"]
+
+
+@pytest.mark.parametrize("words", [DESCRIBE, NODE])
+def test_spot_deletes_nothing_while_google_does_not_answer(cloud, words):
+    """Nor does it tell the same every minute."""
+    silent = [[words, 1, "ERROR: Reauthentication failed\n"]] * 40
+    answers = [*silent, ACTIVE, READY, workers("running", "running"), workers("0", "0")]
+    done, did, waits = spot(cloud, answers)
+    assert done.returncode == 0 and did == ["delete"] and waits == [60] * 41
+    assert done.stdout.count("no answer about first") == 1
+    assert done.stderr.count("Reauthentication failed") == 1
+
+
+def test_spot_says_that_it_does_not_know_what_is_left(cloud):
+    lost = "ERROR: Failed to establish a new connection\n"
+    answers = [NOT_FOUND, *([words, 1, lost] for words in (DESCRIBE, CREATE, DELETE))]
+    done, did, _ = spot(cloud, answers, MAX_FAILURES="1")
+    assert done.returncode == 10 and did == ["create"] + ["delete"] * 10
+    assert "is unknown: launch/tpu_vm.sh status" in done.stdout and "is left" not in done.stdout
+
+
+def test_spot_ends_a_command_that_hangs(cloud):
+    (cloud.folder / "bin/timeout").symlink_to(ROOT / "tests/fake_cloud/fake.sh")
+    status, there = "tpu_vm.sh status", "machine ACTIVE\nnode READY 1\nworker host-0 "
+    answers = [
+        [status, 0, there + "none -1\n"], [status, 124, ""], [status, 0, there + "0 -1\n"],
+    ]  # fmt: skip
+    done, _, _ = spot(cloud, answers)
+    assert done.returncode == 0 and "no answer" in done.stdout
+    limits = {(Path(w[3]).name, w[4]): int(w[2]) for w in cloud.calls() if w[0] == "timeout"}
+    assert limits.pop(("tpu_vm.sh", "status")) == 300
+    assert limits == {("tpu_vm.sh", name): 3600 for name in ("setup", "run", "delete")}
+
+
+@pytest.mark.parametrize("node", ["REPAIRING", "UNKNOWN", None])
+def test_spot_replaces_a_machine_that_does_not_become_ready(cloud, node):
+    there = [NODE, 0, f"{node}\t2\n"] if node else [NODE, 1, "ERROR: NOT_FOUND\n"]
+    answers = [*[ACTIVE] * 30, NOT_FOUND, ACTIVE, *[there] * 30, READY, workers("0", "0")]
+    done, did, waits = spot(cloud, answers)
+    assert done.returncode == 0 and did == ["delete", "create", "delete"]
+    assert f"first is ACTIVE {node or 'NONE'}" in done.stdout and waits == [60] * 31
+
+
+@pytest.mark.parametrize(
+    ("before", "words", "did"),
+    [
+        ([ACTIVE, READY], STATE, ["log"]),
+        ([NOT_FOUND, ACTIVE, READY], STATE, ["create", "log", "delete"]),
+        ([NOT_FOUND, ACTIVE, READY, workers("running", "running")], STATE, ["create", "log"]),
+        ([], DESCRIBE, []),
+        ([ACTIVE], NODE, []),
+    ],
+)
+def test_spot_ends_where_gcloud_refuses_the_command(cloud, before, words, did):
+    """Only on machines that it requested itself and never reached there cannot be a healthy run."""
+    refused = [words, 2, "ERROR: unrecognized arguments: --flag\n"]
+    done, what, _ = spot(cloud, [*before, refused])
+    assert done.returncode == 2 and "SSH_FLAGS" in done.stdout and what == did
+    assert "unrecognized arguments: --flag" in done.stderr and "waiting" not in done.stdout
+
+
+def test_spot_leaves_the_run_of_another_user(cloud):
+    done, did, _ = spot(cloud, [ACTIVE, READY, workers("others", "others")])
+    assert done.returncode == 2 and did == ["log"]
+    assert "another user" in done.stdout and "first is still there" in done.stdout
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+def test_status_tells_the_run_of_another_user(cloud, mounted):
+    (cloud.folder / "bin/grep").symlink_to(ROOT / "tests/fake_cloud/fake.sh")
+    cloud.answer([ACTIVE, READY, ["grep", int(not mounted), ""]])
+    cloud.run("launch/tpu_vm.sh status")
+    command = cloud.calls()[-1][-1].removeprefix("--command=")
+    done = cloud.run(shlex.join(["bash", "-c", command]), cwd=cloud.home)
+    assert done.stdout == f"worker host-0 {'others' if mounted else 'none'} -1\n"
+    assert cloud.calls()[-1] == ["grep", "-q", " /mnt/bucket ", "/proc/mounts"]
+
+
+@pytest.mark.parametrize(
+    "flags, words", [("--tunnel-through-iap", "alpha compute"), ("", "compute")]
+)
+def test_a_tunnel_needs_an_alpha_command(cloud, flags, words):
+    cloud.run("launch/tpu_vm.sh stop", SSH_FLAGS=flags)
+    [call] = cloud.calls()
+    assert " ".join(call).startswith(f"gcloud {words} tpus tpu-vm ssh first ")
 
 
 @pytest.mark.parametrize("status", [2, 3, 4, 5, 1])
@@ -393,7 +478,19 @@ def test_spot_gives_up_and_counts_anew_after_a_checkpoint(cloud):
     # Three failures, a checkpoint, then three and the fourth.
     assert waits == [60, 120, 240, 60, 60, 120, 240]
     assert "checkpoint of step 6" in done.stdout
-    assert did == ["setup", "start"] * 6 + ["log", "delete"]
+    replaced = [*["setup", "start"] * 2, "log", "delete"]
+    assert did == replaced * 2 + ["log", "delete"] * 2
+
+
+def test_spot_replaces_machines_on_which_the_run_keeps_failing(cloud):
+    answers = [
+        ACTIVE, ACTIVE, ACTIVE, NOT_FOUND, ACTIVE, READY,
+        *[workers("75", "75", step=5)] * 4, workers("0", "0", step=5),
+    ]  # fmt: skip
+    done, did, _ = spot(cloud, answers, MAX_FAILURES="20")
+    assert done.returncode == 0 and "interrupted 3 times on the same machines" in done.stdout
+    again = ["setup", "start"]
+    assert did == [*again, *again, "log", "delete", "create", *again, "delete"]
 
 
 def test_spot_keeps_the_machine_when_told(cloud):
@@ -403,9 +500,20 @@ def test_spot_keeps_the_machine_when_told(cloud):
 
 
 def test_spot_says_when_it_cannot_delete(cloud):
-    cannot = ["queued-resources delete", 1, "PERMISSION_DENIED\n"]
-    done, _, _ = spot(cloud, [ACTIVE, READY, workers("0", "0"), cannot])
-    assert done.returncode == 0 and "could NOT be deleted" in done.stdout
+    cannot = [DELETE, 1, "PERMISSION_DENIED\n"]
+    done, did, waits = spot(cloud, [ACTIVE, READY, workers("0", "0"), cannot])
+    assert done.returncode == 10 and "could NOT be deleted" in done.stdout
+    assert did == ["delete"] * 10 and waits == [30] * 10
+    assert "first is still there and costs money" in done.stdout
+
+
+@pytest.mark.parametrize("after", [ACTIVE, NOT_FOUND])
+def test_spot_tries_again_to_delete(cloud, after):
+    """Where the request's answer was lost, it may be gone."""
+    answers = [ACTIVE, after, READY, workers("0", "0"), [DELETE, 1, "reset\n"], [DELETE, 0, ""]]
+    done, did, waits = spot(cloud, answers)
+    assert done.returncode == 0 and "no machine is left" in done.stdout
+    assert did == ["delete"] * (1 + (after == ACTIVE)) and waits == [30]
 
 
 def test_spot_says_what_ctrl_c_leaves(cloud):
@@ -414,6 +522,12 @@ def test_spot_says_what_ctrl_c_leaves(cloud):
     assert done.returncode == 130 and did == []
     assert "first (ACTIVE) is not deleted" in done.stdout
     assert "launch/tpu_vm.sh delete" in done.stdout
+
+
+def test_spot_says_what_ctrl_c_leaves_while_it_looks(cloud):
+    (cloud.folder / "bin/timeout").symlink_to(ROOT / "tests/fake_cloud/fake.sh")
+    done, _, _ = spot(cloud, [["tpu_vm.sh status", "Ctrl-C", ""]])
+    assert done.returncode == 130 and "first (UNKNOWN) is not deleted" in done.stdout
 
 
 def test_status_shows_another_error(cloud):
@@ -537,6 +651,68 @@ def test_worker_sets_up_again_where_a_program_fails(worker, status):
     assert done.returncode == min(status, 1), done.stderr
 
 
+def set_up(worker, answers, *more: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """Its result, and what root did, where there are also these programs."""
+    names = ("sudo", "stat", "mountpoint", "sleep", "python3", ".local/bin/uv")
+    (worker.cloud.home / ".local/bin").mkdir(parents=True)
+    for name in (*names, *more):
+        folder = worker.cloud.folder / "bin" if "/" not in name else worker.cloud.home
+        (folder / name).symlink_to(ROOT / "tests/fake_cloud/fake.sh")
+    worker.cloud.answer(answers)
+    done = worker.cloud.run(f"{LAUNCH}/worker.sh setup", DATA_SOURCE="")
+    calls = [" ".join(call[1:]) for call in worker.cloud.calls() if call[0] == "sudo"]
+    return done, [re.sub(" .* ", " … ", call) for call in calls]
+
+
+MOUNTED = ["stat", 0, "  File: /mnt/bucket\n"]
+NOT_MOUNTED = ["mountpoint", 1, ""]
+MOUNT = ["mkdir … /mnt/bucket", "systemd-run … /mnt/bucket"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "did"),
+    [
+        ([MOUNTED], []),
+        ([MOUNTED, NOT_MOUNTED], MOUNT),
+        ([["stat", 1, "stat: '/mnt/bucket': No such file or directory\n"], NOT_MOUNTED], MOUNT),
+        (
+            [["stat", 1, "stat: '/mnt/bucket': Transport endpoint is not connected\n"]],
+            ["umount … /mnt/bucket", *MOUNT],
+        ),
+        ([["stat", 0, ""]], ["umount … /mnt/bucket", *MOUNT]),
+    ],
+)
+def test_worker_mounts_the_bucket(worker, answers, did):
+    done, calls = set_up(worker, answers, "gcsfuse")
+    assert done.returncode == 0 and calls == did, done.stderr
+
+
+def test_worker_waits_for_a_machine_that_updates_itself(worker):
+    locked = ["sudo apt-get update", 100, "E: Could not get lock\n"]
+    answers = [MOUNTED, NOT_MOUNTED, locked, locked, ["sudo apt-get update", 0, ""]]
+    done, calls = set_up(worker, answers)
+    assert done.returncode == 0, done.stderr
+    assert calls[-6:] == ["apt-get … update"] * 3 + ["apt-get … gcsfuse", *MOUNT]
+    assert worker.cloud.calls().count(["sleep", "10"]) == 2
+
+
+def test_worker_tells_why_the_bucket_cannot_be_mounted(worker):
+    answers = [["sudo systemd-run", 5, "Job failed\n"], ["sudo journalctl", 0, "no such bucket\n"]]
+    done, _ = set_up(worker, [MOUNTED, NOT_MOUNTED, *answers], "gcsfuse")
+    assert done.returncode == 1 and "no such bucket" in done.stderr
+
+
+def test_worker_does_not_wait_for_a_bucket_that_hangs(worker):
+    """Its processes cannot be ended."""
+    find = worker.cloud.folder / "bin/find"
+    find.write_text("#!/bin/bash\ntrap '' TERM\nexec sleep 15\n")
+    find.chmod(0o755)
+    start = time.monotonic()
+    done = worker.cloud.run(f"{LAUNCH}/worker.sh state {worker.workdir}", ANSWER_SECONDS="1")
+    assert done.stdout == "worker host-0 none -1\n"
+    assert time.monotonic() - start < 10
+
+
 def test_worker_does_not_train_beside_the_bucket(worker):
     done = worker.cloud.run(f"{LAUNCH}/worker.sh start train --workdir /mnt/bucket/runs/first")
     assert done.returncode == 1 and "/mnt/bucket is not mounted" in done.stderr
@@ -553,6 +729,13 @@ def test_worker_starts_and_tells_the_exit_status(worker):
     assert worker(f"state {worker.workdir}") == "worker host-0 running 100\n"
     assert worker.wait("running", seconds=5) == "5"
     assert worker("log") == "told\n"
+
+
+def test_worker_saves_at_a_shutdown(worker):
+    """systemd sends SIGHUP after SIGTERM to the processes of a session."""
+    worker("""start bash -c "trap 'echo saved; exit 75' TERM; kill -HUP $$; kill $$" """)
+    assert worker.wait("running") == "75"
+    assert worker("log") == "saved\n"
 
 
 def test_worker_starts_once(worker):
@@ -615,6 +798,8 @@ def test_jobset(cloud):
     volumes = {v["name"]: v for v in pod["volumes"]}
     mounted = {m["name"] for m in container["volumeMounts"]}
     assert volumes.keys() - mounted == {"gke-gcsfuse-cache"} and mounted <= volumes.keys()
+    bucket = volumes["bucket"]["csi"]["volumeAttributes"]
+    assert "write:enable-streaming-writes:false" in bucket["mountOptions"].split(",")
     data = volumes["data"]["csi"]["volumeAttributes"]
     assert data["fileCacheCapacity"] == "160Gi"
     assert "file-cache:cache-file-for-range-read:true" in data["mountOptions"].split(",")
