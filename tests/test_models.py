@@ -8,6 +8,7 @@ from flax import nnx
 import jax
 from jax import export
 import jax.numpy as jnp
+from jax.sharding import AxisType
 import numpy as np
 import optax
 import pytest
@@ -450,6 +451,19 @@ def test_models_do_what_others_of_flax_do(name):
         jax.ShapeDtypeStruct((num, 32, 32, 3), jnp.float32)
     )
     np.testing.assert_allclose(program.call(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", ["vitp_tiny", "vitc_tiny", "regnety_tiny"])
+def test_models_in_a_mesh_of_the_users(name, axis_type):
+    model, images = random_model(name), jnp.array(images_of(4, 32))
+    expected = model(images)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        images = jax.device_put(images, jax.NamedSharding(mesh, jax.P("data")))
+        found = nnx.jit(lambda model, images: model(images))(model, images)
+    assert found.sharding.spec[0] == "data"
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * abs(expected).max())
 
 
 def test_the_class_token_alone_attends_as_among_all():

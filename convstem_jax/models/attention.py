@@ -81,7 +81,7 @@ def of_class_token(
     scores = jnp.where(jnp.arange(x.shape[1]) < num_tokens, _scores_of_one(q, x), -jnp.inf)
     means = jnp.einsum("nht,ntc->nhc", jax.nn.softmax(scores).astype(x.dtype), x)
     values = jnp.einsum("nhc,chd->nhd", means, kernel_v)
-    return (values + spread(bias_v, values)).reshape(n, 1, c)
+    return (values + spread(bias_v, values)).reshape(n, c)[:, None]
 
 
 @jax.custom_vjp

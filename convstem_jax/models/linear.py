@@ -20,10 +20,11 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def spread(parameter: jax.Array, like: jax.Array) -> jax.Array:
-    """`parameter` in the shape and type of `like`.
+    """`parameter` in the shape, type and (where a mesh has explicit axes) sharding of `like`.
 
     Its gradient is a sum over all that share it. Flax rounds a parameter first, so that in bfloat16
     each partial sum of its gradient is rounded; here it is rounded last, and the sums are float32.
     """
     parameter = parameter.astype(jnp.promote_types(parameter.dtype, jnp.float32))
-    return jnp.broadcast_to(parameter, like.shape).astype(like.dtype)
+    sharding = jax.typeof(like).sharding
+    return jnp.broadcast_to(parameter, like.shape, out_sharding=sharding).astype(like.dtype)
