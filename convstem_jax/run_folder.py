@@ -15,6 +15,7 @@ from convstem_jax.files import write, write_json
 
 CLASSES = "classes.txt"
 _TOKEN = ".token"  # another at each start
+_OWNER = ".owner"  # another for each program that saves
 # Fields that may change when a run is resumed: no result depends on them, but for rounding on
 # `state_sharding`, whose sums have another order.
 FREE_FIELDS = (
@@ -80,8 +81,7 @@ def prepare(
             if class_names:
                 text = "".join(f"{name}\n" for name in class_names)
                 write(os.path.join(workdir, CLASSES), text)
-            _tokens[workdir] = secrets.token_hex()
-            write(os.path.join(workdir, _TOKEN), _tokens[workdir])
+            write(os.path.join(workdir, _TOKEN), secrets.token_hex())
     with contextlib.suppress(OSError), open(os.path.join(workdir, _TOKEN)) as file:
         token = file.read()
     processes.check_same(
@@ -120,7 +120,7 @@ def _check_own(workdir: str) -> None:
         )
 
 
-_tokens: dict[str, str] = {}  # folder -> what process 0 wrote there
+_owned: dict[str, str] = {}  # folder -> what process 0 wrote to its _OWNER
 _locks: dict[str, int] = {}  # folder -> open file
 
 
@@ -157,8 +157,8 @@ def _lock(workdir: str) -> None:
     _locks[workdir] = file
 
 
-def check_ours(workdir: str) -> None:
-    """Checks that no other program has begun to use the folder since `prepare`.
+def claim(workdir: str) -> None:
+    """Takes the folder at a program's first save, and checks at each other that it still has it.
 
     Locks do not tell of one on another machine where they are the machine's own, as of a bucket.
 
@@ -166,13 +166,20 @@ def check_ours(workdir: str) -> None:
         ConfigError: another has.
     """
     with processes.together():
-        if processes.is_first():
-            with contextlib.suppress(OSError), open(os.path.join(workdir, _TOKEN)) as file:
-                if file.read() != _tokens[workdir]:
-                    raise ConfigError(
-                        f"another run has begun in --workdir {workdir}, perhaps on another "
-                        "machine: stop one of them; nothing more is saved by this one"
-                    )
+        if not processes.is_first():
+            return
+        path = os.path.join(workdir, _OWNER)
+        if workdir not in _owned:
+            with writing(path):
+                write(path, own := secrets.token_hex())
+            _owned[workdir] = own
+            return
+        with contextlib.suppress(OSError), open(path) as file:
+            if file.read() != _owned[workdir]:
+                raise ConfigError(
+                    f"another run saves in --workdir {workdir}, perhaps on another machine: this "
+                    "one ends and saves nothing more; once the other has ended, start it again"
+                )
 
 
 def has_checkpoint(workdir: str) -> bool:

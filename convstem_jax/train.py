@@ -197,7 +197,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     def save(step, results=None):
         with records.pause(step, state):
-            run_folder.check_ours(workdir)
+            run_folder.claim(workdir)
             loop = {"seconds": time.perf_counter() - start, "speed": records.speed}
             checkpoints.save(step, state, loop, results and results["ema"])
 

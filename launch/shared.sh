@@ -6,8 +6,10 @@ set -euo pipefail
 # macOS has 3.2.
 ((BASH_VERSINFO[0] >= 5)) || { echo "error: bash 5 is needed, this is $BASH_VERSION" >&2 && exit 2; }
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+set -a # what one script calls has its settings, whatever is committed or edited meanwhile
 # shellcheck source=launch/settings.sh
 . "$launch/settings.sh"
+set +a
 dry_run=no
 
 # The comment at the top of a script is its --help.

@@ -17,8 +17,8 @@
 # shellcheck source=launch/shared.sh
 . "$(dirname "$0")/shared.sh"
 
-STUCK_POLLS=5    # without an answer, or with some workers gone and others waiting for them
-UNREADY_POLLS=30 # of machines that are there and not ready, as when they are repaired
+STUCK_POLLS=5    # without an answer of some workers, or with some gone and others waiting for them
+UNREADY_POLLS=30 # of machines that are there and not ready, as when they are repaired, or all silent
 MAX_SETUPS=5     # that fail in a row while the machines cost money
 MAX_ENDS=3       # of a run on the same machines without a new checkpoint: one may be broken
 MAX_DELETES=10   # at the end, DELETE_SECONDS apart
@@ -47,7 +47,7 @@ interrupted() {
   trap - INT TERM
   exec >&3 # while it looks, this script's own output goes to a file
   kill "$job" 2>/dev/null || true
-  say "stopped watching; $RUN_NAME ($machine) is not deleted, and what runs there goes on"
+  say "stopped watching $RUN_NAME ($machine): what runs there or was asked of Google goes on"
   say "to go on watching: launch/tpu_spot.sh; to delete it: launch/tpu_vm.sh delete"
   exit 130
 }
@@ -198,19 +198,24 @@ consider() {
 
 # The machines are there, and not every worker has answered.
 unheard() {
+  # Of all workers it may be ssh from here that fails.
+  local limit=$STUCK_POLLS
+  ((${#states[@]})) || limit=$UNREADY_POLLS
   silent=$((silent + 1))
-  if ((silent < STUCK_POLLS)); then
-    say "no answer from $RUN_NAME ($silent of $STUCK_POLLS)"
+  if ((silent < limit)); then
+    say "no answer from $RUN_NAME ($silent of $limit)"
     pause "$POLL_SECONDS"
   else
-    silent=0
-    replace "no answer from it $STUCK_POLLS times"
+    replace "no answer from it $silent times"
   fi
 }
 
 read_arguments "" "$@"
 no_arguments
 need PROJECT ZONE REPOSITORY COMMIT
+for name in gcloud timeout; do
+  command -v $name >/dev/null || die "$name is not installed here"
+done
 need_shared_workdir
 if [[ $dry_run == yes ]]; then
   for command in create status setup run status delete; do vm "$command" --dry-run; done
@@ -231,6 +236,10 @@ while true; do
     [[ $fresh == yes ]] || DELETE_AT_END=no
     finish 2 "gcloud refused the command itself: see SSH_FLAGS in launch/settings.sh"
   fi
+  if [[ $machine == UNKNOWN && $errors == *PERMISSION_DENIED* ]]; then
+    DELETE_AT_END=no
+    finish 2 "Google refuses to tell of it: see PROJECT, and what your account may do"
+  fi
   if [[ $seen != "$machine $node" ]]; then
     seen="$machine $node"
     if [[ $machine == UNKNOWN ]]; then
@@ -241,7 +250,7 @@ while true; do
   fi
   case $machine-$node in
     NONE-)
-      machine=UNKNOWN fresh=yes ends=0 unready=0
+      machine=UNKNOWN fresh=yes ends=0 unready=0 silent=0 leaving=0
       if attempt "requesting $ACCELERATOR in $ZONE" create; then pause "$POLL_SECONDS"; fi
       ;;
     ACTIVE-READY)

@@ -32,8 +32,8 @@ on_workers() {
   # Without these a machine that is silent is waited for two hours.
   # shellcheck disable=SC2086  # several words
   run gcloud "${track[@]}" compute tpus tpu-vm ssh "$RUN_NAME" --project="$PROJECT" --zone="$ZONE" \
-    --worker="$1" --ssh-flag=-oConnectTimeout=15 --ssh-flag=-oServerAliveInterval=15 \
-    --ssh-flag=-oServerAliveCountMax=4 $SSH_FLAGS --command="$2"
+    --worker="$1" $SSH_FLAGS --ssh-flag=-oConnectTimeout=15 --ssh-flag=-oServerAliveInterval=15 \
+    --ssh-flag=-oServerAliveCountMax=4 --command="$2"
 }
 
 # describe queued-resources|tpu-vm FORMAT: what the API says of it, NONE where there is none.

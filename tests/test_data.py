@@ -260,13 +260,14 @@ def test_no_more_processes_read_than_there_are_cores():
 
 def test_workers_do_not_outlive_a_main_process_that_is_killed():
     code = (
-        "import os, signal, sys\n"
+        "import os, psutil, signal, sys\n"
         "sys.path.insert(0, '.')\n"
         "from tests import test_data as t\n"
         "workers = t.pipeline.Reading(num_workers=1, num_threads=1, read_ahead=1, prefetch=1)\n"
         "split = t.sources.open_split(str(t.DATASETS), t.NAME, 'train')\n"
         "batches = t.train_batches(split, reading=workers)  # held: its workers end with it\n"
         "t.take(batches, 1)\n"
+        "print(psutil.Process().children(recursive=True), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     command = [sys.executable, "-c", code]
@@ -274,11 +275,12 @@ def test_workers_do_not_outlive_a_main_process_that_is_killed():
         command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
     ) as process:
         try:
-            process.communicate(timeout=60)  # workers hold the pipe open for as long as they live
+            # Workers hold the pipe open for as long as they live.
+            output, _ = process.communicate(timeout=60)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL and b"pid=" in output
 
 
 def test_a_damaged_record_is_named(copied):

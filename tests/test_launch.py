@@ -327,15 +327,41 @@ def test_spot_survives_a_dropped_connection(cloud):
     assert done.stdout.count("no answer") == 2
 
 
-def test_spot_replaces_a_silent_machine(cloud):
-    silent = [[STATE, 255, "ssh: no route\n"]] * 5
+SILENT, SOME = [STATE, 255, "ssh: no route\n"], workers("running")  # of two
+
+
+@pytest.mark.parametrize(("answer", "num"), [(SILENT, 30), (SOME, 5)])
+def test_spot_replaces_a_silent_machine(cloud, answer, num):
+    """Later if all its workers are silent: it may be ssh from here that fails."""
     answers = [
-        ACTIVE, ACTIVE, ACTIVE, ACTIVE, ACTIVE, NOT_FOUND, ACTIVE, READY,
-        *silent, workers("none", "none"), workers("0", "0"),
+        *[ACTIVE] * num, NOT_FOUND, ACTIVE, READY,
+        *[answer] * num, workers("none", "none"), workers("0", "0"),
     ]  # fmt: skip
     done, did, _ = spot(cloud, answers)
     assert done.returncode == 0, done.stdout + done.stderr
     assert did == ["delete", "create", "setup", "start", "delete"]
+
+
+def test_spot_counts_the_silence_of_each_machine(cloud):
+    gone = [NODE, 0, "PREEMPTED\t2\n"]
+    answers = [
+        *[ACTIVE] * 5, NOT_FOUND, ACTIVE, *[READY] * 4, gone, READY, *[SOME] * 5, workers("0", "0"),
+    ]  # fmt: skip
+    done, did, _ = spot(cloud, answers)
+    assert done.returncode == 0 and did == ["delete", "create", "delete"], done.stdout
+
+
+def test_spot_ends_where_google_refuses_to_tell(cloud):
+    done, did, _ = spot(cloud, [[DESCRIBE, 1, "ERROR: PERMISSION_DENIED\n"]])
+    assert done.returncode == 2 and did == [] and "is unknown" in done.stdout
+
+
+def test_a_run_keeps_its_settings(cloud):
+    """Those of its beginning, whatever is committed or edited while it is watched."""
+    script = '. launch/shared.sh; bash -c "echo \\$COMMIT \\$RUN_NAME"'
+    done = cloud.run(shlex.join(["env", "-u", "COMMIT", "-u", "RUN_NAME", "bash", "-c", script]))
+    commit, name = done.stdout.split()
+    assert len(commit) == 40 and name == "convstem"
 
 
 @pytest.mark.parametrize("words", [DESCRIBE, NODE])
@@ -520,14 +546,14 @@ def test_spot_says_what_ctrl_c_leaves(cloud):
     answers = [ACTIVE, READY, workers("running", "running"), ["sleep", "Ctrl-C", ""]]
     done, did, _ = spot(cloud, answers)
     assert done.returncode == 130 and did == []
-    assert "first (ACTIVE) is not deleted" in done.stdout
+    assert "stopped watching first (ACTIVE)" in done.stdout
     assert "launch/tpu_vm.sh delete" in done.stdout
 
 
 def test_spot_says_what_ctrl_c_leaves_while_it_looks(cloud):
     (cloud.folder / "bin/timeout").symlink_to(ROOT / "tests/fake_cloud/fake.sh")
     done, _, _ = spot(cloud, [["tpu_vm.sh status", "Ctrl-C", ""]])
-    assert done.returncode == 130 and "first (UNKNOWN) is not deleted" in done.stdout
+    assert done.returncode == 130 and "stopped watching first (UNKNOWN)" in done.stdout
 
 
 def test_status_shows_another_error(cloud):

@@ -489,11 +489,11 @@ def test_a_run_whose_folder_another_has_taken_saves_nothing_more(tmp_path, monke
         save(self, step, *args)
         saved.append(step)
         if step == 2:
-            (tmp_path / "run" / ".token").write_text("another's")
+            (tmp_path / "run" / ".owner").write_text("another's")
 
     monkeypatch.setattr(Checkpoints, "save", then_another_begins)
     fields = {"epochs": "0.0256", "warmup_epochs": "0", "checkpoint_every_steps": "1"}
-    with pytest.raises(ConfigError, match="another run has begun in"):
+    with pytest.raises(ConfigError, match="another run saves in"):
         train_module.train(config(**fields), str(tmp_path / "run"))
     assert saved == [1, 2]
 

@@ -10,8 +10,9 @@ def check(images: jax.Array, size: int | None = None) -> None:
     Raises:
         ValueError: they are not.
     """
-    height, width = ("H", "W") if size is None else (size, size)
-    if images.ndim != 4 or images.shape[3] != 3 or size not in (None, *images.shape[1:3]):
+    is_wrong_size = size is not None and images.shape[1:3] != (size, size)
+    if images.ndim != 4 or images.shape[3] != 3 or is_wrong_size:
+        height, width = (size, size) if size else ("H", "W")
         raise ValueError(f"images are {images.shape}; this model takes [N, {height}, {width}, 3]")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(

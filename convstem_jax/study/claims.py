@@ -149,7 +149,7 @@ _CLAIMS = {
 
 
 def _edf(study, name, better, worse, optimizer, figure, drawing) -> Claim:
-    is_around_optimum = study.config.get("intervals") != "paper"
+    is_around_optimum = study.config["intervals"] == "own"
 
     def group(weight, model):
         trials = study.random(model, optimizer)

@@ -12,6 +12,7 @@ from convstem_jax.run_folder import FREE_FIELDS
 
 # Fields in which studies that are reported together may differ.
 MAY_DIFFER = (*FREE_FIELDS, "experiments", "num_seeds", "num_random")
+_OF_EARLIER = {"intervals": "own", "optima": [], "max_widenings": 0}  # studies, before these fields
 FAILED = 100.0  # top-1 error (%) that a diverged trial counts as
 _IDENTITY = ("kind", "model", "optimizer", "epochs", "lr", "wd", "seed")  # of a trial
 _OUTCOME = ("top1_error", "diverged_at")
@@ -108,8 +109,7 @@ def family_of(model: str, families: Sequence[str]) -> str:
 
 def known_optima(config: Mapping) -> Optima:
     """Those that a study's configuration gives, so that no grid is searched."""
-    rows = config.get("optima", ())  # the field is a later one than the first studies
-    return {(model, optimizer): (lr, wd) for model, optimizer, lr, wd in rows}
+    return {(model, optimizer): (lr, wd) for model, optimizer, lr, wd in config["optima"]}
 
 
 def choose(grid: list[dict]) -> tuple[float, float]:
@@ -153,7 +153,7 @@ def read(folders: list[str]) -> Study:
     for folder in folders:
         try:
             with open(os.path.join(folder, "config.json")) as file:
-                configs.append(json.load(file))
+                configs.append(_OF_EARLIER | json.load(file))
             with open(os.path.join(folder, "result.json")) as file:
                 results.append(json.load(file))
             with open(os.path.join(folder, "trials.jsonl")) as file:
