@@ -14,6 +14,7 @@ import numpy as np
 
 from convstem_jax.errors import CheckpointError
 from convstem_jax.step import PyTree
+from convstem_jax.weights import misfits
 
 _VIT = {
     "torchvision": {
@@ -147,32 +148,26 @@ def from_torch(state: dict[str, np.ndarray], like: PyTree, layout: str) -> PyTre
     Raises:
         CheckpointError: listing all tensors that are missing, unknown or of another shape.
     """
-    wrong, used, flat, renamed = [], set(), {}, {}
+    wrong, found = [], {}
     for name, x in state.items():
-        if (new := _rename(name, layout)) in renamed:
+        if (new := _rename(name, layout)) in found:
             wrong.append(f"twice: {new}, once as {name}")
-        renamed[new] = x
-    state = renamed
-    for path, x, name, kind in _names(like, layout):
-        used.add(name)
-        if name not in state:
-            wrong.append(f"missing: {name}")
-            continue
-        array = np.asarray(state[name], np.float32)
-        wanted = _transpose(kind, np.empty(x.shape, np.bool_)).shape
-        if name == "pos_embedding" and array.ndim == 3 and array.shape[1] == 1:
-            array = array.transpose(1, 0, 2)  # [T, 1, d] in pycls's main branch
-        if array.shape != wanted:
-            wrong.append(f"shape: {name} is {array.shape} and should be {wanted}")
-            continue
-        flat[path] = _transpose_back(kind, array)
-    unknown = (name for name in state if not name.endswith("num_batches_tracked"))
-    wrong += [f"unknown: {name}" for name in unknown if name not in used]
+        if not name.endswith("num_batches_tracked"):
+            found[new] = np.asarray(x)
+    embedding = found.get("pos_embedding")
+    if embedding is not None and embedding.ndim == 3 and embedding.shape[1] == 1:
+        found["pos_embedding"] = embedding.transpose(1, 0, 2)  # [T, 1, d] in pycls's main branch
+    names = [(path, name, kind, x.shape) for path, x, name, kind in _names(like, layout)]
+    wanted = {name: _transpose(kind, np.empty(shape, np.bool_)) for _, name, kind, shape in names}
+    wrong += misfits(found, wanted)
     if wrong:
         raise CheckpointError(
             f"these are not {layout} weights of this model; {len(wrong)} tensors do not fit:\n  "
             + "\n  ".join(wrong)
         )
+    flat = {
+        path: _transpose_back(kind, found[name].astype(np.float32)) for path, name, kind, _ in names
+    }
     return {"batch_stats": {}} | traverse_util.unflatten_dict(flat)
 
 

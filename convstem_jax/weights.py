@@ -1,9 +1,10 @@
 """Weights of a trained model, from a run's folder or a file, and back into a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
+from typing import Any
 
 from flax import nnx, traverse_util
 import jax
@@ -148,6 +149,16 @@ def _check_fit(path: str, found: dict[str, np.ndarray], architecture: Architectu
         wanted = _flat(architecture.shapes())
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no model of this version: {error}") from error
+    wrong = misfits(found, wanted)
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not hold a {architecture.model}; {len(wrong)} tensors do not fit:\n  "
+            + "\n  ".join(wrong)
+        )
+
+
+def misfits(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What is missing, unknown or of another shape, among arrays (or shapes) by name."""
     wrong = [f"missing: {name}" for name in wanted.keys() - found.keys()]
     wrong += [f"unknown: {name}" for name in found.keys() - wanted.keys()]
     wrong += [
@@ -155,11 +166,7 @@ def _check_fit(path: str, found: dict[str, np.ndarray], architecture: Architectu
         for name in wanted.keys() & found.keys()
         if found[name].shape != wanted[name].shape
     ]
-    if wrong:
-        raise CheckpointError(
-            f"{path} does not hold a {architecture.model}; {len(wrong)} tensors do not fit:\n  "
-            + "\n  ".join(sorted(wrong))
-        )
+    return sorted(wrong)
 
 
 def _flat(weights: Weights) -> dict[str, np.ndarray]:
