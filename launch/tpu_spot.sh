@@ -213,14 +213,14 @@ unheard() {
 read_arguments "" "$@"
 no_arguments
 need PROJECT ZONE REPOSITORY COMMIT
+need_shared_workdir
+if [[ $dry_run == yes ]]; then
+  for command in create status setup run status delete; do "$launch/tpu_vm.sh" "$command" --dry-run; done
+  exit
+fi
 for name in gcloud timeout; do
   command -v $name >/dev/null || die "$name is not installed here"
 done
-need_shared_workdir
-if [[ $dry_run == yes ]]; then
-  for command in create status setup run status delete; do vm "$command" --dry-run; done
-  exit
-fi
 
 machine=UNKNOWN failures=0 delay=$BACKOFF_SECONDS best_step=-2 silent=0 leaving=0 quiet=0 setups=0 \
   ends=0 unready=0 fresh=no seen='' errors=''

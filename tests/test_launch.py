@@ -342,6 +342,16 @@ def test_spot_replaces_a_silent_machine(cloud, answer, num):
     assert did == ["delete", "create", "setup", "start", "delete"]
 
 
+def test_spot_without_gcloud_only_prints(cloud):
+    folder = cloud.folder / "bin"
+    (folder / "gcloud").unlink()
+    for name in ("env", "bash", "dirname", "git"):
+        (folder / name).symlink_to(shutil.which(name))
+    done = cloud.run("launch/tpu_spot.sh", PATH=str(folder))
+    assert done.returncode == 2 and "gcloud is not installed here" in done.stderr
+    assert cloud.run("launch/tpu_spot.sh --dry-run", PATH=str(folder)).returncode == 0
+
+
 def test_spot_counts_the_silence_of_each_machine(cloud):
     gone = [NODE, 0, "PREEMPTED\t2\n"]
     answers = [

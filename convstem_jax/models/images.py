@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def check(images: jax.Array, size: int | None = None) -> None:
+def check_images(images: jax.Array, size: int | None = None) -> None:
     """Checks that images are `[N, H, W, 3]` and floating; `size`, if given, is H and W.
 
     Raises:

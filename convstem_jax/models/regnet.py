@@ -10,7 +10,7 @@ from jax.nn import initializers
 import jax.numpy as jnp
 
 from convstem_jax.models.convolution import by_xla, convolve, is_product
-from convstem_jax.models.images import check as check_images
+from convstem_jax.models.images import check_images
 from convstem_jax.models.linear import Linear, spread
 from convstem_jax.models.norms import apply_norm, batch_norm
 from convstem_jax.models.target import by_device, on_tpu

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from convstem_jax.models import attention, stems
 from convstem_jax.models.attention import pin_layout
 from convstem_jax.models.gelu import gelu
-from convstem_jax.models.images import check as check_images
+from convstem_jax.models.images import check_images
 from convstem_jax.models.linear import Linear, linear, spread
 from convstem_jax.models.norms import NORMS, before_linear, layer_norm
 

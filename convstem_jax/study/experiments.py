@@ -46,9 +46,7 @@ def _is_setting(values) -> bool:
     return len(values) == 2 and _are_positive(values)
 
 
-_CENTER = (
-    tuple, _is_setting, "a learning rate and a weight decay, above 0"
-)  # fmt: skip
+_CENTER = (tuple, _is_setting, "a learning rate and a weight decay, above 0")
 # Fields of a study beside those of a run; rules as in `rules.RULES`.
 RULES = {
     "experiments": (
