@@ -6,11 +6,15 @@ import multiprocessing
 from multiprocessing import connection
 import os
 import sys
+import threading
 import time
 
 # All processes share the GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# What an earlier run compiled is not to be found.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
+import jax
 import numpy as np
 
 from benchmarks import jax_contenders, torch_contenders
@@ -22,15 +26,21 @@ TORCH = ("torchvision", "timm")
 
 
 class Contender:
-    """An implementation of a model, in a process of its own."""
+    """An implementation of a model, in a process of its own.
+
+    On TPUs, which one process alone can open, it is a thread of this one.
+    """
 
     def __init__(self, case: Case):
         self.case = case
-        processes = multiprocessing.get_context("spawn")
-        self.pipe, other = processes.Pipe()
-        self._process = processes.Process(target=_serve, args=(other, case), daemon=True)
-        self._process.start()
-        other.close()
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, other = spawn.Pipe()
+        self._is_thread = jax.default_backend() == "tpu"
+        kind = threading.Thread if self._is_thread else spawn.Process
+        self._runner = kind(target=_serve, args=(other, case), daemon=True)
+        self._runner.start()
+        if not self._is_thread:
+            other.close()
         self.compile_seconds, self.peak_bytes = None, None
 
     def compiled(self) -> None:
@@ -58,25 +68,27 @@ class Contender:
         try:
             said = self.pipe.recv()
         except (EOFError, OSError) as error:
-            self._process.join()
-            status = self._process.exitcode
+            self._runner.join()
+            status = self._runner.exitcode
             raise RuntimeError(f"its process ended with status {status}") from error
         if isinstance(said, str):
             raise RuntimeError(said)
         return said
 
     def end(self) -> None:
-        """Ends the process, which gives its memory back."""
-        self._process.kill()
-        self._process.join()
+        """Ends it, which gives its memory back."""
+        self.pipe.close()
+        if not self._is_thread:
+            self._runner.kill()
+        self._runner.join()
 
 
 def _serve(pipe: connection.Connection, case: Case) -> None:
-    """What a contender's process does: compiles, and makes steps whenever it is told how many."""
+    """What a contender does: compiles, and makes steps whenever it is told how many."""
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         in_jax = case.implementation in JAX
         step = (jax_contenders.JaxStep if in_jax else torch_contenders.TorchStep)(case)
-        step.run(3)
         pipe.send((step.compile_seconds, step.peak_bytes))
         while True:
             num_steps = pipe.recv()
@@ -85,36 +97,27 @@ def _serve(pipe: connection.Connection, case: Case) -> None:
             loss = step.run(num_steps)
             pipe.send((loss, time.perf_counter() - start))
     except Exception as error:  # The others go on without it.
-        pipe.send(first_line(error))
+        with contextlib.suppress(OSError):  # It was told to end.
+            pipe.send(first_line(error))
 
 
-def all_compiled(
-    cases: Sequence[Case], overlap: int, limit: float | None, leave_out: Callable
-) -> list[Contender]:
+def all_compiled(cases: Sequence[Case], overlap: int, leave_out: Callable) -> list[Contender]:
     """The contenders that compile, ready to be timed.
 
     Args:
         cases: of the contenders.
         overlap: how many of JAX's to compile at once, and as many of PyTorch's beside them; with 0
             one at a time.
-        limit: seconds after which those that are not compiled are left out.
-        leave_out: is told of the case of each of them, and why.
+        leave_out: is told of the case of each that fails, and why.
     """
-    start, found, busy = time.perf_counter(), [], []
+    found, busy = [], []
     beside = [case for case in cases if overlap and case.implementation in TORCH]
     queues = [[case for case in cases if case not in beside], beside]
     while busy or any(queues):
         for queue in queues:
             while queue and sum(queue is x for x, _ in busy) < max(1, overlap):
                 busy.append((queue, Contender(queue.pop(0))))
-        left = limit and max(0, limit - time.perf_counter() + start)
-        ready = connection.wait([contender.pipe for _, contender in busy], left)
-        if not ready:
-            for _, contender in busy:
-                contender.end()
-            for case in [*(contender.case for _, contender in busy), *queues[0], *queues[1]]:
-                leave_out(case, "it was not compiled in time")
-            break
+        ready = connection.wait([contender.pipe for _, contender in busy])
         for contender in [contender for _, contender in busy if contender.pipe in ready]:
             busy = [x for x in busy if x[1] is not contender]
             try:

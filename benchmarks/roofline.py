@@ -235,14 +235,23 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", metavar="KIND", help="as JAX calls it, for the models' forms (default: that of "
         "--measured, or the one here)")  # fmt: skip
     args = parser.parse_args(argv)
-    measured, here = {}, jax.devices()[0].device_kind
+    measured, kinds, here = {}, set(), jax.devices()[0].device_kind
     for name in args.measured:
         try:
             with open(name) as file:
-                measured |= {r["model"]: r for r in json.load(file) if r["implementation"] == OURS}
+                rows = [row for row in json.load(file) if row["implementation"] == OURS]
+            kinds |= {row["device"] for row in rows}
+            # Rows of earlier versions, which had bfloat16 alone, do not say it.
+            others = {(row.get("dtype", "bfloat16"), row["optimizer"]) for row in rows}
+            others -= {("bfloat16", "adamw")}
+            measured |= {row["model"]: row for row in rows}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            parser.error(f"--measured {name} is not from benchmarks.train_step: {error}")
-    kinds = {row["device"] for row in measured.values()}
+            parser.error(f"--measured {name} is not from benchmarks.train_step: {error!r}")
+        if others:
+            what = " and ".join(min(others))
+            parser.error(f"--measured {name} has {what}: the bound is of bfloat16 and adamw")
+    if unknown := measured.keys() - MODELS.keys():
+        parser.error(f"--measured has {min(unknown)}, which is no model of this version")
     if len(kinds) > 1:
         parser.error(f"--measured has rows of {' and '.join(sorted(kinds))}: give one device's")
     kind = args.device or next(iter(kinds), here)
@@ -251,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
             f"the bound of {kind} is wanted, and this is {here}: give --flops and --bandwidth of it"
         )
     for name in ("flops", "bandwidth"):
-        if (value := getattr(args, name)) is not None and value <= 0:
+        if (value := getattr(args, name)) is not None and not value > 0:
             parser.error(f"--{name} {value:g} must be more than 0")
     if not (args.flops and args.bandwidth):
         print(
@@ -274,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
             "reached": reached and reached / bound,
             "measured_at": measured.get(model, {}).get("commit"),
         })  # fmt: skip
-    print(f"{flops / 1e12:,.0f} Tflop/s in bfloat16, {speed / 1e12:.2f} TB/s\n")
+    print(f"{flops / 1e12:,.3g} Tflop/s in bfloat16, {speed / 1e12:.2f} TB/s\n")
     print(table(rows))
     if args.json:
         about = arguments.made_by(argv)

@@ -1,9 +1,8 @@
 """Times whole training steps of this project and of its peers, in one run.
 
-    python -m benchmarks.train_step                               ViT_C-4GF, on the device here
-    python benchmarks/train_step.py                               the same
+    python -m benchmarks.train_step               ViT_C-4GF, or on a CPU ViT_C-tiny in float32
+    python benchmarks/train_step.py               the same
     python -m benchmarks.train_step --models vitc_1gf vitc_18gf --batch 512 --json results.json
-    python -m benchmarks.train_step --models vitc_tiny --batch 64 --dtype float32    on a CPU
     python -m benchmarks.train_step --xla_options xla_gpu_graph_min_graph_size=5
 
 A step is what training makes: normalisation of uint8 images, lighting, mixing, forward, backward,
@@ -134,8 +133,10 @@ def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     parser = arguments.new_parser("train_step", __doc__)
     add = parser.add_argument
-    add("--models", nargs="+", default=["vitc_4gf"], choices=MODELS, metavar="MODEL",
-        help="as in convstem_jax.create_model (default: vitc_4gf)")  # fmt: skip
+    on_cpu = jax.default_backend() == "cpu"
+    add("--models", nargs="+", choices=MODELS, metavar="MODEL",
+        default=["vitc_tiny" if on_cpu else "vitc_4gf"],
+        help="as in convstem_jax.create_model (default here: %(default)s)")  # fmt: skip
     add("--implementations", nargs="+", default=[*JAX, *TORCH], choices=[*JAX, *TORCH],
         metavar="NAME", help=f"of: {'; '.join([*JAX, *TORCH])} (default: all)")  # fmt: skip
     add("--skip", nargs="+", default=[], metavar="MODEL:NAME",
@@ -146,24 +147,22 @@ def main(argv: list[str] | None = None) -> int:
     add("--steps_in_a_call", type=positive, default=1, metavar="N",
         help="makes one implementation more: this project's, whose program makes N steps in a "
         "loop (default: %(default)s, none more)")  # fmt: skip
-    add("--batch", type=arguments.even, nargs="+", default=[256],
-        help="of all models, or of each; must be even (default: 256)")  # fmt: skip
+    add("--batch", type=arguments.even, nargs="+", default=[64 if on_cpu else 256],
+        help="of all models, or of each; must be even (default here: %(default)s)")  # fmt: skip
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
+    add("--dtype", default="float32" if on_cpu else "bfloat16", choices=("bfloat16", "float32"),
         help="of convstem_jax, of PyTorch and of the products that MFU is of; XLA is mostly faster "
-        "on CPUs with float32 (default: %(default)s)")  # fmt: skip
+        "on CPUs with float32 (default here: %(default)s)")  # fmt: skip
     add("--steps", type=positive, default=20, help="of each turn (default: %(default)s)")
     add("--repeats", type=positive, default=5, help="default: %(default)s")
-    add("--torch_mode", default="max-autotune",
-        help="of torch.compile, or eager (default: %(default)s)")  # fmt: skip
+    add("--torch_mode", default="default" if on_cpu else "max-autotune",
+        help="of torch.compile, or eager (default here: %(default)s)")  # fmt: skip
     add("--overlap", type=positive, default=0, metavar="N", help="compile N of JAX's "
         "at once, and N of PyTorch's beside them, which is sooner done, but disturbs what they "
         "measure of their kernels (default: one at a time)")  # fmt: skip
     add("--together", type=positive, default=1, metavar="N",
         help="compile N models, then let all of them take turns; the device's memory must hold "
         "them (default: %(default)s)")  # fmt: skip
-    add("--compile_limit", type=float, metavar="SECONDS",
-        help="leave out what of these models is not compiled by then (default: wait)")  # fmt: skip
     add("--matmul_size", type=positive, metavar="N",
         help="of the matrices for the peak (default: 8192, on CPUs 1024)")  # fmt: skip
     args = parser.parse_args(argv)
@@ -181,14 +180,17 @@ def main(argv: list[str] | None = None) -> int:
     failed = []
 
     def leave_out(case, reason):
-        print(f"left out: {case}: {reason}", file=sys.stderr)
+        text = f"left out: {case}: {reason}"
+        if "out of memory" in text or "RESOURCE_EXHAUSTED" in text:
+            text += " (all that take turns share it: lower --batch or --together, or name fewer)"
+        print(text, file=sys.stderr)
         failed.append(case)
 
     cases = cases_of(args)
     if not cases:
         parser.error("nothing is left to be timed: see --models, --implementations and --skip")
     args.matmul_size = args.matmul_size or ceilings.matmul_size()
-    if jax.default_backend() == "cpu" and os.getloadavg()[0] > os.cpu_count() / 2:
+    if on_cpu and os.getloadavg()[0] > os.cpu_count() / 2:
         print(
             f"other programs use these {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}): the "
             "ratios will be wrong, since PyTorch's threads, which wait for each other, lose most",
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     for first in range(0, len(args.models), args.together):
         models = args.models[first : first + args.together]
         now = [case for case in cases if case.model in models]
-        contenders = all_compiled(now, args.overlap, args.compile_limit, leave_out)
+        contenders = all_compiled(now, args.overlap, leave_out)
         contenders.sort(key=lambda contender: cases.index(contender.case))
         seconds = take_turns(contenders, args.steps, args.repeats, leave_out)
         for model in models:

@@ -94,7 +94,7 @@ def new_state(
 
 
 def jit_train_step(
-    sharding: Sharding, graphdef: nnx.GraphDef, recipe: Recipe, shardings: PyTree
+    sharding: Sharding, graphdef: nnx.GraphDef, recipe: Recipe, shardings: PyTree, **options
 ) -> Callable:
     """The step that is trained with: `(state, batch, hparams)` to the new state and metrics.
 
@@ -103,6 +103,7 @@ def jit_train_step(
         graphdef: from `new_state`.
         recipe: what is fixed.
         shardings: of the state, which is donated.
+        **options: of `jax.jit` beside these.
     """
     return sharding.jit(
         train_step,
@@ -110,6 +111,7 @@ def jit_train_step(
         recipe,
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated),
+        **options,
     )
 
 

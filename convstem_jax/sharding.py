@@ -65,7 +65,11 @@ class Sharding:
         return jax.NamedSharding(self.mesh, jax.P(*[None] * axis, "data"))
 
     def jit(self, function: Callable, *static, **options) -> Callable:
-        """`jax.jit` of `function` with its first arguments bound, on these devices."""
+        """`jax.jit` of `function` with its first arguments bound, on these devices.
+
+        Of its `options`, `compiler_options` are by default those of `xla_options`.
+        """
+        options.setdefault("compiler_options", compiler_options(self.devices))
 
         def on_mesh(*args):
             # The models choose their forms by its devices.
@@ -73,7 +77,7 @@ class Sharding:
                 return function(*static, *args)
 
         on_mesh.__name__ = function.__name__  # what profiles show
-        return jax.jit(on_mesh, compiler_options=compiler_options(self.devices), **options)
+        return jax.jit(on_mesh, **options)
 
 
 def without_mesh() -> contextlib.AbstractContextManager:

@@ -4,11 +4,13 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -224,7 +226,7 @@ def test_so_many_of_each_framework_compile_at_once(monkeypatch, overlap, most):
     monkeypatch.setattr(contenders, "Contender", Watched)
     names = [*contenders.JAX[:2], *contenders.TORCH]
     cases = [Case("vitp_tiny", name, batch=2) for name in names]
-    found = contenders.all_compiled(cases, overlap, None, None)
+    found = contenders.all_compiled(cases, overlap, None)
     assert sorted(contender.case for contender in found) == sorted(cases)
     assert peak == most and not busy
 
@@ -261,13 +263,37 @@ def test_medians_ratios_and_mfu():
     assert rows[0]["mfu"] == pytest.approx(6 * 1.08e9 * 4 / 1e9, rel=0.01)
 
 
-def test_train_step_does_not_wait_for_ever(monkeypatch, capsys):
-    monkeypatch.setattr(train_step, "missing", lambda *_: None)
-    flags = ["--models=vitc_72gf", "--compile_limit=1", "--matmul_size=64", "--skip=*:[!t]*"]
+def test_on_tpus_contenders_share_the_process(monkeypatch):
+    """One process alone can open a TPU. The threads are looked at, on the device here."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert "and JAX runs on tpu" in contenders.missing("vitp_tiny", "torchvision")
+    monkeypatch.setitem(MODELS, "vitp_tiny", dataclasses.replace(MODELS["vitp_tiny"], depth=1))
+    cases = [Case("vitp_tiny", name, 2, dtype="float32") for name in contenders.JAX[::2]]
+    failed = Case("vitp_tiny", "convstem_jax", 2, xla_options=(("xla_unheard_of", "1"),))
+    left_out, before = [], threading.active_count()
+    cached = jax.config.jax_enable_compilation_cache
+    try:
+        found = contenders.all_compiled([*cases, failed], 0, lambda *x: left_out.append(x))
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    assert [x.case for x in found] == cases and threading.active_count() == before + 2
+    assert left_out[0][0] == failed and "xla_unheard_of" in str(left_out[0][1])
+    assert all(x.seconds(2) > 0 for x in found) and not multiprocessing.active_children()
+    for contender in found:
+        contender.end()
+    assert threading.active_count() == before
+
+
+def test_what_is_out_of_memory_is_told_what_to_do(monkeypatch, capsys):
+    monkeypatch.setattr(contenders, "_serve", serve_without_memory)
+    flags = ["--models=vitp_tiny", "--implementations=convstem_jax", "--matmul_size=64"]
     assert train_step.main(flags) == 1
-    error = capsys.readouterr().err
-    for name in ("torchvision", "timm"):
-        assert f"left out: {name}, vitc_72gf: it was not compiled in time" in error
+    assert "16 GiB (all that take turns share it: lower --batch or" in capsys.readouterr().err
+
+
+def serve_without_memory(pipe, case):
+    """A contender's process for which the device is too small."""
+    pipe.send("XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 16 GiB")
 
 
 def test_on_gpu_goes_on_and_names_what_fails(tmp_path):
@@ -537,7 +563,7 @@ def test_on_gpus_attention_weights_stay_on_the_chip():
 def test_roofline(tmp_path, capsys):
     measured, file = tmp_path / "train_step.json", tmp_path / "roofline.json"
     row = {"model": "vitc_tiny", "implementation": "convstem_jax", "batch": 4}
-    row |= {"device": jax.devices()[0].device_kind, "commit": "abc"}
+    row |= {"device": jax.devices()[0].device_kind, "commit": "abc", "optimizer": "adamw"}
     measured.write_text(json.dumps([row | {"images_per_second": 10.0}]))
     flags = [f"--measured={measured}", "--flops=1e9", "--bandwidth=1e9", f"--json={file}"]
     assert roofline.main(flags) == 0
@@ -556,3 +582,11 @@ def test_roofline(tmp_path, capsys):
     with pytest.raises(SystemExit):  # its ceilings are not this machine's
         roofline.main([f"--measured={measured}", "--flops=1e9"])
     assert "the bound of NVIDIA H200 is wanted, and this is" in capsys.readouterr().err
+    for wrong, message in (
+        ({"dtype": "float32"}, "has float32 and adamw: the bound is of bfloat16 and adamw"),
+        ({"model": "vit_huge"}, "has vit_huge, which is no model of this version"),
+    ):
+        measured.write_text(json.dumps([other | wrong]))
+        with pytest.raises(SystemExit):
+            roofline.main([f"--measured={measured}"])
+        assert message in capsys.readouterr().err
