@@ -6,6 +6,7 @@ import pytest
 
 from convstem_jax import build
 from convstem_jax.config import load_config, set_field
+from convstem_jax.data.examples import EvalExamples, TrainExamples, TrainTransform
 from convstem_jax.errors import ConfigError
 from convstem_jax.step import HParams, Recipe
 
@@ -18,15 +19,18 @@ def test_every_field_arrives():
         "epochs": "2", "warmup_epochs": "0.5", "ema_alpha": "1e-3", "ema_every": "3",
         "mean": "(0.1, 0.2, 0.3)", "std": "(0.4, 0.5, 0.6)", "batch_size": "128",
         "stem_init": "later", "dtype": "bfloat16", "image_size": "64", "eval_resize": "70",
+        "min_crop_area": "0.7", "flip": "false", "auto_augment": "true",
     }.items():  # fmt: skip
         set_field(config, name, text)
     assert build.recipe(config, 10) == Recipe(
         num_classes=10, optimizer="sgd", label_smoothing=0.2, mixup_alpha=0.3, cutmix_alpha=0.4,
         lighting_std=0.5, ema_every=3, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), accumulate=4,
     )  # fmt: skip
-    assert build.train_examples(config, None).seed == 9
+    transform = TrainTransform(64, 0.7, flip=False, auto_augment=True)
+    assert build.train_examples(config, None) == TrainExamples(None, transform, seed=9)
     config.data_seed = 4
-    assert build.train_examples(config, None).seed == 4
+    assert build.train_examples(config, None) == TrainExamples(None, transform, seed=4)
+    assert build.eval_examples(config, None) == EvalExamples(None, resize=70, image_size=64)
     expected = HParams(0.3, 0.07, 9, num_steps=156, warmup_steps=39, ema_rate=1e-3 * 128 / 2 * 3)
     assert [float(x) for x in build.hparams(config, 10_000)] == pytest.approx(expected)
 

@@ -119,6 +119,22 @@ def test_every_epoch_is_another_permutation_of_the_whole_split():
     assert abs(np.corrcoef(first, np.arange(1000))[0, 1]) < 0.15
 
 
+def test_each_option_draws_anew_for_each_number():
+    """Of one image, whose every epoch is another view of it."""
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+
+    def seen(seed=0, **options):
+        options = {"min_area": 1.0, "flip": False} | options
+        examples = TrainExamples([{"image": image}], TrainTransform(32, **options), seed)
+        return [examples[k]["image"].tobytes() for k in range(20)]
+
+    assert len(set(seen())) == 1
+    assert len(set(seen(flip=True))) == 2
+    for option in ({"min_area": 0.5}, {"auto_augment": True}):
+        assert len(set(seen(**option))) > 10, option
+        assert seen(**option) != seen(seed=1, **option)
+
+
 def test_resuming_and_worker_processes_change_no_bit(train_split):
     reference = take(train_batches(train_split), 6)
     resumed = list(map(jax.device_get, train_batches(train_split, numbers=range(4, 6))))

@@ -90,7 +90,7 @@ class Cloud:
         }
         # Tests that run in the background may have Ctrl-C ignored, and bash could not catch it.
         words = ["env", "--default-signal=INT", *shlex.split(command)]
-        return subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
+        return subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True, timeout=200)
 
     def calls(self) -> list[list[str]]:
         path = self.folder / "calls"
@@ -761,8 +761,11 @@ def test_worker_starts_and_tells_the_exit_status(worker):
     (worker.workdir / "checkpoints/100").mkdir()
     (worker.workdir / "checkpoints/110.tmp-1").mkdir()
     # What it leaves behind holds nothing up.
-    assert worker("start bash -c 'sleep 9 & echo told; sleep 0.3; exit 5'") == "started\n"
+    go = worker.folder / "go"
+    job = f"sleep 9 & echo told; until [[ -e {go} ]]; do sleep 0.05; done; exit 5"
+    assert worker(f"start bash -c '{job}'") == "started\n"
     assert worker(f"state {worker.workdir}") == "worker host-0 running 100\n"
+    go.touch()
     assert worker.wait("running", seconds=5) == "5"
     assert worker("log") == "told\n"
 

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -20,12 +19,10 @@ from convstem_jax import hlo, preflight, provenance, tpu
 from convstem_jax.config import load_config
 from convstem_jax.errors import ConfigError
 from convstem_jax.jaxprs import float32_products
+from tests.marks import needs_libtpu
 
 ROOT = pathlib.Path(__file__).parent.parent
 DRILL = "DRILL" in os.environ
-needs_compiler = pytest.mark.skipif(
-    not importlib.util.find_spec("libtpu"), reason="there is no libtpu for this machine"
-)
 
 
 def run(*flags):
@@ -57,7 +54,7 @@ def vitc_1gf():
     return {record["topology"]: record for record in records}
 
 
-@needs_compiler
+@needs_libtpu
 @pytest.mark.timeout(900)  # the first compiles for all of them
 @pytest.mark.parametrize("topology", SLICES)
 def test_vitc_1gf_compiles_for_every_generation(topology, vitc_1gf):
@@ -78,7 +75,7 @@ def test_vitc_1gf_compiles_for_every_generation(topology, vitc_1gf):
     assert record["step_seconds"] is None, "the least effort says nothing of speed"
 
 
-@needs_compiler
+@needs_libtpu
 def test_speed_memory_and_the_fields_that_change_them(tmp_path):
     records = str(tmp_path / "records.jsonl")
     flags = ["--num_classes", "10", "--num_examples", "10000", "--records", records]
@@ -154,14 +151,14 @@ def too_large():
     return record
 
 
-@needs_compiler
+@needs_libtpu
 def test_what_does_not_fit_comes_with_the_remedy(too_large):
     assert not too_large["fits"] and too_large["bytes_per_chip"] > too_large["chip_bytes"]
     assert too_large["remedy"].startswith("set config.accumulate=")
     assert 10_000 < too_large["largest_batch"] < 262144
 
 
-@needs_compiler
+@needs_libtpu
 @pytest.mark.skipif(not DRILL, reason="make drill runs it")
 def test_the_remedy_and_the_largest_batch_fit(too_large):
     largest, remedy = too_large["largest_batch"], too_large["remedy"].removeprefix("set config.")
@@ -195,7 +192,7 @@ step.lower(params, batch_stats, images).compile()
 """
 
 
-@needs_compiler
+@needs_libtpu
 @pytest.mark.skipif(not DRILL, reason="make drill runs it")
 def test_the_compiler_survives_the_stem_on_v6e():
     """With the layers' gradients fused it dies of signal 11."""
@@ -220,7 +217,7 @@ for name in ("v3:2x2", "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
 """
 
 
-@needs_compiler
+@needs_libtpu
 def test_a_large_product_is_estimated_near_the_published_peak():
     """A wrong clock, or cycles read wrongly, would make every step time wrong."""
     command = [sys.executable, "-c", LARGE_PRODUCT]
@@ -239,7 +236,7 @@ def test_wrong_topologies_are_refused(name):
         tpu.open_slice(name)
 
 
-@needs_compiler
+@needs_libtpu
 @pytest.mark.parametrize(
     "flags, words",
     [

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from convstem_jax.models import MODELS, attention, create_model, regnet, target
+from tests.marks import needs_libtpu
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu for this machine")
+@needs_libtpu
 def test_a_population_compiles_for_tpus():
     """With the layouts pinned under the map over trials, which send each other nothing."""
     env = os.environ | {"JAX_PLATFORMS": "cpu"}

@@ -31,13 +31,20 @@ def random_weights(name, num_classes=10, image_size=32):
     return found, weights.Architecture(name, num_classes, image_size)
 
 
+def times(factor, found):
+    return jax.tree.map(lambda x: jnp.asarray(x) * factor, found)
+
+
 def write_run(folder, found, architecture, errors):
-    """A run with these weights at each step, and the error there."""
-    params, batch_stats = jax.tree.map(jnp.asarray, (found["params"], found["batch_stats"]))
-    ema = {"params": params, "batch_stats": batch_stats}
+    """A run with the error at each step. Its EMA are these weights at the first; all others differ.
+
+    At step N they are 2^N times those at step 0; the raw weights are the EMA's negatives.
+    """
     checkpoints = Checkpoints(str(folder / "checkpoints"))
     for step, error in errors.items():
-        state = TrainState(jnp.int32(step), params, batch_stats, {}, ema)
+        ema = times(2.0 ** (step - min(errors)), found)
+        raw = times(-1.0, ema)
+        state = TrainState(jnp.int32(step), raw["params"], raw["batch_stats"], {}, ema)
         checkpoints.save(step, state, {}, error and {"top1_error": error})
     checkpoints.close()
     config = {"model": architecture.model, "image_size": architecture.image_size}
@@ -104,11 +111,39 @@ NAMES = {
 }
 
 
+# What each of several of one shape is here.
+PLACES = {
+    ("pycls", "vitc_tiny"): """
+        stem.cstem2_bn.running_var=batch_stats/stem/norms/2/var
+        encoder.block_0.ln_1.weight=params/blocks/0/norm1/scale
+        encoder.block_2.ln_2.weight=params/blocks/2/norm2/scale
+        encoder.block_1.self_attention.out_proj.bias=params/blocks/1/attention/out/bias
+        encoder.block_1.mlp_block.linear_2.bias=params/blocks/1/mlp/fc2/bias
+        encoder.ln.bias=params/norm/bias""",
+    ("pycls", "regnety_tiny"): """
+        s2.b4.f.a_bn.bias=params/stages/1/3/norm1/bias
+        s3.b3.f.b_bn.weight=params/stages/2/2/norm2/scale
+        s3.b1.f.c_bn.running_var=batch_stats/stages/2/0/norm3/var
+        s1.b1.bn.running_mean=batch_stats/stages/0/0/shortcut_norm/mean
+        s3.b1.f.se.f_ex.2.bias=params/stages/2/0/se/fc2/bias""",
+    ("timm", "vitp_tiny"): """
+        blocks.0.norm1.weight=params/blocks/0/norm1/scale
+        blocks.3.norm2.bias=params/blocks/3/norm2/bias
+        blocks.2.attn.proj.bias=params/blocks/2/attention/out/bias
+        blocks.1.mlp.fc2.bias=params/blocks/1/mlp/fc2/bias
+        norm.weight=params/norm/scale""",
+}
+
+
 @pytest.mark.parametrize("layout, name", NAMES)
 def test_names_of_other_layouts(layout, name):
-    state = layouts.to_torch(random_weights(name)[0], layout)
+    found, _ = random_weights(name)
+    state = layouts.to_torch(found, layout)
     missing = set(NAMES[layout, name].split()) - state.keys()
     assert not missing, missing
+    for pair in PLACES.get((layout, name), "").split():
+        theirs, ours = pair.split("=")
+        np.testing.assert_array_equal(state[theirs], weights._flat(found)[ours], err_msg=pair)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +180,13 @@ def test_older_and_newer_names_are_read():
     }
     assert state["pos_embedding"].shape == (17, 1, 64)
     assert_same(layouts.from_torch(state, architecture.shapes(), "pycls"), found)
+
+
+def test_the_authors_checkpoints_hold_two_states(tmp_path):
+    path, moving, last = str(tmp_path / "a.pyth"), torch.zeros(2), torch.ones(2)
+    torch.save({"epoch": 3, "ema_state": {"a": moving}, "model_state": {"a": last}}, path)
+    assert (convert.read_torch(path)["a"] == 0).all()
+    assert (convert.read_torch(path, raw=True)["a"] == 1).all()
 
 
 def test_all_tensors_that_do_not_fit_are_listed(tmp_path, capsys):
@@ -307,6 +349,7 @@ def test_predictions_are_those_of_evaluation():
     """Also of a model that is in training, whose statistics would be those of the images."""
     model, images = networks.random_model("vitc_tiny"), networks.images_of(3, 32)
     expected = predict(model, images)
+    np.testing.assert_allclose(expected, jax.nn.softmax(model(images)), rtol=1e-5)
     model.train()
     np.testing.assert_array_equal(predict(model, images), expected)
     assert not model.stem.norms[0].use_running_average
@@ -322,6 +365,8 @@ def test_the_best_checkpoint_is_loaded_by_that_name(tmp_path):
     assert (reader.latest_step(), reader.best_step()) == (20, 10)
     reader.close()
     assert_same(weights.load(str(tmp_path), step="best")[0], found)
+    assert_same(weights.load(str(tmp_path), step="best", raw=True)[0], times(-1.0, found))
+    assert_same(weights.load(str(tmp_path))[0], times(2.0**10, found))
 
 
 def test_another_size_and_other_classes_are_adapted():

@@ -1,0 +1,12 @@
+"""What some tests need."""
+
+import importlib.util
+import os
+
+import pytest
+
+# Where everything must be there, they fail.
+needs_libtpu = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu") and not os.environ.get("CI"),
+    reason="there is no libtpu for this machine",
+)
