@@ -36,6 +36,7 @@ test: .venv/.test  ## Run the tests (ARGS="-k …")
 drill: .venv/.test  ## Run the long form of the tests of several processes, of saves and of TPUs (more than half an hour on 2 cores)
 	DRILL=1 $(PY) -m pytest -n0 --timeout=1200 tests/test_processes.py tests/test_checkpoint.py tests/test_preflight.py \
 		tests/test_tpu_forms.py $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PY) -m pytest -n0 --timeout=1200 tests/test_train.py -k "evaluated or interrupted"
 
 lint: .venv/.test  ## Check style and formatting
 	$(PY) -m ruff check .
