@@ -7,9 +7,9 @@
     python -m convstem_jax.study --config configs/study.py:full,colour,num_seeds=5
 
 `quick`, the first, passes through all experiments with few trials on a part of the embedded data:
-it shows that everything works, and decides little. `cpu` has enough trials to decide: results/study
-holds `cpu,num_seeds=10,max_widenings=0`, 163 minutes. `full` and `imagenet` have not been run yet;
-the latter has the paper's optima and intervals. `colour` is the harder set of
+it shows that everything works, and decides little. `cpu` decides more, and with more seeds most:
+results/study holds `cpu,num_seeds=10,max_widenings=0`, 163 minutes. `full` and `imagenet` have not
+been run yet; the latter has the paper's optima and intervals. `colour` is the harder set of
 `convstem_jax.study.colour_set`, in place of the grey Fashion-MNIST.
 """
 

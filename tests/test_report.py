@@ -68,7 +68,7 @@ def test_the_report_holds_figures_tables_and_verdicts(finished, capsys):
     assert page.count("<svg") == len(names) and "<img" not in page, "it holds everything itself"
     assert "1 x &lt;device&gt;" in page and "60,000 training" in page
     found = json.loads((folder / "verdicts.json").read_text())
-    assert len(found) == 13
+    assert len(found) == 14
     for claim in found:
         assert claim["verdict"] == "supported" and claim["interval"][0] > 0
         assert claim["sentence"].replace("'", "&#x27;") in page

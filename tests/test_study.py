@@ -16,7 +16,7 @@ from convstem_jax.models import MODELS
 from convstem_jax.study import __main__ as program
 from convstem_jax.study import claims, experiments, report
 from convstem_jax.study.experiments import Population
-from convstem_jax.study.finished import Study, choose
+from convstem_jax.study.finished import Study, beyond, choose, chosen_again
 from convstem_jax.study.programs import Trial
 from tests.made_up import made_up, plan
 
@@ -140,11 +140,11 @@ def verdicts(records, **fields):
 
 def test_what_is_true_is_supported_and_what_is_not_is_not():
     true, false, none = (verdicts(made_up(effect)) for effect in (2.0, -0.5, 0.0))
-    assert len(true) == 13
+    assert len(true) == 14
     assert {claim.verdict for claim in true.values()} == {"supported"}
     assert {false[name].verdict for name in ("length", "peak", "stem s1")} == {"not supported"}
     undecided = [claim.verdict for claim in none.values()].count("undecided")
-    assert undecided >= 11, "noise decides"
+    assert undecided >= 12, "noise decides"
     few = verdicts(made_up(2.0, num_seeds=3))
     assert few["peak"].verdict == "undecided" and few["peak"].interval is None
     assert few["lr and wd, sgd"].verdict == "supported"
@@ -155,9 +155,15 @@ def test_noise_alone_decides_in_one_of_twenty_studies(num):
     """95 % intervals, of 4 seeds too, where plain percentiles decide 18 % of them."""
     rng, decided = np.random.default_rng(0), 0
     for _ in range(200):
-        groups = [claims.Group(str(weight), weight, rng.normal(size=num)) for weight in (1, -1)]
-        decided += claims._claim("", "", "", "", groups).verdict != "undecided"
+        groups = [claims.Group(label, rng.normal(size=num)) for label in "ab"]
+        decided += claims._claim("", "", "", "", groups, np.subtract).verdict != "undecided"
     assert 0 < decided / 200 < 0.08
+
+
+def test_errors_that_are_all_the_same_decide_nothing():
+    groups = [claims.Group(label, np.full(5, error)) for label, error in (("a", 9.1), ("b", 9.0))]
+    claim = claims._claim("", "", "", "", groups, np.subtract)
+    assert claim.interval is None and claim.verdict == "undecided"
 
 
 def test_a_trial_that_diverged_counts_as_failed():
@@ -171,8 +177,8 @@ def test_a_trial_that_diverged_counts_as_failed():
         assert found[name].verdict == "supported" and found[name].num_diverged >= 5
     assert found["peak"].numbers["vitp_tiny, adamw, 40 epochs"] == 100
     grid = [
-        {"lr": 1, "wd": 1, "diverged_at": 5, "top1_error": 10},
-        {"lr": 2, "wd": 3, "diverged_at": None, "top1_error": 20},
+        {"lr": 1, "wd": 1, "seed": 0, "diverged_at": 5, "top1_error": 10},
+        {"lr": 2, "wd": 3, "seed": 0, "diverged_at": None, "top1_error": 20},
     ]
     assert choose(grid) == (2, 3)
 
@@ -181,10 +187,14 @@ def test_the_grid_chooses_by_all_its_seeds():
     """The luckiest trial, and the setting that is best until a seed diverges, are not taken."""
     trials = [(1, 10, None), (2, 18, None), (4, 5, None), (1, 30, None), (2, 20, None), (4, 5, 7)]
     grid = [
-        {"lr": lr, "wd": 1, "top1_error": error, "diverged_at": step} for lr, error, step in trials
+        {"lr": lr, "wd": 1, "seed": i // 3, "top1_error": error, "diverged_at": step}
+        for i, (lr, error, step) in enumerate(trials)
     ]
     assert choose(grid) == (2, 1)
     assert choose(grid[:3]) == (4, 1)
+    # 4's are not both 5; 1's are both 30, or one of them is and 2's are not both 20.
+    assert chosen_again(grid) == pytest.approx(3 / 4 * (1 / 4 + 1 / 2 * 3 / 4), abs=0.03)
+    assert chosen_again(grid[:3]) is None
 
 
 def test_an_optimum_on_the_edge_of_the_grid_is_known():
@@ -210,18 +220,21 @@ def test_an_optimum_on_the_edge_of_the_grid_is_known():
 def test_a_grid_grows_beyond_the_edge_that_its_best_point_lies_on():
     _, [grid, *_], _ = plan("full,grid_seeds=2,adamw_center=(4.0,8.0)")
 
-    def tried(*parts, best):
+    def tried(*parts, best, **more):
         return [
             trial._asdict()
             | {
                 "top1_error": abs(np.log(trial.lr / best[0])) + abs(np.log(trial.wd / best[1])),
                 "diverged_at": None,
             }
+            | more
             for part in parts
             for trial in part.trials
         ]
 
     assert experiments.widen(grid, tried(grid, best=(4, 8))) is None
+    assert experiments.widen(grid, tried(grid, best=(4, 8), top1_error=50)) is None, "all alike"
+    assert experiments.widen(grid, tried(grid, best=(4, 1e-9), diverged_at=5)) is None
     one = experiments.widen(grid, tried(grid, best=(4, 1e-9)))
     assert one.name == f"{grid.name}-1" and {t.seed for t in one.trials} == {0, 1}
     assert {(t.lr, t.wd) for t in one.trials} == {(1, 0.5), (4, 0.5), (16, 0.5)}
@@ -232,6 +245,21 @@ def test_a_grid_grows_beyond_the_edge_that_its_best_point_lies_on():
     }
     _, [point, *_], _ = plan("full,grid_factors=(1.0,)")
     assert experiments.widen(point, tried(point, best=(9, 9))) is None
+
+
+def test_a_grid_does_not_grow_along_what_makes_no_difference():
+    """Among seeds alone the best of three values is on an edge two times in three."""
+    rng, grown = np.random.default_rng(0), 0
+    for _ in range(200):
+        grid = [
+            {"lr": lr, "wd": wd, "seed": seed, "diverged_at": None}
+            | {"top1_error": 20 + 5 * abs(lr - 2) + rng.normal()}
+            for lr in (1, 2, 3) for wd in (1, 2, 3) for seed in range(3)
+        ]  # fmt: skip
+        lrs, wds = beyond(grid)
+        assert not lrs
+        grown += bool(wds)
+    assert grown < 80, "it is 133 without a margin"
 
 
 def test_experiments_that_were_not_made_have_no_claims():
@@ -254,10 +282,9 @@ def test_noise_of_the_best_setting_alone_decides_little():
     rng, decided = np.random.default_rng(0), 0
     for _ in range(100):
         groups = [
-            claims.Group(str(weight), weight, rng.normal(20, 1, 32), summary=claims._area)
-            for weight in (1, -1)
+            claims.Group(label, rng.normal(20, 1, 32), summary=claims._area) for label in "ab"
         ]
-        decided += claims._claim("", "", "", "", groups).verdict != "undecided"
+        decided += claims._claim("", "", "", "", groups, np.subtract).verdict != "undecided"
     assert decided < 12
 
 

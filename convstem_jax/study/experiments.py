@@ -127,7 +127,7 @@ def grids(config: ml_collections.ConfigDict) -> list[Population]:
 
 
 def widen(grid: Population, tried: list[dict]) -> Population | None:
-    """The points one step beyond the edges of a grid on which its best point lies.
+    """The points one step beyond the edges of a grid on which its best point lies: see `beyond`.
 
     Args:
         grid: its newest population.
@@ -153,7 +153,7 @@ def populations(config: ml_collections.ConfigDict, optima: Optima) -> list[Popul
     Args:
         config: the study's.
         optima: best setting of each model that the configuration names, if needed; a variant takes
-            that of the model that it is one of, as in the paper.
+            that of the model that it is one of.
     """
     seeds, random = set(), set()  # (model, optimiser, epochs)
     first, second = config.lengths[0], config.lengths[:2][-1]

@@ -38,8 +38,10 @@ def _draw_optimizer(study: Study):
         adamw, sgd = (_errors_by_length(study, model, o) for o in TITLES)
         _plot_lines(error_axes, study, adamw, color, model)
         _plot_lines(error_axes, study, sgd, color, None, "o--")
-        gaps = [s - a.mean() for s, a in zip(sgd, adamw, strict=True)]
-        _plot_lines(gap_axes, study, gaps, color, model)
+        pairs = list(zip(sgd, adamw, strict=True))
+        gaps = [s.mean() - a.mean() for s, a in pairs]
+        noise = [2 * np.hypot(_standard_error(s), _standard_error(a)) for s, a in pairs]
+        gap_axes.errorbar(study.lengths, gaps, noise, fmt="o-", capsize=3, color=color, label=model)
     gap_axes.axhline(0, color="0.7", lw=1, zorder=0)
     _label_epochs(error_axes, study, "top-1 error (%)")
     _label_epochs(gap_axes, study, "SGD − AdamW (points)")
@@ -68,23 +70,28 @@ def _draw_scatter(study: Study):
         for ax, name in zip(axes[3 * i : 3 * i + 3], ("lr", "wd", "lr · wd"), strict=True):
             ax.set(xscale="log", xlabel=f"{name}, {TITLES[optimizer]}", ylabel="top-1 error (%)")
             ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    axes[0].legend()
+    labels = axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=len(study.families))
     return figure
 
 
 def _draw_stems(study: Study):
     p, c, _ = study.families
     names = [p, *reversed(study.models("seeds", f"{c}_s")), c]
-    return _draw_bars(study, names, study.lengths[0], TITLES)
+    return _draw_models(study, names, study.lengths[0], TITLES)
 
 
 def _draw_norms(study: Study):
     p, c, _ = study.families
-    return _draw_bars(study, [p, f"{p}_bn", f"{c}_ln", c], study.second_length, ["adamw"])
+    return _draw_models(study, [p, f"{p}_bn", f"{c}_ln", c], study.second_length, ["adamw"])
 
 
 def _errors_by_length(study: Study, model: str, optimizer: str) -> list[np.ndarray]:
     return [errors(study.seeds(model, optimizer, epochs)) for epochs in study.lengths]
+
+
+def _standard_error(x: np.ndarray) -> float:
+    return x.std() / np.sqrt(max(1, len(x) - 1))
 
 
 def _axes(num: int, size: tuple[float, float], rows: int = 1):
@@ -127,17 +134,16 @@ def _draw_edfs(study, models, optimizers):
     return figure
 
 
-def _draw_bars(study, names, epochs, optimizers):
+def _draw_models(study, names, epochs, optimizers):
     groups = {o: [errors(study.seeds(name, o, epochs)) for name in names] for o in optimizers}
     figure, [axes] = _axes(1, (1.3 * len(names) + 1, 3.6))
     for i, (optimizer, found) in enumerate(groups.items()):
-        x = np.arange(len(names)) + 0.4 * (i - (len(groups) - 1) / 2)
+        x = np.arange(len(names)) + 0.3 * (i - (len(groups) - 1) / 2)
         means = [y.mean() for y in found]
-        axes.bar(x, means, 0.38, color=f"C{i}", alpha=0.6, label=TITLES[optimizer])
+        axes.plot(x, means, "_", ms=20, mew=2, color=f"C{i}", label=f"{TITLES[optimizer]}, mean")
         for position, y in zip(x, found, strict=True):
-            axes.plot([position] * len(y), y, ".", color=f"C{i}")
-    lowest = min(y.min() for found in groups.values() for y in found)
-    axes.set(ylabel=f"top-1 error (%), {epochs:g} epochs", ylim=(0.8 * lowest, None))
+            axes.plot([position] * len(y), y, ".", color=f"C{i}", alpha=0.5)
+    axes.set(ylabel=f"top-1 error (%), {epochs:g} epochs", xlim=(-0.5, len(names) - 0.5))
     axes.set_xticks(range(len(names)), names, rotation=20)
     axes.legend()
     return figure
@@ -152,7 +158,8 @@ _FIGURES = {  # name -> what draws it, any of the experiments that it needs, cap
     "optimizer": (
         _draw_optimizer,
         {"optimizer"},
-        "Error with AdamW (full) and SGD (dashed), and the gap between them (Figure 3).",
+        "Error with AdamW (full) and SGD (dashed); the gap between them, with two standard errors "
+        "of the seeds on either side (Figure 3).",
     ),
     "edf": (
         _draw_edf,

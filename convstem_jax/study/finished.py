@@ -72,7 +72,7 @@ class Study:
         return known or (choose(grid) if grid else None)
 
     def on_edge(self, model: str, optimizer: str) -> bool:
-        """Whether a grid chose the optimum on its edge, so that a better one may lie outside."""
+        """Whether a grid chose the optimum on its edge, beyond which a better one may lie."""
         grid = self.grid(model, optimizer)
         return bool(grid) and any(beyond(grid))
 
@@ -112,14 +112,20 @@ def known_optima(config: Mapping) -> Optima:
     return {(model, optimizer): (lr, wd) for model, optimizer, lr, wd in config["optima"]}
 
 
+def settings_of(grid: list[dict]) -> dict[tuple[float, float], list[dict]]:
+    """The trials of each setting, a learning rate and a weight decay, in the order of its seeds."""
+    found = {}
+    for trial in sorted(grid, key=lambda trial: trial["seed"]):
+        found.setdefault((trial["lr"], trial["wd"]), []).append(trial)
+    return found
+
+
 def choose(grid: list[dict]) -> tuple[float, float]:
     """The learning rate and weight decay of which the fewest seeds diverged.
 
     Of several that with the lowest mean error.
     """
-    settings = {}
-    for trial in grid:
-        settings.setdefault((trial["lr"], trial["wd"]), []).append(trial)
+    settings = settings_of(grid)
 
     def badness(setting):
         trials = settings[setting]
@@ -128,17 +134,40 @@ def choose(grid: list[dict]) -> tuple[float, float]:
     return min(settings, key=badness)
 
 
+def chosen_again(grid: list[dict]) -> float | None:
+    """How often `choose` would take the same setting, were the seeds others: by the bootstrap.
+
+    None of one seed, which says nothing of others.
+    """
+    settings = settings_of(grid)
+    found = np.array([outcomes(trials) for trials in settings.values()])  # [settings, seeds]
+    if found.shape[1] == 1:
+        return None
+    drawn = np.random.default_rng(0).integers(found.shape[1], size=(2000, *found.shape))
+    means = np.take_along_axis(found[None], drawn, axis=2).mean(axis=2)
+    return float(np.mean(means.argmin(axis=1) == list(settings).index(choose(grid))))
+
+
 def beyond(grid: list[dict]) -> tuple[list[float], list[float]]:
     """Learning rates and weight decays one step beyond an edge that the best point lies on.
 
-    There is one at most of each; none of what has one value alone.
+    There is one at most of each. There is none where the next value inside is as good but for the
+    seeds: where nothing depends on a value, the best lies on an edge in two of three grids.
     """
-    found = []
-    for name, best in zip(("lr", "wd"), choose(grid), strict=True):
+    best, settings, found = choose(grid), settings_of(grid), []
+    for i, name in enumerate(("lr", "wd")):
         values = sorted({trial[name] for trial in grid})
         edges = {values[0]: values[1], values[-1]: values[-2]} if len(values) > 1 else {}
-        found.append([best**2 / edges[best]] if best in edges else [])
+        inside = [trial for trial in grid if trial[name] == edges.get(best[i])]
+        is_on_edge = inside and _is_better(settings[best], settings[choose(inside)])
+        found.append([best[i] ** 2 / edges[best[i]]] if is_on_edge else [])
     return tuple(found)
+
+
+def _is_better(one: list[dict], other: list[dict]) -> bool:
+    """Whether a setting's trials are better by more than a standard error, seed by seed."""
+    gains = outcomes(other) - outcomes(one)
+    return gains.mean() > gains.std() / np.sqrt(max(1, len(gains) - 1))
 
 
 def read(folders: list[str]) -> Study:

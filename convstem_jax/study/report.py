@@ -6,6 +6,7 @@ everything in one file, to the folder `report` of the first study, or to --outpu
 
 import dataclasses
 import html
+import itertools
 import os
 import sys
 
@@ -17,7 +18,16 @@ from convstem_jax import files
 from convstem_jax.errors import UserError
 from convstem_jax.study.claims import Claim, claims
 from convstem_jax.study.figures import TITLES, figures
-from convstem_jax.study.finished import FAILED, Study, errors, num_diverged, outcomes, read
+from convstem_jax.study.finished import (
+    FAILED,
+    Study,
+    chosen_again,
+    errors,
+    num_diverged,
+    outcomes,
+    read,
+    settings_of,
+)
 from convstem_jax.terminal import new_parser, tell
 
 VERDICT_COLORS = {"supported": "#1a7f37", "not supported": "#b3261e", "undecided": "#8a6d00"}
@@ -55,16 +65,21 @@ def random_table(study: Study) -> list[list[str]]:
                 optimum = study.optimum(model, optimizer)
                 around = "{:.2g}, {:.2g}".format(*optimum) if optimum else "–"
                 edge = " *" if study.on_edge(model, optimizer) else ""
+                grid = study.grid(model, optimizer)
+                again = chosen_again(grid) if grid else None
+                seeds = errors(study.seeds(model, optimizer, study.lengths[0]))
                 best = study.best(model, optimizer)
                 above = outcomes(trials) - best
                 rows.append([
                     model, TITLES[optimizer], around + edge,
-                    f"{best:.2f}", f"{np.median(errors(trials)):.2f}",
+                    "–" if again is None else f"{again:.0%}",
+                    f"{seeds.std(ddof=1):.2f}" if len(seeds) > 1 else "–",
+                    f"{best:.2f}" if best else "–", f"{np.median(errors(trials)):.2f}",
                     *(f"{np.mean(above <= points):.0%}" for points in (1, 4)),
                     f"{num_diverged(trials)} of {len(trials)}",
                 ])  # fmt: skip
-    headers = ["model", "optimiser", "optimum's lr, wd", "best", "median"]
-    return [[*headers, "within 1 point", "within 4 points", "diverged"], *rows]
+    headers = ["model", "optimiser", "optimum's lr, wd", "chosen again", "seeds deviate by", "best"]
+    return [[*headers, "median", "within 1 point", "within 4 points", "diverged"], *rows]
 
 
 def claim_table(found: list[Claim]) -> list[list[str]]:
@@ -94,10 +109,20 @@ def conditions(study: Study) -> list[str]:
         for name in ("device", "commit")
     )
     tuned = "leave out the choice of each optimum"
-    if any(trial["kind"] == "grid" for trial in study.trials):
+    pairs = itertools.product(study.families, TITLES)
+    sizes = sorted({len(settings_of(study.grid(*pair))) for pair in pairs} - {0})
+    if sizes:
         tuned += (
-            f", from a coarse grid (seeds of each point: {study.config['grid_seeds']}). Where that "
-            "lies on the grid's edge (*), a better one may lie outside"
+            f", from coarse grids of {' to '.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))} "
+            f"settings (seeds of each: {study.config['grid_seeds']}): below is how often other "
+            "seeds would choose it again, by the bootstrap. Where it lies on the grid's edge, and "
+            "is better than what is beside it by more than a standard error of the seeds (*), a "
+            "better one may lie outside. Variants have the optimum of the model that they are of"
+        )
+    if study.config["intervals"] == "own":
+        tuned += (
+            ". Random settings lie around each model's own optimum, where the paper draws those of "
+            "all ViTs from one interval; each is one seed, so what seeds deviate by is in the EDFs"
         )
     return [
         f"{len(study.trials)} trials on {first['train_examples']:,} training and "
@@ -108,8 +133,8 @@ def conditions(study: Study) -> list[str]:
         "paper. All trials read the same batches in the same order: seeds differ in their initial "
         "weights, and in what mixes images where that is used. The 95 % intervals are over seeds, "
         "or over random settings, for these test images and this order; they are not corrected for "
-        f"the number of claims, and {tuned}. A trial that diverged keeps its last error in the "
-        f"figures, and counts as {FAILED:g} % in the claims.",
+        f"the number of claims, and {tuned}. A trial that diverged keeps its last error in "
+        f"figures and tables, and counts as {FAILED:g} % in the claims.",
     ]
 
 
@@ -143,7 +168,7 @@ def write(study: Study, output: str) -> list[Claim]:
     tables = {
         "Claims": claim_table(found),
         "Random learning rates and weight decays": random_table(study),
-        "Errors at each model's own optimum: mean (range over seeds)": error_table(study),
+        "Errors at the optimum: mean (range over seeds)": error_table(study),
     }
     tables = {title: table for title, table in tables.items() if len(table) > 1}
     sections = ["# Stability study", *conditions(study)]
