@@ -20,6 +20,8 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0" and jax.__version_info__ 
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
     )
 
+import pytest
+
 from benchmarks import torch_contenders
 
 # Before JAX starts its backends. Tests of one device use `jax.devices()[:1]`.
@@ -39,6 +41,19 @@ SLOWEST = (
     *("benchmarks", "processes", "step", "train", "preflight", "models", "program", "study"),
     *("population", "gpu_forms", "tpu_forms", "kernels", "docs", "weights"),
 )
+
+
+@pytest.fixture
+def train_on(monkeypatch):
+    """A function that gives `train` so many of the devices."""
+
+    def use(num):
+        from convstem_jax.sharding import Sharding
+
+        name = "convstem_jax.train.Sharding"
+        monkeypatch.setattr(name, lambda devices, *args: Sharding(devices[:num], *args))
+
+    return use
 
 
 def pytest_collection_modifyitems(items):

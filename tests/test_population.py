@@ -13,7 +13,6 @@ from convstem_jax.config import load_config
 from convstem_jax.errors import ConfigError, DataError, Preempted
 from convstem_jax.metrics import read_jsonl
 from convstem_jax.models import MODELS
-from convstem_jax.sharding import Sharding
 from convstem_jax.study import population
 from convstem_jax.study.population import train_population
 from convstem_jax.study.programs import Programs, Trial, stack_hparams
@@ -72,14 +71,12 @@ def run(config, trials, folder, *, progress=None, stop=None, new_programs=None):
     return results
 
 
-def test_a_trial_is_a_run_of_main(tmp_path, monkeypatch):
+def test_a_trial_is_a_run_of_main(tmp_path, train_on):
     """50 steps; the losses agree to 1e-4, the errors to one of 256 images."""
     c = config()
     trials, progress = [Trial(c.lr / 3, c.wd, 0), Trial(c.lr / 10, c.wd * 3, 1)], Progress()
     results = run(c, trials, tmp_path / "all", progress=progress)
-    monkeypatch.setattr(
-        train_module, "Sharding", lambda devices, *args: Sharding(devices[:1], *args)
-    )
+    train_on(1)
     c.lr, c.wd, c.seed = trials[1]
     result = train_module.train(c, str(tmp_path / "run"))
     records = read_jsonl(str(tmp_path / "run" / "metrics.jsonl"))

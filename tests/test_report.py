@@ -58,13 +58,18 @@ def finished(tmp_path_factory):
     return folder
 
 
-def test_the_report_holds_figures_tables_and_verdicts(finished, capsys):
+@pytest.fixture(scope="module")
+def page(finished):
     assert report.main([str(finished)]) == 0
+    return finished / "report" / "index.html"
+
+
+def test_the_report_holds_figures_tables_and_verdicts(page):
     names = {"length", "optimizer", "edf", "lr_wd", "stems", "norms", "depth"}
-    folder = finished / "report"
+    folder = page.parent
     assert {path.stem for path in folder.glob("*.png")} == names
     assert {path.stem for path in folder.glob("*.svg")} == names
-    page = (folder / "index.html").read_text()
+    page = page.read_text()
     assert page.count("<svg") == len(names) and "<img" not in page, "it holds everything itself"
     assert "1 x &lt;device&gt;" in page and "60,000 training" in page
     found = json.loads((folder / "verdicts.json").read_text())
@@ -75,7 +80,6 @@ def test_the_report_holds_figures_tables_and_verdicts(finished, capsys):
         assert claim["sentence"] in (folder / "report.md").read_text()
         assert f"<a href='#{claim['drawing']}'>{claim['figure']}</a>" in page
         assert f"<figure id='{claim['drawing']}'>" in page
-    assert "supported" in capsys.readouterr().out
 
 
 def test_an_unfinished_or_damaged_study_has_no_report(tmp_path, capsys):
@@ -116,11 +120,10 @@ def test_studies_of_other_optima_are_not_reported_as_one(finished, tmp_path, cap
     assert "studies have other optima of vitc_tiny with adamw" in capsys.readouterr().err
 
 
-def test_equal_studies_give_equal_reports(finished, tmp_path):
-    for name in ("first", "second"):
-        report.main([str(finished), "--output", str(tmp_path / name)])
-    for path in (tmp_path / "first").iterdir():
-        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
+def test_equal_studies_give_equal_reports(finished, page, tmp_path):
+    assert report.main([str(finished), "--output", str(tmp_path)]) == 0
+    for path in page.parent.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
 @pytest.mark.parametrize("folder", sorted(pathlib.Path("results/study").glob("*/")), ids=str)
@@ -131,12 +134,6 @@ def test_committed_verdicts_follow_from_the_committed_trials(folder, tmp_path):
     page = pathlib.Path("docs/study.md").read_text()
     for claim in json.loads((tmp_path / "verdicts.json").read_text()):
         assert f"| {claim['name']} | {claim['verdict']} |" in page
-
-
-@pytest.fixture(scope="module")
-def page(finished):
-    assert report.main([str(finished)]) == 0
-    return finished / "report" / "index.html"
 
 
 @pytest.mark.parametrize("width", [500, 1280])
@@ -150,7 +147,7 @@ def test_it_shows_every_figure_at_any_width(page, chromium, tmp_path, width):
     for shown_width, height in found["figures"]:
         assert 0.5 * min(width, 800) < shown_width <= width and height > 100
     assert found["marks"] > 1000
-    assert found["verdicts"] == ["rgb(26, 127, 55)"] * 13
+    assert found["verdicts"] == ["rgb(26, 127, 55)"] * 14
     assert found["requests"] == [], "it needs something else"
 
 

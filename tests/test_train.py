@@ -27,7 +27,6 @@ from convstem_jax.data import sources
 from convstem_jax.errors import ConfigError, NotFiniteError, Preempted
 from convstem_jax.lead import AHEAD, Lead
 from convstem_jax.metrics import read_jsonl
-from convstem_jax.sharding import Sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 # 31 steps with evaluations at 16 and 31, and checkpoints at every fifth step too; all that can be
@@ -54,11 +53,9 @@ RECIPE = {
 
 
 @pytest.fixture(autouse=True)
-def few_devices(monkeypatch):
+def few_devices(train_on):
     """Programs for 8 devices take three times as long to compile."""
-    monkeypatch.setattr(
-        train_module, "Sharding", lambda devices, *args: Sharding(devices[:1], *args)
-    )
+    train_on(1)
 
 
 def profiled_steps(workdir):
@@ -417,14 +414,12 @@ def test_the_host_is_few_steps_ahead(tmp_path, monkeypatch):
     assert sum("grad_norm" in metrics for metrics in added) == result["steps"]
 
 
-def test_the_loop_fetches_nothing_between_log_points(tmp_path, monkeypatch):
+def test_the_loop_fetches_nothing_between_log_points(tmp_path, monkeypatch, train_on):
     """On the CPU JAX's guard sees only transfers to the device, so fetches are counted as well.
 
     On two devices, since NumPy reads an array on one CPU device where it lies.
     """
-    monkeypatch.setattr(
-        train_module, "Sharding", lambda devices, *args: Sharding(devices[:2], *args)
-    )
+    train_on(2)
     monkeypatch.setattr(train_module, "print_overview", lambda *args: None)  # fetches
     monkeypatch.setattr(train_module.Checkpoints, "save", lambda *args: None)  # likewise
     fetches, fetch, value = [], jax.device_get, ArrayImpl._value
