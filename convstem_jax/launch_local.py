@@ -4,7 +4,8 @@
         --config configs/quickstart.py --workdir runs/several
 
 The lines of process 0 are printed as they are, those of the others after their number. The exit
-status is that of `main`; a mistake counts before a lost process, which is 75: run it again.
+status is that of `main`. Where processes end differently, an error that you have to mend comes
+before 75, which says that a process was lost: give the same command again.
 """
 
 import contextlib

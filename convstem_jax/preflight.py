@@ -1,4 +1,4 @@
-"""Compiles the training step for a TPU slice that need not be there, and tells what it would do.
+"""Tells whether training fits a TPU slice and what it would cost there, without the slice.
 
     python -m convstem_jax.preflight --config configs/vitc.py:18gf --topology v5e:16x16
     python -m convstem_jax.preflight --config configs/vitc.py configs/vitp.py --topology v6e:8x8

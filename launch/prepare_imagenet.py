@@ -3,7 +3,7 @@
     python launch/prepare_imagenet.py --manual_dir FOLDER_WITH_THE_TWO_TARS
 
 The folder holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as image-net.org gives them.
-Takes hours and another 150 GB.
+Takes hours and another 155 GB.
 """
 
 import argparse
