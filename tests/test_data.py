@@ -490,8 +490,15 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
     assert "2 classes, 2 in train, 1 in test" in capsys.readouterr().out
     split = sources.open_split(str(tmp_path / "data"), "photos", "train")
     assert split.class_names == ["a", "b"]
-    found = [(int(x["label"]), int(x["image"][0, 0, 0])) for x in map(split.__getitem__, range(2))]
-    assert found == [(0, 20), (1, 10)], "classes are numbered in the order of their names"
+    found = {(int(x["label"]), int(x["image"][0, 0, 0])) for x in map(split.__getitem__, range(2))}
+    assert found == {(0, 20), (1, 10)}, "classes are numbered in the order of their names"
+    for grey in range(40):
+        put("many", "ab"[grey // 20], grey)
+    assert pack.main([*flags, "--splits", "many"]) == 0
+    for part in ("many[:50%]", "many[50%:]"):
+        half = sources.open_split(str(tmp_path / "data"), "photos", part)
+        assert {int(record["label"]) for record in half.records} == {0, 1}, "not shuffled"
+    capsys.readouterr()
     for hidden in (".cache/1.jpg", "a/.2.jpg"):  # of file managers
         path = tmp_path / "photos/train" / hidden
         path.parent.mkdir(exist_ok=True)

@@ -17,6 +17,8 @@ import pathlib
 import re
 import sys
 
+import numpy as np
+
 from convstem_jax.data import sources
 from convstem_jax.data.packed import PackedRecords, records, write
 from convstem_jax.errors import ConfigError, DataError, UserError
@@ -42,7 +44,8 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
     """Packs the images of `folder/SPLIT/CLASS/`, each class by the place of its name in order.
 
     Returns:
-        The splits, and the names of the classes, which are those of the first split.
+        The splits, each shuffled, always in the same way; and the names of the classes, which are
+        those of the first split.
 
     Raises:
         ConfigError: a split has no images, an empty folder, other files, one that cannot be read,
@@ -83,7 +86,9 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
                 raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
             if sources.decode(images[-1]) is None:
                 damaged.append(str(file))
-        packed[split] = records(images, labels)
+        # Shuffled, as tfds does it: a part such as train[:90%] has examples of all classes.
+        order = np.random.default_rng(0).permutation(len(files))
+        packed[split] = records([images[i] for i in order], [labels[i] for i in order])
     if damaged:
         raise DataError(
             f"mend or take away what cannot be decoded as an image: {', '.join(damaged)}"
