@@ -180,9 +180,11 @@ def base() -> ml_collections.ConfigDict:
     config.mean = (0.485, 0.456, 0.406)  # of the channels, in [0, 1]
     config.std = (0.229, 0.224, 0.225)
 
-    # Input speed; no batch depends on it. The host holds about (2 + read_ahead) batches for each
-    # worker, for training and again for evaluation: 0.3 GB each at 2048 x 224 x 224. The devices
-    # together hold 1.2 GB of images for the precise statistics.
+    # Input speed; no batch depends on it. A host holds for each worker 2 + 2 * read_ahead batches in
+    # shared memory (/dev/shm), and in the worker the larger of num_threads and read_ahead, for
+    # training and again for evaluation: with these values 2 x 16 x 5 batches, or 49 GB where one
+    # host has all of 2048 x 224 x 224. The devices together hold 1.2 GB of images for the precise
+    # statistics.
     # Processes that decode, and as many again for evaluation: one a core at most; 0 for threads.
     config.num_workers = 16
     config.num_threads = 1  # batches made at the same time in each of them
