@@ -156,8 +156,11 @@ def test_processes_share_out_each_global_batch_in_order():
         assert np.concatenate([part[k] for part in parts]).tolist() == whole[k].tolist()
 
 
-@pytest.mark.parametrize("num_devices, batch_size", [(1, 300), (8, 7), (8, 500), (8, 3000)])
-def test_evaluation_covers_every_example_once(test_split, num_devices, batch_size):
+@pytest.mark.parametrize(
+    "num_devices, batch_size, in_batch",
+    [(1, 300, 300), (8, 7, 8), (8, 500, 504), (1, 3000, 2000), (8, 1997, 2000)],
+)
+def test_evaluation_covers_every_example_once(test_split, num_devices, batch_size, in_batch):
     batches = pipeline.EvalBatches(
         EvalExamples(test_split, resize=32, image_size=32),
         batch_size=batch_size,
@@ -167,8 +170,24 @@ def test_evaluation_covers_every_example_once(test_split, num_devices, batch_siz
     expected = [test_split.records[i]["label"] for i in range(2_000)]
     for _ in range(2):  # and again the next time
         seen = [(np.asarray(b["label"]), np.asarray(b["mask"])) for b in batches]
-        assert {len(label) for label, _ in seen} == {batch_size + -batch_size % num_devices}
+        assert {len(label) for label, _ in seen} == {in_batch}
         assert np.concatenate([label[mask] for label, mask in seen]).tolist() == expected
+
+
+def test_evaluation_reads_no_more_than_a_small_split(train_split, monkeypatch):
+    part = dataclasses.replace(train_split, records=[train_split.records[0]] * 5)
+    examples = EvalExamples(part, resize=36, image_size=32)
+    monkeypatch.setattr(sources, "decode", None)
+    blank = examples[5]
+    assert not blank["image"].any() and blank["image"].shape == (32, 32, 3) and not blank["mask"]
+    to_devices = mock.Mock()
+    monkeypatch.setattr(pipeline, "_to_devices", to_devices)
+    for batch_size, num_workers in ((2048, 1), (2, 3), (1, 4)):
+        reading = dataclasses.replace(THREADS, num_workers=4)
+        batches = pipeline.EvalBatches(
+            examples, batch_size=batch_size, sharding=sharding(), reading=reading
+        )
+        assert to_devices.call_args.args[3].num_workers == num_workers <= len(batches)
 
 
 def test_random_resized_crop_draws_areas_and_ratios_of_the_paper():

@@ -60,9 +60,9 @@ def _permutation(seed: int, epoch: int, num: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class EvalExamples:
-    """Every example of a split in order, then the last one again and again.
+    """Every example of a split in order, then blank ones without end.
 
-    `examples[k]` has `image`, the centre crop, `label`, and `mask`, False in the repetitions.
+    `examples[k]` has `image`, the centre crop, `label`, and `mask`, False for the blank ones.
     """
 
     split: Split
@@ -70,6 +70,9 @@ class EvalExamples:
     image_size: int  # of the centre crop
 
     def __getitem__(self, k: int) -> dict:
-        example = self.split[min(k, len(self.split) - 1)]
+        if k >= len(self.split):
+            image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+            return {"image": image, "label": np.int32(0), "mask": np.bool_(False)}
+        example = self.split[k]
         image = augment.center_crop(example["image"], resize=self.resize, size=self.image_size)
-        return example | {"image": image, "mask": np.bool_(k < len(self.split))}
+        return example | {"image": image, "mask": np.bool_(True)}

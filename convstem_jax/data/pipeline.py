@@ -65,7 +65,7 @@ def train_batches(
 class EvalBatches:
     """Batches that hold every record exactly once, in order, each time they are iterated over.
 
-    The last batch is filled up with the last record; `mask` bool `[N]` is False there. Without the
+    The last batch is filled up with blank examples; `mask` bool `[N]` is False there. Without the
     filling, the number of examples would have to divide by the batch and the devices.
 
     One endless stream feeds all the passes, so that worker processes start once and the first
@@ -73,7 +73,8 @@ class EvalBatches:
 
     Args:
         examples: what to read.
-        batch_size: of all processes together; raised to a multiple of the devices.
+        batch_size: of all processes together; lowered to the split's size, then raised to a
+            multiple of the devices.
         sharding: of the batch over the devices.
         reading: how hard the host works.
     """
@@ -86,8 +87,12 @@ class EvalBatches:
         sharding: jax.sharding.Sharding,
         reading: Reading,
     ):
+        batch_size = min(batch_size, len(examples.split))
         batch_size += -batch_size % sharding.num_devices
         self._num_batches = -(-len(examples.split) // batch_size)
+        # More workers would only fill their buffers with batches of later passes.
+        num_workers = min(reading.num_workers, self._num_batches)
+        reading = dataclasses.replace(reading, num_workers=num_workers)
         padded = grain.MapDataset.range(self._num_batches * batch_size).map(examples.__getitem__)
         self._batches = _to_devices(padded.repeat(), batch_size, sharding, reading)
         self._stream = None
