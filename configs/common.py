@@ -180,7 +180,7 @@ def base() -> ml_collections.ConfigDict:
     config.mean = (0.485, 0.456, 0.406)  # of the channels, in [0, 1]
     config.std = (0.229, 0.224, 0.225)
 
-    # Input speed; no batch depends on it. A host holds for each worker 2 + 2 * read_ahead batches in
+    # Input speed; it changes no batch. A host holds for each worker 2 + 2 * read_ahead batches in
     # shared memory (/dev/shm), and in the worker the larger of num_threads and read_ahead, for
     # training and again for evaluation: with these values 2 x 16 x 5 batches, or 49 GB where one
     # host has all of 2048 x 224 x 224. The devices together hold 1.2 GB of images for the precise
