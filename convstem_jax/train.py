@@ -209,10 +209,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     batches = new_train_batches(numbers=range(first_step, num_steps))
     with (
         preemption.stop_requested() as stop_requested,  # until the last checkpoint is written
-        contextlib.closing(records),
-        contextlib.closing(checkpoints),
         contextlib.closing(batches),
         contextlib.closing(eval_batches),
+        contextlib.closing(records),
+        contextlib.closing(checkpoints),  # before the workers, which end one by one
         profiling.profiled(config.profile_step, steps, workdir, records.pause) as profile,
     ):
         for step in steps:  # `step` updates made, after this one

@@ -23,7 +23,7 @@ from convstem_jax import evaluate, evaluation, predict
 from convstem_jax import train as train_module
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.config import load_config, set_field
-from convstem_jax.data import sources
+from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import ConfigError, NotFiniteError, Preempted
 from convstem_jax.lead import AHEAD, Lead
 from convstem_jax.metrics import read_jsonl
@@ -485,10 +485,19 @@ def test_a_request_to_stop_during_an_evaluation_is_met_after_it(tmp_path, monkey
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluation.evaluate(*args)
 
+    closed = []
+    for kind in (Checkpoints, pipeline.EvalBatches):
+
+        def note_and_close(self, close=kind.close):
+            closed.append(type(self))
+            close(self)
+
+        monkeypatch.setattr(kind, "close", note_and_close)
     monkeypatch.setattr(train_module, "evaluate", asked_to_stop)
     fields = {"epochs": "0.0256", "warmup_epochs": "0", "eval_every_epochs": "0.0128"}
     with pytest.raises(Preempted, match="stopped at step 2 of 4"):
         train_module.train(config(**fields), str(tmp_path / "run"))
+    assert closed == [Checkpoints, pipeline.EvalBatches], "saving waits for the workers' end"
     assert restore_latest(tmp_path / "run")[0] == 2
 
 
