@@ -403,6 +403,8 @@ def test_a_part_of_a_split(train_split):
     for wrong, message in (
         ("train[8:x]", "'train.8:x.' is not a part of the split 'train'"),
         ("train[5:5]", "has no split 'train.5:5.'"),
+        ("train[90%:80%]", "has no split 'train.90%:80%.'"),
+        ("train[:10%]+test[:10%]", "is not a split or a part of one"),
         ("tran[:5]", "has no split"),
     ):
         with pytest.raises(ConfigError, match=message):

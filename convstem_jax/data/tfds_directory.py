@@ -31,6 +31,8 @@ def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], list[
             allows too few open files.
         DataError: a file holds another number of records than `dataset_info.json` says.
     """
+    if "+" in split:
+        raise ConfigError(f"'{split}' is not a split or a part of one, such as train[:90%]")
     path = _find_version(data_dir, dataset)
     try:
         builder = tfds.builder_from_directory(path)
@@ -40,13 +42,12 @@ def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], list[
         ) from error
     whole = split.partition("[")[0]
     try:
-        is_empty = whole not in builder.info.splits or not builder.info.splits[split].num_examples
+        splits = builder.info.splits
+        is_empty = whole not in splits or splits[split].num_examples < 1  # -1000 in [90%:80%]
     except ValueError as error:  # the part in brackets
         raise ConfigError(f"'{split}' is not a part of the split '{whole}': {error}") from error
     if is_empty:
-        raise ConfigError(
-            f"{path} has no split '{split}': it has {', '.join(sorted(builder.info.splits))}"
-        )
+        raise ConfigError(f"{path} has no split '{split}': it has {', '.join(sorted(splits))}")
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise ConfigError(
             f"{path} is in {builder.info.file_format.value}, and random access needs ArrayRecord: "
@@ -60,8 +61,8 @@ def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], list[
             raise ConfigError(f"{path} has no feature '{key}': it has {', '.join(features)}")
     if not isinstance(features["label"], tfds.features.ClassLabel):
         raise ConfigError(f"{path}: the feature 'label' is {features['label']}, not a ClassLabel")
-    _check_counts(builder.info.splits[whole])
-    _let_be_open(len(builder.info.splits[whole].filepaths), path)
+    _check_counts(splits[whole])
+    _let_be_open(len(splits[whole].filepaths), path)
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     return records, features["label"].names
 
