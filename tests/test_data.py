@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -361,6 +362,17 @@ def test_a_file_cut_in_half_is_noticed_before_training(copied):
         sources.open_split(str(copied), NAME, "train")
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.ENOENT])
+def test_a_file_that_may_not_be_opened_is_not_damaged(code, monkeypatch):
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(tfds_directory, "open", refuse, raising=False)
+    kind = DataError if code == errno.ENOENT else ConfigError
+    with pytest.raises(kind, match=rf"train\.array_record.*{os.strerror(code)}"):
+        sources.open_split(str(DATASETS), NAME, "train")
+
+
 def test_another_count_than_described_is_noticed(copied):
     path = copied / NAME / "1.0.0" / "dataset_info.json"
     info = json.loads(path.read_text())
@@ -389,6 +401,21 @@ def test_missing_data_names_the_remedy(tmp_path):
     (tmp_path / NAME / "1.0.0" / "dataset_info.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read as a tfds directory"):
         sources.open_split(str(tmp_path), NAME, "train")
+
+
+def test_configurations_of_a_data_set(copied, tmp_path):
+    (copied / "garments").mkdir()
+    (copied / NAME).rename(copied / "garments/small")
+    assert len(sources.open_split(str(copied), "garments/small", "test")) == 2_000
+    with pytest.raises(ConfigError, match="set config.dataset to one, garments/small$"):
+        sources.open_split(str(copied), "garments", "test")
+    with pytest.raises(ConfigError, match=r"tfds.builder\('imagenette/320px-v2'"):
+        sources.open_split(str(tmp_path), "imagenette/320px-v2", "train")
+    with pytest.raises(ConfigError, match="tfds does not know it"):
+        sources.open_split(str(tmp_path), "my photos", "train")
+    flags = ["--dataset", "garments/small", "--data_dir", str(copied), "--splits", "test[:9]"]
+    assert pack.main([*flags, "--output", str(tmp_path / "packed")]) == 0
+    assert len(sources.open_split(str(tmp_path / "packed"), "garments/small", "test")) == 9
 
 
 def test_a_bucket_is_refused():

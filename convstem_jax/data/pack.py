@@ -109,7 +109,8 @@ def main(argv: list[str]) -> int:
     add("--output", required=True, help="folder to write DATASET.npz in")
     args = parser.parse_args(argv)
     try:
-        os.makedirs(args.output, exist_ok=True)
+        path = os.path.join(args.output, f"{args.dataset}.npz")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         names = args.splits.split(",")
         if len({name.partition("[")[0] for name in names}) < len(names):
             raise ConfigError(f"--splits {args.splits} names a split twice: name each once")
@@ -122,7 +123,6 @@ def main(argv: list[str]) -> int:
             }
             splits = {name: pack(split) for name, split in found.items()}
             class_names = next(iter(found.values())).class_names
-        path = os.path.join(args.output, f"{args.dataset}.npz")
         write(path, splits, class_names)
     except UserError as error:
         return tell(error)

@@ -1,14 +1,16 @@
 """Records of a tfds directory in ArrayRecord, with random access. Needs no TensorFlow."""
 
 from collections.abc import Sequence
+import concurrent.futures
 import os
+import pathlib
 import re
 import resource
 
 from array_record.python import array_record_module
 import tensorflow_datasets as tfds
 
-from convstem_jax.errors import ConfigError, DataError, first_line
+from convstem_jax.errors import ConfigError, DataError, first_line, is_of_this_process
 
 # Open files beside a split's own: what a process has in any case, and what it may have with another
 # split and 9 for each worker (Grain 0.2).
@@ -28,7 +30,7 @@ def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], list[
 
     Raises:
         ConfigError: there is no such folder or split, it is not in ArrayRecord, or this machine
-            allows too few open files.
+            allows too few open files or not to read one.
         DataError: a file holds another number of records than `dataset_info.json` says.
     """
     if "+" in split:
@@ -61,8 +63,8 @@ def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], list[
             raise ConfigError(f"{path} has no feature '{key}': it has {', '.join(features)}")
     if not isinstance(features["label"], tfds.features.ClassLabel):
         raise ConfigError(f"{path}: the feature 'label' is {features['label']}, not a ClassLabel")
-    _check_counts(splits[whole])
     _let_be_open(len(splits[whole].filepaths), path)
+    _check_counts(splits[whole])
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     return records, features["label"].names
 
@@ -100,6 +102,10 @@ def _find_version(data_dir: str, dataset: str) -> str:
         raise ConfigError(
             f"cannot read {error.filename}: {error.strerror}; set config.data_dir, or allow it"
         ) from error
+    found = {path.parts[-3] for path in pathlib.Path(root).glob("*/*/dataset_info.json")}
+    if found and not versions:
+        names = ", ".join(f"{dataset}/{name}" for name in sorted(found))
+        raise ConfigError(f"{root} has configurations: set config.dataset to one, {names}")
     if not versions:
         raise ConfigError(
             f"data set '{dataset}' is not in {data_dir} (config.data_dir), neither as a folder of "
@@ -117,8 +123,8 @@ def _preparation(dataset: str, data_dir: str) -> str:
             f"--manual_dir FOLDER_OF_THE_TWO_TAR_FILES --data_dir {data_dir}'"
         )
     try:
-        tfds.builder_cls(dataset)
-    except tfds.core.DatasetNotFoundError:
+        tfds.builder_cls(dataset.partition("/")[0])
+    except ValueError:  # no such data set, or no name of one
         return f"tfds does not know it, so it must be there as {dataset}/VERSION/dataset_info.json"
     return (
         "prepare it with "
@@ -129,13 +135,24 @@ def _preparation(dataset: str, data_dir: str) -> str:
 
 def _check_counts(info: tfds.core.SplitInfo) -> None:
     # A file cut in half reads as 0 records with no error, so each file is counted.
-    for path, expected in zip(info.filepaths, info.shard_lengths, strict=True):
+    def count(path):
         try:
-            found = array_record_module.ArrayRecordReader(str(path)).num_records()
+            with open(path, "rb"):  # what ArrayRecord may not open has 0 records too
+                return array_record_module.ArrayRecordReader(str(path)).num_records()
         except Exception as error:
+            if is_of_this_process(error):
+                raise ConfigError(
+                    f"{path} cannot be read by this process: give it more memory or open files, "
+                    f"or the right to read ({first_line(error)})"
+                ) from error
             raise DataError(f"{path} cannot be read: {error}; copy or build it again") from error
-        if found != expected:
-            raise DataError(
-                f"{path} holds {found} records, but dataset_info.json says {expected}: "
-                "the file is damaged or incomplete; copy or build it again"
-            )
+
+    # Together, since a mounted bucket takes its time over each.
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        counts = pool.map(count, info.filepaths)
+        for path, found, expected in zip(info.filepaths, counts, info.shard_lengths, strict=True):
+            if found != expected:
+                raise DataError(
+                    f"{path} holds {found} records, but dataset_info.json says {expected}: "
+                    "the file is damaged or incomplete; copy or build it again"
+                )
