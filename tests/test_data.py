@@ -286,6 +286,12 @@ def test_an_image_that_cannot_be_decoded_names_its_record():
         split[0]
 
 
+def test_another_decoder_changes_no_fingerprint(test_split, monkeypatch):
+    expected = test_split.fingerprint()
+    monkeypatch.setattr(sources, "decode", lambda encoded: np.zeros((9, 9, 3), np.uint8))
+    assert test_split.fingerprint() == expected
+
+
 def test_no_more_processes_read_than_there_are_cores():
     config = load_config("configs/vitc.py")
     cores = len(os.sched_getaffinity(0))
