@@ -5,6 +5,7 @@ from collections.abc import Callable
 import logging as python_logging
 import os
 import re
+import signal
 import sys
 import traceback
 
@@ -97,6 +98,9 @@ def run(
         what = "another process of the run was lost" if is_lost_peer else "storage did not answer"
         if lost_worker:
             what = f"a process that reads the data was ended by signal {lost_worker[1]}"
+            if int(lost_worker[1]) in (signal.SIGBUS, signal.SIGKILL):
+                what += ", perhaps since memory or /dev/shm is full (lower config.num_workers or "
+                what += "config.read_ahead, which a run may change)"
         print(
             f"{what}: the same command goes on from the last checkpoint ({reason})",
             file=sys.stderr,

@@ -234,6 +234,11 @@ def test_storage_that_does_not_answer_is_worth_another_try(kind, monkeypatch, ca
             75,
             "reads the data was ended by signal 15: the same command goes on",
         ),
+        (
+            RuntimeError("Worker process was terminated unexpectedly with exit code -7."),
+            75,
+            "signal 7, .*/dev/shm is full .lower config.num_workers.*: the same command goes on",
+        ),
     ],
 )
 def test_what_others_say_is_told_with_its_remedy(error, status, message, monkeypatch, capsys):
