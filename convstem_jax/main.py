@@ -13,11 +13,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-import jax
+if __name__ != "__mp_main__":  # worker processes run this file too, and read data alone
+    import jax
 
-from convstem_jax import command_line, preemption, processes, train
+    from convstem_jax import command_line, preemption, processes, train
 
-_EPILOG = f"""\
+_EPILOG = """\
 examples:
   python -m convstem_jax.main --config configs/quickstart.py
   python -m convstem_jax.main --config configs/vitc.py:18gf,sgd --workdir runs/first
@@ -25,7 +26,7 @@ examples:
 
 configs/common.py lists the fields. The same command run again resumes an interrupted run.
 
-{command_line.EXIT_STATUS}"""
+"""
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
         argv,
         name="convstem_jax.main",
         description=__doc__,
-        epilog=_EPILOG,
+        epilog=_EPILOG + command_line.EXIT_STATUS,
         several_processes=True,
     )
 

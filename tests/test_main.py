@@ -35,6 +35,12 @@ def test_a_program_begins_before_the_imports_that_take_seconds():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_worker_process_imports_no_training():
+    code = "import runpy, sys; runpy.run_module('convstem_jax.main', run_name='__mp_main__')\n"
+    code += "assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.fixture
 def no_compilation(monkeypatch):
     """Fails the test where anything is compiled: errors must come before that."""
