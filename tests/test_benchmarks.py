@@ -146,10 +146,12 @@ def test_steps_in_one_call_are_the_same_steps(monkeypatch):
     def loss_and_step(in_a_call):
         case = Case("vitp_tiny", "convstem_jax", 2, dtype="float32", in_a_call=in_a_call)
         step = jax_contenders.JaxStep(case)
-        return step.run(4), int(step._state.step)
+        made = int(step._state.step)
+        return step.run(8 - made), made, int(step._state.step)
 
-    (loss, num), (expected, expected_num) = loss_and_step(2), loss_and_step(1)
-    assert num == expected_num == 4 and loss == pytest.approx(expected, rel=1e-5)
+    (loss, *made), (expected, *made_of_one) = loss_and_step(2), loss_and_step(1)
+    assert made == [6, 8] and made_of_one == [3, 8]
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU is here")
