@@ -176,8 +176,7 @@ def test_what_stops_one_process_stops_all_and_nothing_is_lost(one_device, tmp_pa
     """SIGTERM to one, or its loss; a run on other processes goes on each time."""
 
     def stop_at(step, number, signum, *args):
-        # Each step is saved, so that there are some left when JAX tells of the signal.
-        with running(*args, *flags(tmp_path, checkpoint_every_steps="1")) as process:
+        with running(*args, *flags(tmp_path)) as process:
             output, sent = "", False
             for line in process.stdout:
                 output += line
