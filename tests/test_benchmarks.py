@@ -206,7 +206,7 @@ def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsy
     assert (second_is_compiled < error.index("vitp_tiny: its loss is nan")) is (together == 2)
 
 
-@pytest.mark.parametrize(("overlap", "most"), [(0, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize(("overlap", "most"), [(0, 1), (2, 4)])
 def test_so_many_of_each_framework_compile_at_once(monkeypatch, overlap, most):
     busy, peak = [], 0
 
