@@ -1,5 +1,6 @@
 """Models against the paper: sizes, numerics (torch.nn), initialisation, errors."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -16,7 +17,7 @@ import torch
 
 from convstem_jax import layouts
 from convstem_jax.models import attention, create_model, stems
-from convstem_jax.models.vit import VITS
+from convstem_jax.models.vit import VITS, ViT
 from convstem_jax.sharding import Sharding
 from convstem_jax.step import split_model
 from tests.networks import abstract, images_of, random_model, torchvision_network
@@ -105,6 +106,19 @@ def test_other_image_and_patch_sizes():
 
 
 # ---------------------------------------------------------------------------------- numerics
+
+
+def test_keys_are_those_of_flax():
+    """Models are made with keys counted otherwise."""
+    rngs = nnx.Rngs(3), nnx.Rngs(3)
+    for _ in range(2):
+        ours = create_model("vitc_tiny", depth=1, rngs=rngs[0])
+        spec = dataclasses.replace(VITS["vitc_tiny"], depth=1)
+        theirs = ViT(spec, num_classes=1000, dtype=jnp.float32, rngs=rngs[1])
+        jax.tree.map(
+            np.testing.assert_array_equal, nnx.state(ours, nnx.Param), nnx.state(theirs, nnx.Param)
+        )
+    assert rngs[0].params() == rngs[1].params()
 
 
 def test_a_new_model_is_for_evaluation():

@@ -3,6 +3,7 @@
 import dataclasses
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 
 from convstem_jax.models.regnet import REGNETS, RegNet, RegNetSpec
@@ -50,6 +51,30 @@ def create_model(
         if isinstance(value, list):
             changes[field] = tuple(value)
     spec = dataclasses.replace(spec, **changes)
-    model = network(spec, num_classes=num_classes, dtype=dtype, rngs=rngs)
+    keys = _Keys(rngs.params)
+    model = network(spec, num_classes=num_classes, dtype=dtype, rngs=keys)
+    keys.close()
     model.eval()
     return model
+
+
+class _Keys:
+    """Gives the keys that a stream of `nnx.Rngs` would give, and counts them in Python.
+
+    `nnx.Rngs` counts in an array. JAX before 0.12 looks through all that it has traced so far
+    whenever Flax overwrites a traced array (https://github.com/jax-ml/jax/pull/40041), which would
+    be three quarters of the time in which a model is traced.
+    """
+
+    def __init__(self, stream: nnx.RngStream):
+        self._stream, self._num = stream, 0
+
+    def params(self) -> jax.Array:
+        """The next key; layers ask for it by this name."""
+        key = jax.random.fold_in(self._stream.key[...], self._stream.count[...] + self._num)
+        self._num += 1
+        return key
+
+    def close(self) -> None:
+        """Lets the stream go on where the keys ended."""
+        self._stream.count[...] += self._num
