@@ -168,14 +168,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         started = jax.device_put(started, sharding.of_state(started))
         state = state._replace(**started, ema=jax.tree.map(jnp.copy, started))
         processes.print_once(f"from {config.init_from}:\n{table}")
-    records = metrics.Records(
-        workdir,
-        first_step=first_step,
-        num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=config.batch_size,
-        speed=before["speed"],
-    )
     start = time.perf_counter() - before["seconds"]
 
     def precise(found):
@@ -206,12 +198,20 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     results = step_metrics = None
     lead = Lead()
     steps = range(first_step + 1, num_steps + 1)
-    batches = new_train_batches(numbers=range(first_step, num_steps))
+    new_records = functools.partial(
+        metrics.Records,
+        workdir,
+        first_step=first_step,
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+        batch_size=config.batch_size,
+        speed=before["speed"],
+    )
     with (
         preemption.stop_requested() as stop_requested,  # until the last checkpoint is written
-        contextlib.closing(batches),
+        contextlib.closing(new_train_batches(numbers=range(first_step, num_steps))) as batches,
         contextlib.closing(eval_batches),
-        contextlib.closing(records),
+        contextlib.closing(new_records()) as records,  # takes as long as workers to start
         contextlib.closing(checkpoints),  # before the workers, which end one by one
         profiling.profiled(config.profile_step, steps, workdir, records.pause) as profile,
     ):

@@ -1,6 +1,7 @@
 """Gives every test 8 CPU devices and torchvision beside a CPU build of PyTorch; orders them."""
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import tempfile
@@ -54,6 +55,15 @@ def train_on(monkeypatch):
         monkeypatch.setattr(name, lambda devices, *args: Sharding(devices[:num], *args))
 
     return use
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """The tiny ViTs with one block: the tests spend their time in the compiler."""
+    from convstem_jax.models import MODELS
+
+    for name in ("vitc_tiny", "vitp_tiny"):
+        monkeypatch.setitem(MODELS, name, dataclasses.replace(MODELS[name], depth=1))
 
 
 def pytest_collection_modifyitems(items):

@@ -15,6 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from unittest import mock
 import zlib
 
@@ -146,6 +147,18 @@ def test_resuming_and_worker_processes_change_no_bit(train_split):
     last = train_batches(train_split, numbers=range(5, 6), reading=workers)  # one worker has none
     assert same(reference[5], *last)
     assert not same(reference[0], reference[1])
+
+
+def test_batches_are_made_before_one_is_asked_for(train_split, monkeypatch):
+    made = threading.Event()
+
+    def read(split, number):
+        made.set()
+        return {"image": np.zeros((32, 32, 3), np.uint8), "label": 0}
+
+    monkeypatch.setattr(type(train_split), "__getitem__", read)
+    with contextlib.closing(train_batches(train_split)):
+        assert made.wait(60)
 
 
 def test_processes_share_out_each_global_batch_in_order():

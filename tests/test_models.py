@@ -138,7 +138,8 @@ NETWORKS = {
     "vitc_tiny": {"depth": 2, "num_heads": 4},
     "regnety_tiny": {"depths": (1, 2, 2)},
 }
-SMALL_IMAGES = {"regnety_1gf": {"image_size": 96}}  # a quarter of the time
+# Some of the blocks, which are alike, and a part of the pixels: a quarter of the time.
+SMALLER = {"regnety_1gf": {"image_size": 96}, "vitp_18gf": {"depth": 3}, "vitc_4gf": {"depth": 3}}
 
 
 # torchvision's vit_b_16, its conv_stem_configs, its RegNet with the paper's widths. The last in
@@ -158,7 +159,7 @@ def test_logits_gradients_and_statistics_are_torchvisions(name, mode, dtype):
     num = 8 if name in NETWORKS else 2
     with jax.enable_x64(dtype == "float64"):
         model = random_model(
-            name, num_classes=10, dtype=dtype, **(NETWORKS | SMALL_IMAGES).get(name, {})
+            name, num_classes=10, dtype=dtype, **(NETWORKS | SMALLER).get(name, {})
         )
         getattr(model, mode)()
         images = images_of(num, model.spec.image_size).astype(dtype)

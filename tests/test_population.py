@@ -17,12 +17,7 @@ from convstem_jax.study import population
 from convstem_jax.study.population import train_population
 from convstem_jax.study.programs import Programs, Trial, stack_hparams
 
-
-@pytest.fixture(autouse=True)
-def soon_compiled(monkeypatch):
-    """One block: the tests spend their time in the compiler."""
-    for name in ("vitc_tiny", "vitp_tiny"):
-        monkeypatch.setitem(MODELS, name, dataclasses.replace(MODELS[name], depth=1))
+pytestmark = pytest.mark.usefixtures("shallow")
 
 
 def config(**fields):

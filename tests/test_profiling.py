@@ -37,6 +37,11 @@ def test_training_pauses_where_a_profile_begins_and_ends(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"profiled: tensorboard --logdir {tmp_path}")
 
 
+def test_a_profile_is_cut_short_by_the_end(tmp_path):
+    assert train(3, range(1, 5), tmp_path) == [2]
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
+
+
 def test_without_a_profile_nothing_happens(tmp_path, capsys):
     assert train(0, range(1, 10), tmp_path / "a") == []
     assert capsys.readouterr().out == ""

@@ -96,6 +96,7 @@ def lowered_in(caplog, tmp_path, epochs):
     return sum(bool(re.search(lowered, record.getMessage())) for record in caplog.records)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_longer_run_compiles_nothing_more(caplog, tmp_path, train_on):
     train_on(2)
     short, long = (lowered_in(caplog, tmp_path, epochs) for epochs in (0.04, 0.12))

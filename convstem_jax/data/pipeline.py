@@ -59,7 +59,9 @@ def train_batches(
         numbers: of the batches to yield, one after another.
     """
     endless = grain.MapDataset.range(sys.maxsize).map(examples.__getitem__)
-    return iter(_to_devices(endless, batch_size, sharding, reading, numbers))
+    batches = iter(_to_devices(endless, batch_size, sharding, reading, numbers))
+    batches.start_prefetch()  # workers take seconds to start, in which the caller can do more
+    return batches
 
 
 class EvalBatches:
