@@ -1,7 +1,7 @@
 # Everything runs in .venv, which these targets make and refresh by themselves.
 
 PY  := .venv/bin/python
-# Python compiles what a program imports when it first does: a third less to wait for here.
+# Python compiles a module when it is first imported. To compile all of them here took half as long again.
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --quiet --no-compile
 
 # PyTorch, for the parity tests only. Its CPU and CUDA builds share this version and differ in hashes, so no lock file

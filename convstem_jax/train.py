@@ -168,7 +168,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         started = jax.device_put(started, sharding.of_state(started))
         state = state._replace(**started, ema=jax.tree.map(jnp.copy, started))
         processes.print_once(f"from {config.init_from}:\n{table}")
-    start = time.perf_counter() - before["seconds"]
 
     def precise(found):
         batch_stats = precise_batch_stats(jit_batch_statistics, found, precise_batches)
@@ -198,23 +197,25 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     results = step_metrics = None
     lead = Lead()
     steps = range(first_step + 1, num_steps + 1)
-    new_records = functools.partial(
-        metrics.Records,
-        workdir,
-        first_step=first_step,
-        num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=config.batch_size,
-        speed=before["speed"],
-    )
     with (
         preemption.stop_requested() as stop_requested,  # until the last checkpoint is written
         contextlib.closing(new_train_batches(numbers=range(first_step, num_steps))) as batches,
         contextlib.closing(eval_batches),
-        contextlib.closing(new_records()) as records,  # takes as long as workers to start
+        # After the batches: their workers start while this loads TensorFlow.
+        contextlib.closing(
+            metrics.Records(
+                workdir,
+                first_step=first_step,
+                num_steps=num_steps,
+                steps_per_epoch=steps_per_epoch,
+                batch_size=config.batch_size,
+                speed=before["speed"],
+            )
+        ) as records,
         contextlib.closing(checkpoints),  # before the workers, which end one by one
         profiling.profiled(config.profile_step, steps, workdir, records.pause) as profile,
     ):
+        start = time.perf_counter() - before["seconds"]
         for step in steps:  # `step` updates made, after this one
             profile(step, state)
             batch = next(batches)

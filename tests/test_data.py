@@ -161,6 +161,14 @@ def test_batches_are_made_before_one_is_asked_for(train_split, monkeypatch):
         assert made.wait(60)
 
 
+@pytest.mark.parametrize("numbers", [range(3, 3), range(3, 4)])
+def test_workers_start_if_there_is_a_batch_to_make(numbers, train_split):
+    workers = pipeline.Reading(num_workers=1, num_threads=1, read_ahead=1, prefetch=1)
+    before = set(threading.enumerate())
+    with contextlib.closing(train_batches(train_split, numbers=numbers, reading=workers)):
+        assert bool(set(threading.enumerate()) - before) is bool(numbers)
+
+
 def test_processes_share_out_each_global_batch_in_order():
     numbers = grain.MapDataset.range(96)
     whole = pipeline.local_batches(numbers, 24, process=0, num_processes=1)

@@ -109,8 +109,8 @@ def test_other_image_and_patch_sizes():
 
 
 def test_keys_are_those_of_flax():
-    """Models are made with keys counted otherwise."""
-    rngs = nnx.Rngs(3), nnx.Rngs(3)
+    """`_Keys` counts otherwise: the keys, and what the stream gives next, must be the same."""
+    rngs = nnx.Rngs(3, params=4), nnx.Rngs(3, params=4)
     for _ in range(2):
         ours = create_model("vitc_tiny", depth=1, rngs=rngs[0])
         spec = dataclasses.replace(VITS["vitc_tiny"], depth=1)
@@ -138,13 +138,13 @@ NETWORKS = {
     "vitc_tiny": {"depth": 2, "num_heads": 4},
     "regnety_tiny": {"depths": (1, 2, 2)},
 }
-# Some of the blocks, which are alike, and a part of the pixels: a quarter of the time.
+# Blocks are alike, and pixels too: some of them take much less time.
 SMALLER = {"regnety_1gf": {"image_size": 96}, "vitp_18gf": {"depth": 3}, "vitc_4gf": {"depth": 3}}
 
 
-# torchvision's vit_b_16, its conv_stem_configs, its RegNet with the paper's widths. The last in
-# double precision: with two images, rounding alone puts 6 % into torch's own float32 gradients.
-FULL_SIZES = [
+# torchvision's networks in widths of the paper, with its conv_stem_configs. The last in double
+# precision: with two images, rounding alone puts 6 % into torch's own float32 gradients.
+REAL_WIDTHS = [
     ("vitp_18gf", "eval", "float32"),
     ("vitc_4gf", "train", "float32"),
     ("regnety_1gf", "train", "float64"),
@@ -153,7 +153,7 @@ FULL_SIZES = [
 
 @pytest.mark.parametrize(
     "name, mode, dtype",
-    [*itertools.product(NETWORKS, ["eval", "train"], ["float32"]), *FULL_SIZES],
+    [*itertools.product(NETWORKS, ["eval", "train"], ["float32"]), *REAL_WIDTHS],
 )
 def test_logits_gradients_and_statistics_are_torchvisions(name, mode, dtype):
     num = 8 if name in NETWORKS else 2
@@ -224,6 +224,22 @@ def test_logits_gradients_and_statistics_are_torchvisions(name, mode, dtype):
         )
         assert np.abs(new - old).max() > 1e-4, "the running statistics have to move"
         np.testing.assert_allclose(new, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vitp_18gf", "vitc_4gf"])
+def test_all_blocks_are_torchvisions(name):
+    """The tenth and the second are not mixed up: numbers tell them apart."""
+    model = abstract(name, num_classes=10)
+    _, params, batch_stats = split_model(model)
+    state = {key: x.numpy() for key, x in torchvision_network(model).state_dict().items()}
+    for i in range(model.spec.depth):
+        state[f"encoder.layers.encoder_layer_{i}.ln_1.bias"][:] = i
+    found = layouts.from_torch(
+        state, {"params": params, "batch_stats": batch_stats}, "torchvision"
+    )["params"]["blocks"]
+    assert [block["norm1"]["bias"][0] for _, block in sorted(found.items())] == list(
+        range(model.spec.depth)
+    )
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])

@@ -40,7 +40,7 @@ FIELDS = {
     "ema_every": "4",
     "ema_alpha": "1e-4",
     "log_every_steps": "1",
-    "checkpoint_every_steps": "10",
+    "checkpoint_every_steps": "7",
     "auto_augment": "true",
     "mixup_alpha": "0.8",
     "cutmix_alpha": "1.0",

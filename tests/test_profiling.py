@@ -7,6 +7,7 @@ import pytest
 
 from convstem_jax import profiling
 from convstem_jax.errors import Preempted
+from tests.profiles import profiled_steps
 
 
 class Pause:
@@ -26,6 +27,8 @@ def train(first_step, steps, workdir, stop_at=None):
     with profiling.profiled(first_step, steps, str(workdir), pause) as before_step:
         for step in steps:
             before_step(step, {})
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                pass
             if step == stop_at:
                 raise Preempted("stopped")
     return pause.steps
@@ -33,13 +36,13 @@ def train(first_step, steps, workdir, stop_at=None):
 
 def test_training_pauses_where_a_profile_begins_and_ends(tmp_path, capsys):
     assert train(12, range(11, 31), tmp_path) == [11, 16]
-    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
+    assert profiled_steps(tmp_path) == [12, 13, 14, 15, 16]
     assert capsys.readouterr().out.startswith(f"profiled: tensorboard --logdir {tmp_path}")
 
 
 def test_a_profile_is_cut_short_by_the_end(tmp_path):
     assert train(3, range(1, 5), tmp_path) == [2]
-    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
+    assert profiled_steps(tmp_path) == [3, 4]
 
 
 def test_without_a_profile_nothing_happens(tmp_path, capsys):

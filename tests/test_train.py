@@ -27,6 +27,7 @@ from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import ConfigError, NotFiniteError, Preempted
 from convstem_jax.lead import AHEAD, Lead
 from convstem_jax.metrics import read_jsonl
+from tests.profiles import profiled_steps
 
 ROOT = pathlib.Path(__file__).parent.parent
 # 31 steps with evaluations at 16 and 31, and checkpoints at every tenth step too; all that can be
@@ -56,14 +57,6 @@ RECIPE = {
 def few_devices(train_on):
     """Programs for 8 devices take three times as long to compile."""
     train_on(1)
-
-
-def profiled_steps(workdir):
-    """Numbers of the training steps in the profile of a run."""
-    (path,) = (workdir / "plugins").rglob("*.xplane.pb")
-    profile = jax.profiler.ProfileData.from_file(str(path))
-    events = [event for plane in profile.planes for line in plane.lines for event in line.events]
-    return [dict(event.stats)["step_num"] for event in events if event.name == "train"]
 
 
 def config(**fields):
@@ -543,7 +536,7 @@ def test_imagenet_is_prepared_and_trained_on(tmp_path, capsys):
         "precise_bn_examples": 64,
         "eval_batch_size": 5,
         "epochs": 6.0,
-        "num_workers": 1,
+        "num_workers": 2,
     }.items():
         config[name] = value
     result = train_module.train(config, str(tmp_path / "run"))

@@ -60,7 +60,8 @@ def train_batches(
     """
     endless = grain.MapDataset.range(sys.maxsize).map(examples.__getitem__)
     batches = iter(_to_devices(endless, batch_size, sharding, reading, numbers))
-    batches.start_prefetch()  # workers take seconds to start, in which the caller can do more
+    if numbers:
+        batches.start_prefetch()  # workers take seconds to start, in which the caller can do more
     return batches
 
 

@@ -85,8 +85,9 @@ def apply_norm(norm: nnx.BatchNorm | nnx.LayerNorm, x: jax.Array, *, relu: bool)
     y, mean, var = _batch_norm(x, norm.scale[...], norm.bias[...], norm.epsilon, relu)
     for running, new in ((norm.mean, mean), (norm.var, var)):
         new = jax.lax.stop_gradient(new)
+        new = norm.momentum * running[...] + (1 - norm.momentum) * new
         # `running[...] = ` would have JAX look through the whole trace: see models._Keys.
-        running.set_value(norm.momentum * running[...] + (1 - norm.momentum) * new)
+        running.set_value(new.astype(running[...].dtype))
     return y.astype(norm.dtype)
 
 
