@@ -1,8 +1,7 @@
 # Everything runs in .venv, which these targets make and refresh by themselves.
 
 PY  := .venv/bin/python
-# Python compiles a module when it is first imported. To compile all of them here took half as long again.
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --quiet --no-compile
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --quiet
 
 # PyTorch, for the parity tests only. Its CPU and CUDA builds share this version and differ in hashes, so no lock file
 # can hold it. On Linux the default index gives the CUDA build, several GB with the CUDA packages that it cannot be
