@@ -200,6 +200,7 @@ def test_the_forms_are_chosen_by_the_device_that_is_traced_for(
     assert form(197, 64) == by_xla_or_cudnn
 
 
+@pytest.mark.usefixtures("shallow")
 def test_steps_are_compiled_with_the_options(monkeypatch):
     given = []
 

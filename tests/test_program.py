@@ -65,6 +65,7 @@ def test_nothing_calls_the_host(name, optimizer):
     assert not [x for x in names if re.search("callback|infeed|outfeed|print|device_put", x)]
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("state_sharding, optimizer", [("replicated", "adamw"), ("fsdp", "sgd")])
 def test_the_whole_state_is_updated_in_place(state_sharding, optimizer):
     sharding = Sharding(jax.devices()[:2], state_sharding)
