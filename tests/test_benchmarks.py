@@ -42,8 +42,8 @@ from tests.marks import needs_libtpu
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.usefixtures("shallow")
 def test_population(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(MODELS, "vitp_tiny", dataclasses.replace(MODELS["vitp_tiny"], depth=1))
     two = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda: two)
     file = tmp_path / "population.json"
@@ -133,8 +133,8 @@ def test_train_step(tmp_path):
     assert "left out: convstem_jax xla_unheard_of=1, vitp_tiny: " in done.stderr
 
 
+@pytest.mark.usefixtures("shallow")
 def test_steps_in_one_call_are_the_same_steps(monkeypatch):
-    monkeypatch.setitem(MODELS, "vitp_tiny", dataclasses.replace(MODELS["vitp_tiny"], depth=1))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     same = {"image": images, "label": np.arange(2, dtype=np.int32)}
     two = jax_contenders.Training.of(Case("vitp_tiny", "convstem_jax", 2)).batches
@@ -264,11 +264,11 @@ def test_medians_ratios_and_mfu():
     assert rows[0]["mfu"] == pytest.approx(6 * 1.08e9 * 4 / 1e9, rel=0.01)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_on_tpus_contenders_share_the_process(monkeypatch):
     """One process alone can open a TPU. The threads are looked at, on the device here."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert "and JAX runs on tpu" in contenders.missing("vitp_tiny", "torchvision")
-    monkeypatch.setitem(MODELS, "vitp_tiny", dataclasses.replace(MODELS["vitp_tiny"], depth=1))
     cases = [Case("vitp_tiny", name, 2, dtype="float32") for name in contenders.JAX[::2]]
     failed = Case("vitp_tiny", "convstem_jax", 2, xla_options=(("xla_unheard_of", "1"),))
     left_out, before = [], threading.active_count()
@@ -392,10 +392,10 @@ def test_train_step_refuses_what_does_not_fit_together(capsys):
     assert "--steps 9 is no multiple of 4 in a call" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("shallow")
 @needs_libtpu
 def test_tpu_cycles(tmp_path, monkeypatch, capsys):
     """Of the compiler itself tests/test_preflight.py has more."""
-    monkeypatch.setitem(MODELS, "vitp_tiny", dataclasses.replace(MODELS["vitp_tiny"], depth=1))
     compiled = []
 
     def compile_step(traced, slice_, *, quick, known):
@@ -425,8 +425,8 @@ def test_tpu_cycles_refuses_a_file_of_something_else(tmp_path, capsys):
     assert file.read_text() == '{"a": 1}'
 
 
+@pytest.mark.usefixtures("shallow")
 def test_around_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(MODELS, "vitp_tiny", dataclasses.replace(MODELS["vitp_tiny"], depth=1))
     in_new_processes, kept = [], []
 
     def in_this_process(function, *args):
@@ -492,8 +492,8 @@ def test_around_step_goes_on_without_a_model_that_fails(tmp_path, monkeypatch, c
     assert "left out: vitp_tiny: RuntimeError: CUDNN_STATUS_EXECUTION_FAILED\n" in error
 
 
-def test_the_kernels_of_a_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(MODELS, "vitp_tiny", dataclasses.replace(MODELS["vitp_tiny"], depth=1))
+@pytest.mark.usefixtures("shallow")
+def test_the_kernels_of_a_step(tmp_path, capsys):
     file = tmp_path / "kernels.json"
     flags = ["--model=vitp_tiny", "--batch=8", "--top=2", f"--json={file}"]
     assert profile_step.main(flags) == 0
