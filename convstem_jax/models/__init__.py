@@ -57,10 +57,10 @@ def create_model(
 
 
 class _Keys:
-    """Gives the keys of a stream of `nnx.Rngs`, and lets it count.
+    """Gives the keys of a stream of `nnx.Rngs`, and counts for it.
 
-    The stream itself counts by `count[...] = `, and Flax then asks a traced array for its sharding.
-    JAX before 0.12 answers with an error whose text it looks for in all that it has traced
+    The stream itself counts by `count[...] = `, for which Flax asks the traced array whether it has
+    a sharding. It has none, and JAX before 0.12 goes through all that it has traced to say so
     (https://github.com/jax-ml/jax/pull/40041): more than half of the time to trace a model.
     """
 
