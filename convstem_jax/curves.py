@@ -27,6 +27,8 @@ def plot_curves(path: str, records: list[dict], title: str) -> None:
         errors = [r[key] for r in evals]
         label = f"{label}: {errors[-1]:.2f} %"
         error_axes.plot([r["epoch"] for r in evals], errors, style, label=label)
+    error_axes.update_datalim([(0, 0)])  # first, so that a single point has its margin too
+    error_axes.autoscale_view()
     error_axes.set(xlabel="epoch", ylabel="top-1 error (%)", xlim=(0, None), ylim=(0, None))
     error_axes.legend(loc="lower left")  # errors fall
     for axes in (loss_axes, error_axes):

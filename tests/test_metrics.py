@@ -6,6 +6,7 @@ import os
 import resource
 
 import jax.numpy as jnp
+from matplotlib.figure import Figure
 import pytest
 
 from convstem_jax import metrics
@@ -119,6 +120,16 @@ def test_an_evaluation_may_be_of_the_training_split(tmp_path):
     assert (tmp_path / "curves.png").exists()
     records_of(tmp_path, first_step=50).close()
     assert metrics.read_jsonl(records.path) == written[:1], "the last evaluation is made again"
+
+
+def test_a_single_evaluation_has_its_margin(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    records = [{"epoch": 2.0, "loss": 1.0}]
+    records += [{"epoch": 2.0, "ema_top1_error": 24.75, "raw_top1_error": 25.45}]
+    plot_curves(str(tmp_path / "curves.png"), records, "title")
+    bottom, top = drawn[0].axes[1].get_ylim()
+    assert bottom == 0 and top > 26
 
 
 @pytest.mark.parametrize(
