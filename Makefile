@@ -1,7 +1,9 @@
 # Everything runs in .venv, which these targets make and refresh by themselves.
 
 PY  := .venv/bin/python
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --quiet
+# Modules are compiled when they are first imported: most never are. Once, and not by every process.
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 # PyTorch, for the parity tests only. Its CPU and CUDA builds share this version and differ in hashes, so no lock file
 # can hold it. On Linux the default index gives the CUDA build, several GB with the CUDA packages that it cannot be
