@@ -66,9 +66,8 @@ def run(
             processes.start(args.coordinator, args.processes, args.process)
         config = load_config(args.config)
         set_fields(config, overrides)
-        if args.compilation_cache:
-            cache = os.path.expanduser(args.compilation_cache)
-            jax.config.update("jax_compilation_cache_dir", cache)
+        cache = os.path.expanduser(args.compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", cache or None)
         program(config, args.workdir or default_workdir(args.config, overrides))
     except UserError as error:
         if args.traceback:
@@ -125,7 +124,8 @@ def _add_arguments(
         "--workdir", help="folder of the run (default: under runs/, named after the configuration)"
     )
     parser.add_argument(
-        "--compilation_cache", default="~/.cache/convstem_jax", metavar="DIR",
+        "--compilation_cache", metavar="DIR",
+        default=os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/convstem_jax"),
         help="folder that keeps compiled programs between runs, or '' (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(

@@ -27,10 +27,14 @@ from benchmarks import torch_contenders
 
 # Before JAX starts its backends. Tests of one device use `jax.devices()[:1]`.
 jax.config.update("jax_num_cpu_devices", 8)
-# Tests of whole runs compile the same programs again and again.
+# Whole runs compile the same programs again and again, here and in the processes of the tests.
 _compiled = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+for name, value in (
+    ("jax_compilation_cache_dir", _compiled.name),
+    ("jax_persistent_cache_min_compile_time_secs", 0.3),
+):
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 torch_contenders.declare_torchvision()
 # PyTorch's CUDA build loads it late, and after TensorFlow that is a segmentation fault.

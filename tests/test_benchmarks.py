@@ -178,6 +178,15 @@ def fake_serve(pipe, case):
     pipe.send((1.0, 0.1))
 
 
+@pytest.fixture
+def processes_of_one(monkeypatch):
+    """Contenders' processes are copies of one that has imported what they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+
+
+@pytest.mark.usefixtures("processes_of_one")
 @pytest.mark.parametrize("together", [1, 2])
 def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsys, together):
     monkeypatch.setattr(contenders, "_serve", fake_serve)
@@ -206,6 +215,7 @@ def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsy
     assert (second_is_compiled < error.index("vitp_tiny: its loss is nan")) is (together == 2)
 
 
+@pytest.mark.usefixtures("processes_of_one")
 @pytest.mark.parametrize(("overlap", "most"), [(0, 1), (2, 4)])
 def test_so_many_of_each_framework_compile_at_once(monkeypatch, overlap, most):
     busy, peak = [], 0

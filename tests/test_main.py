@@ -81,19 +81,19 @@ def one_error(capsys):
     ],
 )
 def test_errors_are_one_line_with_status_2(flags, message, no_compilation, capsys, tmp_path):
-    assert main([*QUICK, f"--workdir={tmp_path}/run", "--compilation_cache=", *flags]) == 2
+    assert main([*QUICK, f"--workdir={tmp_path}/run", *flags]) == 2
     assert message in one_error(capsys)
 
 
 def test_a_work_directory_that_cannot_be_written(no_compilation, capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    assert main([*QUICK, f"--workdir={tmp_path}/file", "--compilation_cache="]) == 2
+    assert main([*QUICK, f"--workdir={tmp_path}/file"]) == 2
     assert "cannot be used" in one_error(capsys)
 
 
 def test_imagenet_that_is_not_there_names_the_remedy(no_compilation, capsys, tmp_path):
     flags = [f"--config.data_dir={tmp_path}", f"--workdir={tmp_path}/run"]
-    assert main(["--config", "configs/vitc.py", "--compilation_cache=", *flags]) == 2
+    assert main(["--config", "configs/vitc.py", *flags]) == 2
     message = one_error(capsys)
     assert "'imagenet2012' is not in" in message
     assert (
@@ -104,7 +104,7 @@ def test_imagenet_that_is_not_there_names_the_remedy(no_compilation, capsys, tmp
 
 
 def test_an_image_size_that_does_not_fit_the_model(no_compilation, capsys, tmp_path):
-    flags = ["--config.image_size=30", f"--workdir={tmp_path}/run", "--compilation_cache="]
+    flags = ["--config.image_size=30", f"--workdir={tmp_path}/run"]
     assert main([*QUICK, *flags]) == 2
     assert "image size 30 is not a multiple of patch size 8" in one_error(capsys)
 
@@ -126,7 +126,7 @@ def test_damaged_data_has_status_3(no_compilation, capsys, tmp_path):
     shutil.copytree("datasets/fashion_mnist_10k", tmp_path / "fashion_mnist_10k")
     file = next(tmp_path.rglob("*test.array_record*"))
     file.write_bytes(file.read_bytes()[: 1 << 16])
-    flags = [f"--config.data_dir={tmp_path}", f"--workdir={tmp_path}/run", "--compilation_cache="]
+    flags = [f"--config.data_dir={tmp_path}", f"--workdir={tmp_path}/run"]
     assert main([*QUICK, *flags]) == 3
     assert file.name in one_error(capsys)
 
@@ -137,7 +137,7 @@ def test_the_folder_of_another_run_is_refused(no_compilation, capsys, tmp_path):
     saved = config | data | {"lr": 7.0, "num_threads": 5}
     (tmp_path / "config.json").write_text(json.dumps(saved))
     (tmp_path / "checkpoints" / "100").mkdir(parents=True)
-    assert main([*QUICK, f"--workdir={tmp_path}", "--compilation_cache="]) == 2
+    assert main([*QUICK, f"--workdir={tmp_path}"]) == 2
     message = one_error(capsys)
     assert "lr is 7.0 there and 0.002 here" in message
     assert "num_threads" not in message, "a field that changes no result must not count"
@@ -202,7 +202,7 @@ def test_help_shows_examples_and_exit_status(capsys):
 
 
 def test_a_traceback_is_shown_when_asked_for(no_compilation, tmp_path):
-    flags = ["--config.lr=nan", "--traceback", f"--workdir={tmp_path}/run", "--compilation_cache="]
+    flags = ["--config.lr=nan", "--traceback", f"--workdir={tmp_path}/run"]
     with pytest.raises(UserError):
         main([*QUICK, *flags])
 
@@ -215,13 +215,38 @@ def test_the_run_is_named_after_the_configuration():
     assert command_line.default_workdir(again, {"dtype": "x/y"}) == name
 
 
+@pytest.mark.parametrize(
+    ("env", "flags", "expected"),
+    [
+        (None, [], os.path.expanduser("~/.cache/convstem_jax")),
+        ("elsewhere", [], "elsewhere"),
+        ("elsewhere", ["--compilation_cache=~/there"], os.path.expanduser("~/there")),
+        ("elsewhere", ["--compilation_cache="], None),
+    ],
+)
+def test_where_compiled_programs_are_kept(env, flags, expected, monkeypatch):
+    found, before = [], jax.config.jax_compilation_cache_dir
+    if env:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", env)
+    else:
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(
+        train, "train", lambda *args: found.append(jax.config.jax_compilation_cache_dir)
+    )
+    try:
+        assert main([*QUICK, *flags]) == 0
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert found == [expected]
+
+
 @pytest.mark.parametrize("kind", [ConfigError, DataError, OSError])
 def test_storage_that_does_not_answer_is_worth_another_try(kind, monkeypatch, capsys):
     def fail(*args):
         raise kind("why") from OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(train, "train", fail)
-    assert main([*QUICK, "--compilation_cache="]) == 75
+    assert main([*QUICK]) == 75
     assert re.search(
         "why.*storage did not|storage did not.*why", capsys.readouterr().err, re.DOTALL
     )
@@ -252,7 +277,7 @@ def test_what_others_say_is_told_with_its_remedy(error, status, message, monkeyp
         raise error
 
     monkeypatch.setattr(train, "train", fail)
-    assert main([*QUICK, "--compilation_cache="]) == status
+    assert main([*QUICK]) == status
     said = capsys.readouterr().err
     assert re.search(message, said) and said.count("\n") == 1
 
@@ -269,5 +294,5 @@ def test_every_error_has_its_exit_status(kind, status, monkeypatch, capsys):
         raise kind("why")
 
     monkeypatch.setattr(train, "train", fail)
-    assert main([*QUICK, "--compilation_cache="]) == status
+    assert main([*QUICK]) == status
     assert capsys.readouterr().err == ("why\n" if kind is Preempted else "error: why\n")

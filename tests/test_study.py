@@ -304,7 +304,7 @@ def test_a_study_finds_optima_then_trains_around_them(tmp_path, monkeypatch, cap
         return [t._asdict() | {"top1_error": 50 / t.lr**0.1} | about for t in trials]
 
     def run(*more):
-        flags = ["--workdir", str(tmp_path / "run"), "--compilation_cache=", "--config.memory_gb=2"]
+        flags = ["--workdir", str(tmp_path / "run"), "--config.memory_gb=2"]
         return program.main([*flags, "--config.max_widenings=2", *more])
 
     monkeypatch.setattr(program, "train_population", train)
@@ -371,7 +371,7 @@ def test_a_whole_study_where_there_is_jax_and_a_packed_file_alone(tmp_path):
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     workdir = tmp_path / "run"
     done = subprocess.run(
-        [sys.executable, "-c", BARE, *flags, f"--workdir={workdir}", "--compilation_cache="],
+        [sys.executable, "-c", BARE, *flags, f"--workdir={workdir}"],
         timeout=250, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
