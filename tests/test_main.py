@@ -225,19 +225,21 @@ def test_the_run_is_named_after_the_configuration():
     ],
 )
 def test_where_compiled_programs_are_kept(env, flags, expected, monkeypatch):
-    found, before = [], jax.config.jax_compilation_cache_dir
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    found, before = [], [getattr(jax.config, name) for name in names]
     if env:
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", env)
     else:
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setattr(
-        train, "train", lambda *args: found.append(jax.config.jax_compilation_cache_dir)
+        train, "train", lambda *_: found.extend(getattr(jax.config, name) for name in names)
     )
     try:
         assert main([*QUICK, *flags]) == 0
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-    assert found == [expected]
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
+    assert found == [expected, 0], "small programs are kept too"
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, OSError])
