@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 import logging as python_logging
 import os
 import re
@@ -82,7 +83,8 @@ def run(
     except (RuntimeError, ValueError, OSError) as error:
         reason = first_line(error)[:1000]
         is_lost_peer = processes.is_lost_peer(error)
-        lost_worker = _LOST_WORKER.search(str(error))
+        by_signal = _LOST_WORKER.search(str(error))
+        lost_worker = by_signal or isinstance(error, BrokenProcessPool)  # that of a study
         no_memory = "RESOURCE_EXHAUSTED" in reason
         if not (no_memory or is_lost_peer or lost_worker or is_passing(error)):
             raise
@@ -98,8 +100,9 @@ def run(
             return ConfigError.status
         what = "another process of the run was lost" if is_lost_peer else "storage did not answer"
         if lost_worker:
-            what = f"a process that reads the data was ended by signal {lost_worker[1]}"
-            if int(lost_worker[1]) in (signal.SIGBUS, signal.SIGKILL):
+            what = "a process that reads the data was ended"
+            what += f" by signal {by_signal[1]}" if by_signal else ""
+            if not by_signal or int(by_signal[1]) in (signal.SIGBUS, signal.SIGKILL):
                 what += ", perhaps since memory or /dev/shm is full (lower config.num_workers or "
                 what += "config.read_ahead, which a run may change)"
         print(

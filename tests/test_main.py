@@ -1,6 +1,7 @@
 """The command line: what it accepts, and that it refuses the rest before compiling anything."""
 
 import argparse
+from concurrent.futures.process import BrokenProcessPool
 import errno
 import json
 import os
@@ -271,6 +272,11 @@ def test_storage_that_does_not_answer_is_worth_another_try(kind, monkeypatch, ca
             RuntimeError("Worker process was terminated unexpectedly with exit code -7."),
             75,
             "signal 7, .*/dev/shm is full .lower config.num_workers.*: the same command goes on",
+        ),
+        (
+            BrokenProcessPool("A process in the process pool was terminated abruptly"),
+            75,
+            "reads the data was ended, .* memory .*: the same command goes on",
         ),
     ],
 )
