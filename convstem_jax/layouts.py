@@ -146,7 +146,7 @@ def from_torch(state: dict[str, np.ndarray], like: PyTree, layout: str) -> PyTre
         layout: one of `LAYOUTS`; both layouts of pycls's ViT are read.
 
     Raises:
-        CheckpointError: listing all tensors that are missing, unknown or of another shape.
+        CheckpointError: listing all tensors that are missing, unknown, misshaped or not finite.
     """
     wrong, found = [], {}
     for name, x in state.items():

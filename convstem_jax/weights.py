@@ -144,7 +144,7 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
 
 
 def _check_fit(path: str, found: dict[str, np.ndarray], architecture: Architecture) -> None:
-    """Checks that arrays have the names and shapes of a model's weights."""
+    """Checks that arrays can be a model's weights: their names, shapes and numbers."""
     try:
         wanted = _flat(architecture.shapes())
     except (TypeError, ValueError) as error:
@@ -157,14 +157,19 @@ def _check_fit(path: str, found: dict[str, np.ndarray], architecture: Architectu
         )
 
 
-def misfits(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What is missing, unknown or of another shape, among arrays (or shapes) by name."""
+def misfits(found: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> list[str]:
+    """What is missing, unknown, not finite or of a wrong shape, among arrays by name."""
     wrong = [f"missing: {name}" for name in wanted.keys() - found.keys()]
     wrong += [f"unknown: {name}" for name in found.keys() - wanted.keys()]
     wrong += [
         f"shape: {name} is {found[name].shape} and should be {wanted[name].shape}"
         for name in wanted.keys() & found.keys()
         if found[name].shape != wanted[name].shape
+    ]
+    wrong += [
+        f"not finite: {name}"
+        for name in wanted.keys() & found.keys()
+        if not np.isfinite(found[name]).all()
     ]
     return sorted(wrong)
 

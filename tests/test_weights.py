@@ -195,12 +195,14 @@ def test_all_tensors_that_do_not_fit_are_listed(tmp_path, capsys):
     del state["encoder.ln.weight"]
     state["conv_proj.conv_last.bias"] = np.zeros(7, np.float32)
     state["encoder.extra"] = np.zeros(1, np.float32)
+    state["encoder.ln.bias"] = np.full(64, np.nan, np.float32)
     convert.write_torch(str(tmp_path / "a.pt"), state, "torchvision")
     flags = ["--from", "torchvision", "--model", "vitc_tiny", "--num_classes", 10]
     assert run(tmp_path / "a.pt", tmp_path / "b.safetensors", *flags) == 4
     error = capsys.readouterr().err
-    assert "3 tensors do not fit" in error
+    assert "4 tensors do not fit" in error
     assert "missing: encoder.ln.weight" in error
+    assert "not finite: encoder.ln.bias" in error
     assert "shape: conv_proj.conv_last.bias is (7,) and should be (64,)" in error
     assert "unknown: encoder.extra" in error
     assert not (tmp_path / "b.safetensors").exists()
@@ -219,6 +221,7 @@ def test_all_tensors_that_do_not_fit_are_listed(tmp_path, capsys):
             "shape: params/head/bias is (7,) and should be (10,)",
         ),
         (lambda arrays: arrays.update({"params/x": np.zeros(7)}), "unknown: params/x"),
+        (lambda arrays: arrays["params/head/bias"].fill(np.inf), "not finite: params/head/bias"),
     ],
 )
 def test_our_own_file_is_checked_too(change, message, tmp_path, capsys):
