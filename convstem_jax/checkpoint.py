@@ -44,6 +44,15 @@ def room_left() -> float:
     return min(x.get("bytes_limit", math.inf) - x.get("peak_bytes_in_use", 0) for x in stats)
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which leaves requests to stop to the training loop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        # JAX stops processes at the number after the largest that any of them asked of. The loop
+        # asks with numbers of its own, and would never come to one after Orbax's.
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one folder: the latest ones and the best one are kept.
 
@@ -72,7 +81,7 @@ class Checkpoints:
         def top1_error(metrics):
             return metrics["top1_error"]
 
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             directory,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),

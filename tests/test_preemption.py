@@ -59,18 +59,27 @@ def test_an_interruption_that_a_callback_swallowed_counts(monkeypatch):
 JOINED = """
 import os, signal, sys, time
 import jax
+import jax.numpy as jnp
+from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.preemption import stop_requested
-jax.distributed.initialize(sys.argv[1], 1, 0)
-os.kill(os.getpid(), signal.SIGTERM)
+address, directory = sys.argv[1:]
+jax.distributed.initialize(address, 1, 0)
 with stop_requested() as stop:
+    if directory:
+        checkpoints = Checkpoints(directory)
+        checkpoints.save(50, {"step": jnp.int32(50)}, {})
+        checkpoints.close()
+    os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3)  # JAX notices after about a second
     print(stop(), flush=True)
 os._exit(0)
 """
 
 
-def test_a_request_before_the_first_step_is_met_after_it_where_processes_are_joined():
-    command = [sys.executable, "-c", JOINED, launch_local.free_address()]
+@pytest.mark.parametrize("saves", [False, True], ids=["", "after a save"])
+def test_a_request_is_met_after_the_next_step_where_processes_are_joined(saves, tmp_path):
+    directory = str(tmp_path / "checkpoints") if saves else ""
+    command = [sys.executable, "-c", JOINED, launch_local.free_address(), directory]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout == "True\n", done.stderr
 
