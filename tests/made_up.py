@@ -7,7 +7,7 @@ import numpy as np
 
 from convstem_jax.config import load_config
 from convstem_jax.study import experiments
-from convstem_jax.study.finished import known_optima
+from convstem_jax.study.optima import known_optima
 
 
 def plan(arg=""):

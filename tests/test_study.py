@@ -16,7 +16,8 @@ from convstem_jax.models import MODELS
 from convstem_jax.study import __main__ as program
 from convstem_jax.study import claims, experiments, report
 from convstem_jax.study.experiments import Population
-from convstem_jax.study.finished import Study, beyond, choose, chosen_again
+from convstem_jax.study.finished import Study
+from convstem_jax.study.optima import beyond, choose, chosen_again
 from convstem_jax.study.programs import Trial
 from tests.made_up import made_up, plan
 
@@ -195,6 +196,15 @@ def test_the_grid_chooses_by_all_its_seeds():
     # 4's are not both 5; 1's are both 30, or one of them is and 2's are not both 20.
     assert chosen_again(grid) == pytest.approx(3 / 4 * (1 / 4 + 1 / 2 * 3 / 4), abs=0.03)
     assert chosen_again(grid[:3]) is None
+    # One that diverged weighs more than any error: 1 wins unless 2 draws its good seeds alone.
+    trials = [(lr, seed, 50 if lr == 1 else 10) for lr in (1, 2) for seed in range(3)]
+    grid = [
+        {"lr": lr, "wd": 1, "seed": seed, "top1_error": error, "diverged_at": None}
+        for lr, seed, error in trials
+    ]
+    grid[-1]["diverged_at"] = 7
+    assert choose(grid) == (1, 1)
+    assert chosen_again(grid) == pytest.approx(1 - (2 / 3) ** 3, abs=0.03)
 
 
 def test_an_optimum_on_the_edge_of_the_grid_is_known():

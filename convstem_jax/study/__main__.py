@@ -20,7 +20,8 @@ from convstem_jax import build, command_line, files, preemption, provenance, run
 from convstem_jax.complexity import complexity
 from convstem_jax.errors import ConfigError, writing
 from convstem_jax.study import experiments
-from convstem_jax.study.finished import choose, known_optima, read
+from convstem_jax.study.finished import read
+from convstem_jax.study.optima import choose, known_optima
 from convstem_jax.study.population import open_readers, open_splits, train_population
 from convstem_jax.study.programs import Programs, trials_per_device
 from convstem_jax.terminal import duration

@@ -6,7 +6,8 @@ import dataclasses
 import numpy as np
 from scipy import stats
 
-from convstem_jax.study.finished import FAILED, Study, num_diverged, outcomes
+from convstem_jax.study.finished import Study
+from convstem_jax.study.outcomes import FAILED, num_diverged, outcomes
 
 EDF_RANGE = 10.0  # points above a model's best error over which the area under its EDF is taken
 # With 3 seeds on each side the order alone comes out right by chance too often: 1 time in 10.

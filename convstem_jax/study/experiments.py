@@ -12,7 +12,7 @@ from convstem_jax import build, rules
 from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
 from convstem_jax.optim import OPTIMIZERS
-from convstem_jax.study.finished import Optima, beyond, family_of, known_optima
+from convstem_jax.study.optima import Optima, beyond, family_of, known_optima
 from convstem_jax.study.programs import Trial
 
 # What the paper draws learning rates and weight decays from (section 5.3): lowest and highest.

@@ -7,7 +7,8 @@ import numpy as np
 
 from convstem_jax.study.claims import EDF_RANGE
 from convstem_jax.study.experiments import usual_optimizer
-from convstem_jax.study.finished import Study, errors, outcomes
+from convstem_jax.study.finished import Study
+from convstem_jax.study.outcomes import errors, outcomes
 
 TITLES = {"adamw": "AdamW", "sgd": "SGD"}
 COLORS = ("#d1495b", "#1f6f9f", "#5a5a5a")  # P, C, CNN

@@ -1,23 +1,18 @@
 """A finished study, as its folder holds it."""
 
-from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
 
-import numpy as np
-
 from convstem_jax.errors import ConfigError
 from convstem_jax.run_folder import FREE_FIELDS
+from convstem_jax.study.optima import beyond, choose, family_of, known_optima
 
 # Fields in which studies that are reported together may differ.
 MAY_DIFFER = (*FREE_FIELDS, "experiments", "num_seeds", "num_random")
 _OF_EARLIER = {"intervals": "own", "optima": [], "max_widenings": 0}  # studies, before these fields
-FAILED = 100.0  # top-1 error (%) that a diverged trial counts as
 _IDENTITY = ("kind", "model", "optimizer", "epochs", "lr", "wd", "seed")  # of a trial
 _OUTCOME = ("top1_error", "diverged_at")
-
-Optima = dict[tuple[str, str], tuple[float, float]]  # (model, optimiser) -> lr, wd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,89 +80,6 @@ class Study:
         """Trials whose fields have these values, in the order of their seeds."""
         found = [t for t in self.trials if all(t[key] == value for key, value in wanted.items())]
         return sorted(found, key=lambda trial: trial["seed"])
-
-
-def errors(trials: list[dict]) -> np.ndarray:
-    """Last errors that could be measured: what the paper plots."""
-    return np.array([trial["top1_error"] for trial in trials])
-
-
-def outcomes(trials: list[dict]) -> np.ndarray:
-    """Errors with which the trials count: one that diverged has failed, whatever it was."""
-    return np.array([FAILED if t["diverged_at"] is not None else t["top1_error"] for t in trials])
-
-
-def num_diverged(trials: list[dict]) -> int:
-    """How many of the trials diverged."""
-    return sum(trial["diverged_at"] is not None for trial in trials)
-
-
-def family_of(model: str, families: Sequence[str]) -> str:
-    """Which of the families a model is a variant of."""
-    return next(name for name in families if model.startswith(name))
-
-
-def known_optima(config: Mapping) -> Optima:
-    """Those that a study's configuration gives, so that no grid is searched."""
-    return {(model, optimizer): (lr, wd) for model, optimizer, lr, wd in config["optima"]}
-
-
-def settings_of(grid: list[dict]) -> dict[tuple[float, float], list[dict]]:
-    """The trials of each setting, a learning rate and a weight decay, in the order of its seeds."""
-    found = {}
-    for trial in sorted(grid, key=lambda trial: trial["seed"]):
-        found.setdefault((trial["lr"], trial["wd"]), []).append(trial)
-    return found
-
-
-def choose(grid: list[dict]) -> tuple[float, float]:
-    """The learning rate and weight decay of which the fewest seeds diverged.
-
-    Of several that with the lowest mean error.
-    """
-    settings = settings_of(grid)
-
-    def badness(setting):
-        trials = settings[setting]
-        return num_diverged(trials), errors(trials).mean()
-
-    return min(settings, key=badness)
-
-
-def chosen_again(grid: list[dict]) -> float | None:
-    """How often `choose` would take the same setting, were the seeds others: by the bootstrap.
-
-    None of one seed, which says nothing of others.
-    """
-    settings = settings_of(grid)
-    found = np.array([outcomes(trials) for trials in settings.values()])  # [settings, seeds]
-    if found.shape[1] == 1:
-        return None
-    drawn = np.random.default_rng(0).integers(found.shape[1], size=(2000, *found.shape))
-    means = np.take_along_axis(found[None], drawn, axis=2).mean(axis=2)
-    return float(np.mean(means.argmin(axis=1) == list(settings).index(choose(grid))))
-
-
-def beyond(grid: list[dict]) -> tuple[list[float], list[float]]:
-    """Learning rates and weight decays one step beyond an edge that the best point lies on.
-
-    There is one at most of each. There is none where the next value inside is as good but for the
-    seeds: where nothing depends on a value, the best lies on an edge in two of three grids.
-    """
-    best, settings, found = choose(grid), settings_of(grid), []
-    for i, name in enumerate(("lr", "wd")):
-        values = sorted({trial[name] for trial in grid})
-        edges = {values[0]: values[1], values[-1]: values[-2]} if len(values) > 1 else {}
-        inside = [trial for trial in grid if trial[name] == edges.get(best[i])]
-        is_on_edge = inside and _is_better(settings[best], settings[choose(inside)])
-        found.append([best[i] ** 2 / edges[best[i]]] if is_on_edge else [])
-    return tuple(found)
-
-
-def _is_better(one: list[dict], other: list[dict]) -> bool:
-    """Whether a setting's trials are better by more than a standard error, seed by seed."""
-    gains = outcomes(other) - outcomes(one)
-    return gains.mean() > gains.std() / np.sqrt(max(1, len(gains) - 1))
 
 
 def read(folders: list[str]) -> Study:

@@ -18,16 +18,9 @@ from convstem_jax import files
 from convstem_jax.errors import UserError
 from convstem_jax.study.claims import Claim, claims
 from convstem_jax.study.figures import TITLES, figures
-from convstem_jax.study.finished import (
-    FAILED,
-    Study,
-    chosen_again,
-    errors,
-    num_diverged,
-    outcomes,
-    read,
-    settings_of,
-)
+from convstem_jax.study.finished import Study, read
+from convstem_jax.study.optima import chosen_again, settings_of
+from convstem_jax.study.outcomes import FAILED, errors, num_diverged, outcomes
 from convstem_jax.terminal import new_parser, tell
 
 VERDICT_COLORS = {"supported": "#1a7f37", "not supported": "#b3261e", "undecided": "#8a6d00"}
