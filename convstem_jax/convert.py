@@ -95,7 +95,8 @@ def write_torch(path: str, state: dict[str, np.ndarray], layout: str) -> None:
         else:
             torch = _import_torch(path)
             tensors = {name: torch.from_numpy(np.array(x)) for name, x in state.items()}
-            torch.save({"model_state": tensors} if layout == "pycls" else tensors, path)
+            with files.replacing(path, "wb") as file:
+                torch.save({"model_state": tensors} if layout == "pycls" else tensors, file)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 

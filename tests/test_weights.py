@@ -1,6 +1,8 @@
 """Weights in and out: round trips, other implementations' layouts, fine-tuning."""
 
+import errno
 import json
+import os
 import pathlib
 import pickle
 
@@ -210,6 +212,18 @@ def test_all_tensors_that_do_not_fit_are_listed(tmp_path, capsys):
     state = {"encoder.layers.0.mlp.0.bias": 1, "encoder.layers.0.mlp.linear_1.bias": 2}
     with pytest.raises(CheckpointError, match="twice: encoder.layers.0.mlp.0.bias"):
         layouts.from_torch(state, found, "torchvision")
+
+
+def test_a_file_that_cannot_be_written_whole_is_not_left(tmp_path, monkeypatch, capsys):
+    def save(state, file):
+        file.write(b"half")
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(torch, "save", save)
+    weights.save(str(tmp_path / "a.safetensors"), *random_weights("vitp_tiny"))
+    assert run(tmp_path / "a.safetensors", tmp_path / "b.pt", "--to", "torchvision") == 4
+    assert "b.pt cannot be written: [Errno 27] File too large" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 @pytest.mark.parametrize(
