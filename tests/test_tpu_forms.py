@@ -71,7 +71,6 @@ def attend_gradients(dtype, offset):
 @pytest.mark.parametrize("on_tpu", [False, True])
 def test_attention_in_bfloat16_is_near_that_in_float32(monkeypatch, on_tpu, offset):
     exact = attend_gradients(jnp.float32, offset)
-    monkeypatch.setattr(attention, "pin_layout", lambda x: x)
     monkeypatch.setattr(attention, "on_tpu", lambda: on_tpu)
     for half, full in zip(attend_gradients(jnp.bfloat16, offset), exact, strict=True):
         assert jnp.linalg.norm(half - full) < 0.012 * jnp.linalg.norm(full)

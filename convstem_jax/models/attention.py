@@ -6,15 +6,12 @@ out of the memory. Elsewhere, in `attend`, the weights are computed from the sco
 kept in the type of the inputs, and their gradient is made in one pass too.
 """
 
-import functools
-
 import jax
-from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
 from convstem_jax.models import packed_attention
 from convstem_jax.models.linear import linear, spread
-from convstem_jax.models.target import by_device, has_fused_attention, on_tpu
+from convstem_jax.models.target import has_fused_attention, on_tpu, pin_layout
 
 
 def choose_form(x: jax.Array, num_tokens: int, head_width: int) -> str:
@@ -197,14 +194,3 @@ def _inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
     h, d = x.shape[1:3]
     own = jnp.broadcast_to(jnp.eye(h, dtype=x.dtype)[:, :, None], (h, h, d))
     return jnp.einsum("ghd,nhdt->ngt", own, x * y, preferred_element_type=jnp.float32)[:, :, None]
-
-
-def pin_layout(x: jax.Array) -> jax.Array:
-    """Keeps the compiler for TPUs from permuting the axes, which ends in copies of `[T, T]`.
-
-    `x` has the batch first.
-    """
-    if not on_tpu():
-        return x
-    layout = Layout(major_to_minor=tuple(range(x.ndim)))
-    return by_device(functools.partial(with_layout_constraint, layouts=layout))(x)

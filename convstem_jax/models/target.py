@@ -1,4 +1,4 @@
-"""What a model is being traced for."""
+"""What a model is being traced for, and what it asks of that compiler."""
 
 from collections.abc import Callable
 import functools
@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def device() -> jax.sharding.AbstractDevice:
@@ -77,6 +78,17 @@ def by_device(function: Callable, *, check_vma: bool = True) -> Callable:
         )(x, *others)
 
     return mapped
+
+
+def pin_layout(x: jax.Array) -> jax.Array:
+    """Keeps the compiler for TPUs from permuting the axes, which ends in copies of large arrays.
+
+    `x` has the batch first.
+    """
+    if not on_tpu():
+        return x
+    layout = Layout(major_to_minor=tuple(range(x.ndim)))
+    return by_device(functools.partial(with_layout_constraint, layouts=layout))(x)
 
 
 def on_hopper() -> bool:
