@@ -28,21 +28,23 @@ def matmul_flops(size: int, dtype: str = "bfloat16") -> float:
 
 
 def bandwidth() -> float:
-    """Bytes a second that adding to a large array of bfloat16 numbers reads and writes."""
-    size = 2**26 if jax.default_backend() == "cpu" else 2**28
+    """Bytes a second that adding to a large array reads and writes."""
+    # CPUs take longer to add numbers of bfloat16 than to move them.
+    is_cpu = jax.default_backend() == "cpu"
+    size, dtype = (2**25, jnp.float32) if is_cpu else (2**28, jnp.bfloat16)
 
     @functools.partial(jax.jit, donate_argnums=0)  # else the loop begins with a copy
     def add(x):
-        return jax.lax.fori_loop(0, _TIMES, lambda _, y: y + jnp.bfloat16(1), x)
+        return jax.lax.fori_loop(0, _TIMES, lambda _, y: y + dtype(1), x)
 
-    x = jnp.zeros(size, jnp.bfloat16)
+    x = jnp.zeros(size, dtype)
 
     def run():
         nonlocal x
         x = add(x)
         return x
 
-    return 4 * size * _TIMES / _median_seconds(run)
+    return 2 * x.nbytes * _TIMES / _median_seconds(run)
 
 
 def _median_seconds(run: Callable[[], jax.Array]) -> float:

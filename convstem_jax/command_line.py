@@ -67,10 +67,7 @@ def run(
             processes.start(args.coordinator, args.processes, args.process)
         config = load_config(args.config)
         set_fields(config, overrides)
-        cache = os.path.expanduser(args.compilation_cache)
-        jax.config.update("jax_compilation_cache_dir", cache or None)
-        # Small ones too: together they take seconds, and 0.1 MB.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        keep_programs(args.compilation_cache)
         program(config, args.workdir or default_workdir(args.config, overrides))
     except UserError as error:
         if args.traceback:
@@ -116,6 +113,15 @@ def run(
     return 0
 
 
+def keep_programs(folder: str | None = None) -> None:
+    """Keeps compiled programs between runs: in `folder`, which is `--compilation_cache`."""
+    if folder is None:
+        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/convstem_jax")
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
+    # Small ones too: together they take seconds, and 0.1 MB.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 def _add_arguments(
     parser: argparse.ArgumentParser, default_config: str | None, several_processes: bool
 ) -> None:
@@ -130,8 +136,8 @@ def _add_arguments(
     )
     parser.add_argument(
         "--compilation_cache", metavar="DIR",
-        default=os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/convstem_jax"),
-        help="folder that keeps compiled programs between runs, or '' (default: %(default)s)",
+        help="folder that keeps compiled programs between runs, or '' (default: what "
+        "JAX_COMPILATION_CACHE_DIR says, else ~/.cache/convstem_jax)",
     )  # fmt: skip
     parser.add_argument(
         "--traceback", action="store_true", help="show the whole traceback of an error"

@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         "--format", choices=("text", "json"), default="text", help="default: %(default)s"
     )
     args, overrides = command_line.parse(parser, argv)
+    command_line.keep_programs()
     try:
         config = load_config(args.config) if args.config else load_run_config(args.weights)
         set_fields(config, overrides)

@@ -88,7 +88,8 @@ def update_ema(ema, new, step, *, rate, every: int, warmup_steps):
 
 def norm(tree) -> jax.Array:
     """Square root of the sum of all squares."""
-    if not on_gpu() or num_devices() > 1:  # where an array may be divided, it would be gathered
+    # On several devices arrays may be divided (fsdp), and the one sum would gather them.
+    if not on_gpu() or num_devices() > 1:
         return optax.tree.norm(tree)
     # A sum for each array would take one to three small kernels each. Without the barrier XLA would
     # make them again of the one sum.

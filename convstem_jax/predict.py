@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         "(default: %(default)s)",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    command_line.keep_programs()
     try:
         config = load_config(args.config) if args.config else load_run_config(args.weights)
         validate(config)

@@ -338,28 +338,30 @@ def _records(args) -> tuple[list[dict], bool]:
         minutes = (time.perf_counter() - start) / max(1, i) * (len(wanted) - i) / 60
         left = f", about {minutes:.0f} min left" if i else ""
         print(f"{i + 1}/{len(wanted)}  {spec} for {topology}{left}", file=sys.stderr, flush=True)
+        key = spec, topology, args.quick
         try:
             record = preflight(
                 load_config(spec), topology, num_classes=args.num_classes,
-                num_examples=args.num_examples, quick=args.quick, known=known.get((spec, topology)),
+                num_examples=args.num_examples, quick=args.quick, known=known.get(key),
             )  # fmt: skip
         except jax.errors.JaxRuntimeError as error:
             print(f"error: the compiler failed at it: {first_line(error)}", file=sys.stderr)
             continue
         records.append({"spec": spec} | record)
-        known[spec, topology] = records[-1]
+        known[key] = records[-1]
         if args.records:
             files.write_jsonl(args.records, known.values())
     return records, len(records) < len(wanted)
 
 
-def _read_records(path: str | None) -> dict[tuple[str, str], dict]:
+def _read_records(path: str | None) -> dict[tuple[str, str, bool], dict]:
+    """Records by what they are of, and whether they are quick ones."""
     if path is None or not os.path.exists(path):
         return {}
     with open(path) as file:
         try:
             records = [json.loads(line) for line in file]
-            return {(record["spec"], record["topology"]): record for record in records}
+            return {(r["spec"], r["topology"], r["quick"]): r for r in records}
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"--records {path} holds something else ({first_line(error)}): name another file"

@@ -151,11 +151,13 @@ def together():
         error = own
     status = error.status if isinstance(error, UserError) else 1
     status = StorageError.status if is_passing(error) else status
-    statuses = gather([status if error else 0])[:, 0]
-    if error is None and statuses.any():
+    try:
+        statuses = gather([status if error else 0])[:, 0]
+    finally:
+        if error is not None:  # also where another process is lost meanwhile
+            raise error
+    if statuses.any():
         raise PeerError(int(np.flatnonzero(statuses)[0]), int(statuses[statuses > 0][0]))
-    if error is not None:
-        raise error
 
 
 def check_same(text: str, message: str) -> None:

@@ -54,7 +54,7 @@ def profiled(
                 if processes.is_first():
                     jax.profiler.start_trace(workdir)
 
-    if first_step and first_step not in steps:
+    if first_step and steps and first_step not in steps:
         processes.print_once(
             f"no profile: config.profile_step={first_step} is not one of the steps {steps.start} "
             f"to {steps.stop - 1}"

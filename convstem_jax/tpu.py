@@ -28,7 +28,9 @@ class Chip:
 
     flops: float  # bfloat16 operations a second
     clock: float  # cycles a second
-    link: float  # bytes a second through one link, one way, as jax-ml.github.io/scaling-book has it
+    # Bytes a second through one link, one way, as jax-ml.github.io/scaling-book has it; v3's is the
+    # 656 Gbit/s of Jouppi et al., A domain-specific supercomputer for training deep networks, 2020.
+    link: float
     axes: int  # of the torus
     ring: int  # an axis of the torus closes where its chips are a multiple of this
     config: str = "default"  # "megacore": the two cores of a chip are one device

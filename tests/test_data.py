@@ -27,7 +27,7 @@ import pytest
 
 from convstem_jax import data
 from convstem_jax.config import load_config
-from convstem_jax.data import augment, pack, pipeline, sources, tfds_directory
+from convstem_jax.data import augment, pack, packed, pipeline, sources, tfds_directory
 from convstem_jax.data.examples import EvalExamples, TrainExamples, TrainTransform, _permutation
 from convstem_jax.data.reader import Reader
 from convstem_jax.errors import ConfigError, DataError
@@ -635,6 +635,15 @@ def test_a_damaged_packed_file(packed_dir, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "data set 'none' is not in datasets" in error and "nor as none.npz" in error
     assert error.count("\n") == 1
+
+
+def test_a_packed_file_that_may_not_be_opened_is_not_damaged(packed_dir, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(packed, "open", refuse, raising=False)
+    with pytest.raises(ConfigError, match="by this process: give it more memory or open files"):
+        sources.open_split(str(packed_dir), NAME, "test")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

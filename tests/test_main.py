@@ -14,7 +14,15 @@ import sys
 import jax
 import pytest
 
-from convstem_jax import command_line, launch_local, predict, preflight, provenance, train
+from convstem_jax import (
+    command_line,
+    evaluate,
+    launch_local,
+    predict,
+    preflight,
+    provenance,
+    train,
+)
 from convstem_jax.config import load_config
 from convstem_jax.errors import (
     CheckpointError,
@@ -241,6 +249,14 @@ def test_where_compiled_programs_are_kept(env, flags, expected, monkeypatch):
         for name, value in zip(names, before, strict=True):
             jax.config.update(name, value)
     assert found == [expected, 0], "small programs are kept too"
+
+
+@pytest.mark.parametrize("program", [evaluate.main, predict.main])
+def test_programs_that_use_weights_keep_theirs_too(program, monkeypatch):
+    calls = []
+    monkeypatch.setattr(command_line, "keep_programs", lambda *args: calls.append(args))
+    program(["nowhere", "--config=configs/quickstart.py"] + ["x.png"] * (program is predict.main))
+    assert calls == [()]
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, OSError])

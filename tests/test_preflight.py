@@ -323,6 +323,19 @@ def test_other_files_are_not_taken_for_records(tmp_path, capsys):
         assert "holds something else" in capsys.readouterr().err
 
 
+def test_a_quick_answer_replaces_no_whole_one(tmp_path, monkeypatch, capsys):
+    def answer(config, topology, *, quick, known, **unused):
+        return known or {"topology": topology, "quick": quick, "fits": True}
+
+    monkeypatch.setattr(preflight, "preflight", answer)
+    file = tmp_path / "records.jsonl"
+    flags = ["--config", "configs/vitc.py", "--topology", "v5e:2x2", "--records", str(file)]
+    for more in ([], ["--quick"], []):
+        assert preflight.main([*flags, *more, "--format", "json"]) == 0
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["quick"] for record in records] == [False, True]
+
+
 HLO = """HloModule jit_step, is_scheduled=true
 
 %inner (p: f32[8]) -> f32[8] {

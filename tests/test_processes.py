@@ -54,6 +54,17 @@ SPLITS = ["1x8", "2x4", "4x2", "8x1", "2x4 fsdp"] if DRILL else ["2x2 fsdp"]
 STOPS = [signal.SIGTERM, signal.SIGKILL] if DRILL else [signal.SIGTERM]
 
 
+def test_a_process_tells_its_own_error_though_another_is_lost_meanwhile(monkeypatch):
+    def lost(numbers):
+        raise RuntimeError("UNAVAILABLE")
+
+    monkeypatch.setattr(processes, "gather", lost)
+    with pytest.raises(ConfigError, match="my own"), processes.together():
+        raise ConfigError("my own")
+    with pytest.raises(RuntimeError, match="UNAVAILABLE"), processes.together():
+        pass
+
+
 def flags(workdir, **fields):
     fields = FIELDS | fields
     yield from ("--config", "configs/quickstart.py", "--workdir", str(workdir))

@@ -50,6 +50,8 @@ def test_without_a_profile_nothing_happens(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     assert train(5, range(11, 31), tmp_path / "b") == []
     assert "config.profile_step=5 is not one of the steps 11 to 30" in capsys.readouterr().out
+    assert train(5, range(11, 11), tmp_path / "c") == []
+    assert capsys.readouterr().out == "", "a finished run"
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,8 @@ import zipfile
 
 import numpy as np
 
-from convstem_jax.errors import ConfigError, DataError, first_line
+from convstem_jax import files
+from convstem_jax.errors import ConfigError, DataError, first_line, is_of_this_process
 
 _PLACES = ("starts", "ends", "labels")  # of a split's images in its content
 
@@ -54,9 +55,8 @@ def write(path: str, splits: dict[str, PackedRecords], class_names: Sequence[str
         for name, records in splits.items()
         for key in ("content", *_PLACES)
     }
-    with open(path + ".tmp", "wb") as file:
+    with files.replacing(path, "wb") as file:
         np.savez(file, class_names=np.array(class_names), **arrays)
-    os.replace(path + ".tmp", path)
 
 
 def read(path: str, split: str) -> tuple[PackedRecords, list[str]]:
@@ -66,7 +66,7 @@ def read(path: str, split: str) -> tuple[PackedRecords, list[str]]:
         The records and the names of the classes.
 
     Raises:
-        ConfigError: there is no such split.
+        ConfigError: there is no such split, or this process may not read it.
         DataError: the file is damaged.
     """
     match = re.fullmatch(r"(\w+)(?:\[(\d+%?)?:(\d+%?)?\])?", split)
@@ -85,6 +85,11 @@ def read(path: str, split: str) -> tuple[PackedRecords, list[str]]:
     except ConfigError:
         raise
     except Exception as error:  # of zip files and NumPy
+        if is_of_this_process(error):
+            raise ConfigError(
+                f"{path} cannot be read by this process: give it more memory or open files, or the "
+                f"right to read ({first_line(error)})"
+            ) from error
         raise DataError(f"{path} cannot be read: {first_line(error)}; pack it again") from error
     first, last = (
         default if not bound
