@@ -22,7 +22,7 @@ from benchmarks.workload import (
 from convstem_jax import build
 from convstem_jax.models import MODELS, create_model
 from convstem_jax.models.vit import ViTSpec
-from convstem_jax.sharding import Sharding
+from convstem_jax.sharding import Sharding, bytes_of_program
 from convstem_jax.step import HParams, Recipe, TrainState, init_state, split_model, train_step
 
 OURS = "convstem_jax"
@@ -187,9 +187,7 @@ class JaxStep:
         self._step = lowered.compile(options)
         self.run(3 * self._in_a_call)
         self.compile_seconds = time.perf_counter() - start
-        memory = self._step.memory_analysis()
-        self.peak_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        self.peak_bytes += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+        self.peak_bytes = bytes_of_program(self._step)
 
     def run(self, num_steps: int) -> float:
         """Makes so many steps, or a call's if it makes more, and waits; returns the last loss."""

@@ -90,3 +90,10 @@ def bytes_on_device(tree: PyTree) -> int:
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
+
+
+def bytes_of_program(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a program takes of each device with its arguments and results, not its code."""
+    found = compiled.memory_analysis()
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + outputs + found.temp_size_in_bytes

@@ -17,6 +17,7 @@ from jax.experimental import topologies
 from convstem_jax import provenance
 from convstem_jax.errors import ConfigError, first_line
 from convstem_jax.hlo import read_program
+from convstem_jax.sharding import bytes_of_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +136,8 @@ def compile_step(traced: jax.stages.Traced, slice_: Slice, quick: bool, known: d
             raise
         said["temporaries_needed"] = memory[0]
     else:
-        memory = compiled.memory_analysis()
-        needed = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        needed += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-        said["bytes"] = needed - memory.alias_size_in_bytes
-        said["code_bytes"] = memory.generated_code_size_in_bytes
+        said["code_bytes"] = compiled.memory_analysis().generated_code_size_in_bytes
+        said["bytes"] = bytes_of_program(compiled) + said["code_bytes"]
         said["flops"] = round(compiled.cost_analysis()["flops"])
         said |= dataclasses.asdict(read_program(compiled.as_text()))
         if not quick and not said["cycles"]:

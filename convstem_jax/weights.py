@@ -184,6 +184,12 @@ def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Ar
         raise ConfigError(f"{path} holds no checkpoint: name the folder of a run")
     if step not in (None, "best") and not isinstance(step, (int, np.integer)):
         raise ConfigError(f"step is {step!r}: give a number of updates, or 'best'")
+    try:
+        with open(os.path.join(path, "config.json")) as file:
+            config = json.load(file)
+        model, image_size = config["model"], config["image_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}/config.json cannot be read: {error}") from error
     folder = os.path.abspath(os.path.join(path, "checkpoints"))
     checkpoints = Checkpoints(folder, read_only=True)
     try:
@@ -194,12 +200,6 @@ def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Ar
     finally:
         checkpoints.close()
     weights = jax.device_get(last if raw else ema)
-    try:
-        with open(os.path.join(path, "config.json")) as file:
-            config = json.load(file)
-        model, image_size = config["model"], config["image_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}/config.json cannot be read: {error}") from error
     num_classes = len(weights["params"]["head"]["bias"])
     _check_fit(path, _flat(weights), Architecture(model, num_classes, image_size))
     class_names = tuple(run_folder.read_classes(path))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import functools
 import math
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -19,6 +19,7 @@ import optax
 from convstem_jax import build
 from convstem_jax.errors import ConfigError
 from convstem_jax.lead import AHEAD
+from convstem_jax.sharding import bytes_of_program
 from convstem_jax.step import (
     HParams,
     PyTree,
@@ -168,14 +169,14 @@ class Programs:
             self.step = step.lower(*shapes).compile()
             self.eval_step = evaluate.lower(ema["params"], ema["batch_stats"], eval_batch).compile()
             state_bytes = self.step.memory_analysis().alias_size_in_bytes
-            need = max(_need(self.step), _need(self.eval_step) + state_bytes)
+            need = max(bytes_of_program(self.step), bytes_of_program(self.eval_step) + state_bytes)
             bytes_of_image = 3 * config.image_size**2
             need += AHEAD * max(config.batch_size, config.eval_batch_size) * bytes_of_image
             if ema["batch_stats"] and config.precise_bn_examples:
                 key = jax.eval_shape(lambda: jax.random.key(0))
                 arguments = ema["params"], ema["batch_stats"], shapes[1], key
                 self.batch_statistics = statistics.lower(*arguments).compile()
-                need = max(need, _need(self.batch_statistics) + state_bytes)
+                need = max(need, bytes_of_program(self.batch_statistics) + state_bytes)
                 # They stay there, at least one batch.
                 need += max(config.precise_bn_examples, config.batch_size) * bytes_of_image
             return need
@@ -215,13 +216,6 @@ def _memory(device: jax.Device) -> float:
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
-
-
-def _need(compiled: Any) -> float:
-    """Bytes that a program takes on each device."""
-    found = compiled.memory_analysis()
-    inputs, outputs = found.argument_size_in_bytes, found.output_size_in_bytes
-    return inputs + outputs - found.alias_size_in_bytes + found.temp_size_in_bytes
 
 
 def stack_hparams(
