@@ -185,7 +185,8 @@ def base() -> ml_collections.ConfigDict:
     # training and again for evaluation: with these values 2 x 16 x 5 batches, or 49 GB where one
     # host has all of 2048 x 224 x 224. The devices together hold 1.2 GB of images for the precise
     # statistics.
-    # Processes that decode, and as many again for evaluation: one a core at most; 0 for threads.
+    # Processes that decode, and at most as many again for evaluation, one for each of its batches:
+    # one a core at most; 0 for threads.
     config.num_workers = 16
     config.num_threads = 1  # batches made at the same time in each of them
     config.read_ahead = 1  # batches ready on the host, for each of them

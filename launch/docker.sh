@@ -15,7 +15,7 @@ do_build() {
   cd "$launch/.."
   # Uncommitted files are built too, and the image has to say so.
   if [[ -n $COMMIT && $COMMIT == "$(git rev-parse HEAD 2>/dev/null)" ]]; then
-    COMMIT=$(git describe --always --dirty --abbrev=40 --exclude='*')
+    [[ -z $(git status --porcelain) ]] || COMMIT+=-dirty # new files too
   fi
   run docker build --file launch/Dockerfile --build-arg DEVICE="$DEVICE" \
     --build-arg COMMIT="$COMMIT" --label org.opencontainers.image.revision="${COMMIT:-unknown}" \

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # A run on a TPU slice in Google Kubernetes Engine, by launch/gke/jobset.yaml.
 #
-#     launch/gke.sh apply              start it, in kubectl's current context
+#     launch/gke.sh apply              start it, in kubectl's current context, also after its end
 #     launch/gke.sh status             the JobSet and its pods
 #     launch/gke.sh logs [--follow]    of worker 0
-#     launch/gke.sh delete             pods save first; apply goes on from there
+#     launch/gke.sh delete             pods save first; apply goes on from there. The node pool stays,
+#                                      and costs money while it has machines
 #     launch/gke.sh xpk                the line that starts the run with XPK, on $ACCELERATOR
 #
 # The slice is $GKE_ACCELERATOR of $GKE_TOPOLOGY, in XPK's own words $ACCELERATOR.
@@ -51,7 +52,7 @@ manifest() {
 }
 
 do_apply() {
-  local text
+  local text ended
   need BUCKET
   text=$(manifest)
   if [[ $dry_run == yes ]]; then
@@ -59,6 +60,12 @@ do_apply() {
     echo "$text"
     echo END
   else
+    # One that has ended would stay as it is.
+    ended=$(kubectl get jobset "$RUN_NAME" --ignore-not-found -o 'jsonpath={.status.terminalState}')
+    if [[ -n $ended ]]; then
+      say "the JobSet of before has ended ($ended): another goes on from the last checkpoint"
+      kubectl delete jobset "$RUN_NAME"
+    fi
     kubectl apply -f - <<<"$text"
   fi
 }

@@ -20,7 +20,7 @@
 : "${DATA_DIR=${BUCKET:+/mnt/data}}"
 
 # --- The code: each machine clones it. No password in the address: it would end up in logs. ---
-: "${REPOSITORY:=}"                   # https://… or git@…
+: "${REPOSITORY:=}"                   # https://…, read without a password
 : "${COMMIT:=$(git -C "${BASH_SOURCE[0]%/*}" rev-parse HEAD 2>/dev/null || true)}"
 
 # --- Google Cloud ---

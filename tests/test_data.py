@@ -593,6 +593,11 @@ def test_folders_of_images_are_packed(tmp_path, capsys):
     assert pack.main(flags) == 2
     assert "without images: " in (error := capsys.readouterr().err) and "train/empty\n" in error
     (tmp_path / "photos/train/empty").rmdir()
+    (tmp_path / "photos/train/stray.jpg").touch()
+    assert pack.main(flags) == 2
+    assert "move into a class's folder" in (error := capsys.readouterr().err)
+    assert "train/stray.jpg\n" in error
+    (tmp_path / "photos/train/stray.jpg").unlink()
     put("alone", "b", 10)
     assert pack.main([*flags, "--splits", "alone"]) == 2
     assert "/alone has one class, b: " in capsys.readouterr().err

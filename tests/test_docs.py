@@ -8,9 +8,10 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from benchmarks import around_step, input_speed, roofline, tpu_cycles, train_step
+from benchmarks import around_step, input_speed, reading, roofline, tpu_cycles, train_step
 from convstem_jax import preflight
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -46,6 +47,17 @@ def test_the_table_of_preflight_is_made_of_its_records():
     slices = {"v3:2x2", "v4:2x2x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8"}
     assert len(records) == 40 and {record["topology"] for record in records} == slices
     assert preflight.table(records, "github") in (ROOT / "docs/preflight.md").read_text()
+
+
+def test_what_a_host_has_to_read_is_of_the_records_of_preflight():
+    rows = reading.demand(str(ROOT / "results/preflight/records.jsonl"))
+    found = {(row["config"], row["slice"]): list(row.values())[2:] for row in rows}
+    for size in ("1gf", "4gf", "18gf", "36gf"):
+        slices = ("v5e:16x16", "v4:2x2x4", "v5p:4x4x4", "v6e:8x8")
+        cells = [found[f"configs/vitc.py:{size}", slice_] for slice_ in slices]
+        line = " | ".join(f"{images:,} images/s, {mb:,} MB/s" for images, mb in cells)
+        page = (ROOT / "docs/data_on_a_pod.md").read_text()
+        assert f"| {size.upper()} | {line} |\n" in page
 
 
 @pytest.mark.parametrize("file, compiler", [("records", ""), ("records_jax_0.12", ", JAX 0.12")])
@@ -141,6 +153,20 @@ def test_the_bound_and_what_is_around_the_step_are_told_of_their_results():
 def test_the_table_of_processors_is_the_results():
     rows = json.loads((ROOT / "results/input_speed.json").read_text())
     assert input_speed.table(rows) in (ROOT / "docs/data_on_a_pod.md").read_text()
+
+
+@pytest.mark.parametrize("loaded, restarts", [("0.1", True), (np.__version__, False)])
+def test_a_notebook_asks_for_a_restart_where_numpy_was_replaced(tmp_path, loaded, restarts):
+    """As in Colab, whose own NumPy the notebook's process has loaded."""
+    notebook = json.loads((ROOT / "colab/quickstart.ipynb").read_text())
+    code = "import sys, types\nsys.executable = '/bin/true'\n"
+    code += f"sys.modules['numpy'] = types.SimpleNamespace(__version__='{loaded}')\n"
+    code += notebook["cells"][1]["source"]
+    (tmp_path / "convstem_jax").mkdir()
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ("Restart session, and run all cells again" in done.stderr) == restarts
+    assert done.returncode == restarts
 
 
 # With less training.

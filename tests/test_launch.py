@@ -896,6 +896,15 @@ def test_jobset_after_a_failure(cloud, status, disrupted, again):
     assert (reason not in rule["onJobFailureReasons"]) == again
 
 
+@pytest.mark.parametrize("ended", ["", "Failed"])
+def test_gke_starts_a_run_again_that_has_ended(cloud, ended):
+    cloud.answer([["kubectl get jobset", 0, ended]])
+    done = cloud.run("launch/gke.sh apply")
+    assert done.returncode == 0 and ("has ended (Failed)" in done.stdout) == bool(ended)
+    commands = [call[1] for call in cloud.calls()]
+    assert commands == ["get", *["delete"] * bool(ended), "apply"]
+
+
 def test_gke_names_what_is_missing(cloud):
     done = cloud.run("launch/gke.sh apply", IMAGE="convstem_jax")
     assert done.returncode == 2 and "names no registry" in done.stderr
@@ -1006,25 +1015,45 @@ def test_skypilot():
         assert {name for name in used if not name.startswith("SKYPILOT_")} <= set(task["envs"])
 
 
-@pytest.mark.parametrize("device", ["gpu", "tpu"])
-def test_skypilot_starts_the_program(tmp_path, device):
+@pytest.fixture
+def node(tmp_path):
+    """A function that runs the task on one of two nodes, with `program` in place of Python."""
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
-    python.chmod(0o755)
-    nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2"}
-    envs = {**task["envs"], "BUCKET": "b", "FIELDS": "lr=1 wd=2", "DEVICE": device}
-    env = {"PATH": "/usr/bin:/bin", "SKYPILOT_NODE_RANK": "1", **nodes, **envs}
-    done = subprocess.run(
-        ["bash", "-c", task["run"]], env=env, cwd=tmp_path, capture_output=True, text=True
-    )
+
+    def run(program, **envs):
+        python.write_text(f"#!/bin/bash\n{program}\n")
+        python.chmod(0o755)
+        nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2"}
+        env = {"PATH": "/usr/bin:/bin", "SKYPILOT_NODE_RANK": "1", **nodes, **task["envs"], **envs}
+        script = task["run"].replace("/mnt/bucket", str(tmp_path / "bucket"))
+        command = ["bash", "-c", script]
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu"])
+def test_skypilot_starts_the_program(node, tmp_path, device):
+    done = node('printf "%s\\n" "$@"', BUCKET="b", FIELDS="lr=1 wd=2", DEVICE=device)
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
     assert words[:4] == ["-m", "convstem_jax.main", "--config", "configs/vitc.py:4gf"]
-    assert {"--config.lr=1", "--config.wd=2", "/mnt/bucket/runs/convstem"} <= set(words)
+    assert {"--config.lr=1", "--config.wd=2", f"{tmp_path}/bucket/runs/convstem"} <= set(words)
     told = ["--coordinator", "10.0.0.1:8476", "--processes", "2", "--process", "1"]
     assert words[-6:] == told if device == "gpu" else "--coordinator" not in words
+
+
+def test_skypilot_gives_up_without_progress(node, tmp_path):
+    """A new checkpoint begins the count anew, and so does giving up: a person starts it then."""
+    statuses = []
+    for step in ("", "100", "", "", "", ""):
+        save = f"mkdir -p bucket/runs/convstem/checkpoints/{step}" if step else ""
+        statuses.append(node(f"{save}\nexit 75", BUCKET="b").returncode)
+    assert statuses == [75, 75, 75, 75, 1, 75]
+    assert node("exit 3", BUCKET="b").returncode == 3
+    assert not list((tmp_path / "bucket/runs/convstem").glob(".failures*"))
 
 
 # --- Containers and what is installed in them ---
@@ -1043,6 +1072,9 @@ def test_dockerfile():
         assert re.findall(r"-r (\S+)", install.replace("${DEVICE}", device)) == names
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert not {"convstem_jax", "configs", "datasets", "launch"} & set(ignored)
+    # Data that are not for others' eyes, among them.
+    of_git = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    assert of_git <= {line.removeprefix("**/") for line in ignored}
 
 
 def locked(name: str) -> dict[tuple[str, str], str]:

@@ -70,8 +70,10 @@ with stop_requested() as stop:
         checkpoints.save(50, {"step": jnp.int32(50)}, {})
         checkpoints.close()
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(3)  # JAX notices after about a second
-    print(stop(), flush=True)
+    end = time.time() + 30
+    while not (stopped := stop()) and time.time() < end:  # JAX notices after about a second
+        time.sleep(0.1)
+    print(stopped, flush=True)
 os._exit(0)
 """
 

@@ -48,8 +48,8 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
         those of the first split.
 
     Raises:
-        ConfigError: a split has no images, an empty folder, other files, one that cannot be read,
-            or a class that the first one has not.
+        ConfigError: a split has no images, an empty folder, other files, files beside its folders,
+            one that cannot be read, or a class that the first one has not.
         DataError: files cannot be decoded; it names them all.
     """
     packed, classes, damaged = {}, [], []
@@ -62,7 +62,9 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
             raise ConfigError(
                 f"{root} holds no CLASS/*{', *'.join(_SUFFIXES)}: see --images and --splits"
             )
-        folders = {path for path in root.glob("[!.]*") if path.is_dir()}
+        if stray := sorted(str(path) for path in root.glob("[!.]*") if not path.is_dir()):
+            raise ConfigError(f"move into a class's folder, or take away: {', '.join(stray[:9])}")
+        folders = set(root.glob("[!.]*"))
         if empty := sorted(map(str, folders - {file.parent for file in files})):
             raise ConfigError(f"fill or take away the folders without images: {', '.join(empty)}")
         classes = classes or sorted({file.parent.name for file in files})
