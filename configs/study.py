@@ -1,15 +1,15 @@
 """The stability study (section 5): six experiments on ViT_P, ViT_C and a CNN, and their verdicts.
 
     python -m convstem_jax.study --config configs/study.py            10 minutes on 2 CPU cores
-    python -m convstem_jax.study --config configs/study.py:cpu        hours on them
+    python -m convstem_jax.study --config configs/study.py:cpu        an hour or more
     python -m convstem_jax.study --config configs/study.py:full       one large GPU
     python -m convstem_jax.study --config configs/study.py:imagenet   the 4GF models
     python -m convstem_jax.study --config configs/study.py:full,colour,num_seeds=5
 
 `quick`, the first, passes through all experiments with few trials on a part of the embedded data:
-it shows that everything works, and decides little. `cpu` decides more, and with more seeds most:
-results/study holds `cpu,num_seeds=10,max_widenings=0`, 163 minutes. `full` and `imagenet` have not
-been run yet; the latter has the paper's optima and intervals. `colour` is the harder set of
+it shows that everything works, and decides little. `cpu` decides more: results/study holds
+`cpu,num_seeds=6`, 68 minutes on 2 cores of an Intel Xeon. `full` and `imagenet` have not been run
+yet; the latter has the paper's optima and intervals. `colour` is the harder set of
 `convstem_jax.study.colour_set`, in place of the grey Fashion-MNIST.
 """
 

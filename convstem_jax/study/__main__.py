@@ -29,7 +29,7 @@ from convstem_jax.terminal import duration
 _EPILOG = f"""\
 examples:
   python -m convstem_jax.study                                   10 minutes on 2 CPU cores
-  python -m convstem_jax.study --config configs/study.py:cpu     hours on them
+  python -m convstem_jax.study --config configs/study.py:cpu     an hour or more
   python -m convstem_jax.study --config configs/study.py:full --workdir runs/study
   python -m convstem_jax.study --config configs/study.py:full,num_seeds=5
 
