@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent import futures
 import contextlib
 import copy
-import math
 import os
 import shutil
 import sys
@@ -30,18 +29,12 @@ from convstem_jax.errors import (
     is_of_this_process,
     is_passing,
 )
-from convstem_jax.sharding import bytes_on_device
+from convstem_jax.sharding import bytes_on_device, room_left
 from convstem_jax.step import PyTree
 
 # Programs that wait on a CPU device while a state is inspected. It takes 32 at most: where a thread
 # fills that, and another begins a step on several devices, neither ever goes on (JAX 0.10, 0.11).
 MAX_WAITING = 8
-
-
-def room_left() -> float:
-    """Bytes that were free on the fullest device at the highest use so far."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]  # CPUs have none
-    return min(x.get("bytes_limit", math.inf) - x.get("peak_bytes_in_use", 0) for x in stats)
 
 
 class _Manager(ocp.CheckpointManager):

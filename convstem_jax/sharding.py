@@ -92,6 +92,12 @@ def bytes_on_device(tree: PyTree) -> int:
     )
 
 
+def room_left() -> float:
+    """Bytes that were free on the fullest device at the highest use so far."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]  # CPUs have none
+    return min(x.get("bytes_limit", math.inf) - x.get("peak_bytes_in_use", 0) for x in stats)
+
+
 def bytes_of_program(compiled: jax.stages.Compiled) -> int:
     """Bytes that a program takes of each device with its arguments and results, not its code."""
     found = compiled.memory_analysis()

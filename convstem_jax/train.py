@@ -21,7 +21,7 @@ from convstem_jax import (
     run_folder,
     weights,
 )
-from convstem_jax.checkpoint import Checkpoints, room_left
+from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.curves import plot_curves
 from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import Preempted, UserError
@@ -29,7 +29,7 @@ from convstem_jax.evaluation import evaluate, precise_batch_stats
 from convstem_jax.lead import Lead
 from convstem_jax.overview import print_overview
 from convstem_jax.rules import validate
-from convstem_jax.sharding import Sharding
+from convstem_jax.sharding import Sharding, room_left
 from convstem_jax.step import batch_statistics, eval_step
 from convstem_jax.transfer import transfer
 
