@@ -99,6 +99,11 @@ class Checkpoints:
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
                 multiprocessing_options=meeting,
+                # A checkpoint is finished by a file. Renaming its folder, as is done on disks,
+                # is not atomic in a mounted bucket, where each file is renamed by itself.
+                atomicity_options=ocp.options.AtomicityOptions(
+                    mode=ocp.options.AtomicityMode.COMMIT_FILE
+                ),
             ),
         )
         self.directory, self._read_only = directory, read_only

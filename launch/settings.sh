@@ -5,8 +5,7 @@
 #
 # shellcheck shell=bash disable=SC2034  # the scripts that source this file use the values
 
-# Cloud Storage bucket, mounted at /mnt/bucket on machines of the cloud. Take one with a hierarchical
-# namespace: a checkpoint is finished by renaming its folder, which other buckets do file by file.
+# Cloud Storage bucket, mounted at /mnt/bucket on machines of the cloud.
 : "${BUCKET:=}"
 
 # --- The run ---

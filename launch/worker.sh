@@ -61,12 +61,11 @@ mount_bucket() {
   # program has to save: Before= stops it after the sessions. Forking: it is up when it is mounted.
   local service=(sudo systemd-run --quiet --collect --service-type=forking
     --property=Before=systemd-user-sessions.service --property=After=network-online.target)
-  # No cached metadata: each machine must see at once what the first one writes. A checkpoint's
-  # folder is renamed when it is complete, and without a limit that fails in a flat bucket. What is
-  # written as a stream comes to the bucket when the file is closed, and not by fsync.
+  # No cached metadata: each machine must see at once what the first one writes. What is written as a
+  # stream comes to the bucket when the file is closed, and not by fsync.
   run "${service[@]}" gcsfuse -o allow_other --uid="$(id -u)" --gid="$(id -g)" --implicit-dirs \
-    --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 --rename-dir-limit=200000 \
-    --enable-streaming-writes=false "$BUCKET" /mnt/bucket || {
+    --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 --enable-streaming-writes=false \
+    "$BUCKET" /mnt/bucket || {
     sudo journalctl --quiet --no-pager --identifier=gcsfuse --lines=20 >&2 # its own words
     exit 1
   }
@@ -109,11 +108,11 @@ state() {
   elif [[ -e $files/pid ]]; then
     state=lost
   fi
-  # Names of unfinished ones are not numbers.
   read -r -t "$ANSWER_SECONDS" step < <(
     exec 2>/dev/null # which would keep the ssh connection open
-    find "$1/checkpoints" -maxdepth 1 -regex '.*/[0-9]+' -printf '%f\n' | sort -n | tail -1
+    find "$1/checkpoints" -maxdepth 2 -path '*[0-9]/commit_success.txt' -printf '%P\n' | sort -n | tail -1
   ) || true
+  step=${step%/*}
   echo "worker $HOSTNAME $state ${step:--1}"
 }
 

@@ -314,10 +314,21 @@ def test_another_type_or_shape_is_refused(tmp_path):
     checkpoints.close()
 
 
+def test_no_folder_is_renamed(tmp_path, monkeypatch):
+    """A bucket may rename it file by file: a machine that dies meanwhile leaves half of one."""
+    rename, renamed = os.rename, []
+    monkeypatch.setattr(
+        os, "rename", lambda *paths: renamed.append(os.path.isdir(paths[0])) or rename(*paths)
+    )
+    write(tmp_path / "c", {1: 1.0})
+    assert not any(renamed)
+
+
 def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
     write(tmp_path / "c", {1: 1.0})
-    unfinished = tmp_path / "c" / "2.orbax-checkpoint-tmp"  # renamed when it is complete
+    unfinished = tmp_path / "c" / "2"
     shutil.copytree(tmp_path / "c" / "1", unfinished)
+    (unfinished / "commit_success.txt").unlink()  # written last; launch/ looks for it too
     reader = Checkpoints(str(tmp_path / "c"), read_only=True)
     assert reader.latest_step() == 1 and same(reader.restore(make_state(0))[0], make_state(1))
     reader.close()

@@ -757,9 +757,9 @@ def test_worker_does_not_train_beside_the_bucket(worker):
 
 def test_worker_starts_and_tells_the_exit_status(worker):
     assert worker(f"state {worker.workdir}") == "worker host-0 none -1\n"
-    (worker.workdir / "checkpoints/90").mkdir(parents=True)
-    (worker.workdir / "checkpoints/100").mkdir()
-    (worker.workdir / "checkpoints/110.tmp-1").mkdir()
+    for finished in ("90", "100", "100/state", "110/state"):  # 110 is being saved
+        (worker.workdir / "checkpoints" / finished).mkdir(parents=True)
+        (worker.workdir / "checkpoints" / finished / "commit_success.txt").touch()
     # What it leaves behind holds nothing up.
     go = worker.folder / "go"
     job = f"sleep 9 & echo told; until [[ -e {go} ]]; do sleep 0.05; done; exit 5"
@@ -924,7 +924,8 @@ def cluster(cloud):
     python.parent.mkdir(parents=True)
     python.write_text(
         "#!/bin/bash\nset -- $STATUSES\ns=${@:SLURM_PROCID+1:1}\n"
-        "[[ -z ${NEW:-} ]] || mkdir -p $WORKDIR/checkpoints/$NEW\n"
+        "[[ -z ${NEW:-} ]] || { mkdir -p $WORKDIR/checkpoints/${NEW%/*}\n"
+        "touch $WORKDIR/checkpoints/$NEW; }\n"
         "[[ $s != dead ]] || kill -9 $PPID\nexit $s\n"
     )
     srun = cloud.folder / "bin/srun"
@@ -969,7 +970,8 @@ def test_slurm_does_not_requeue_for_ever(cluster):
 
 def test_slurm_gives_up_without_progress(cluster, cloud):
     """A new checkpoint begins the count anew."""
-    saved = "", "100", "200", "", "200.orbax-checkpoint-tmp"
+    file = "commit_success.txt"
+    saved = "", f"100/{file}", f"200/{file}", "", f"300/state/{file}"
     for step, num_calls in zip(saved, (1, 2, 3, 4, 4), strict=True):
         status, calls = cluster("75 75 75 75", MAX_FAILURES="2", NEW=step)
         assert (status, len(calls)) == (75, num_calls), step
@@ -1049,7 +1051,8 @@ def test_skypilot_gives_up_without_progress(node, tmp_path):
     """A new checkpoint begins the count anew, and so does giving up: a person starts it then."""
     statuses = []
     for step in ("", "100", "", "", "", ""):
-        save = f"mkdir -p bucket/runs/convstem/checkpoints/{step}" if step else ""
+        folder = f"bucket/runs/convstem/checkpoints/{step}"
+        save = f"mkdir -p {folder}; touch {folder}/commit_success.txt" if step else ""
         statuses.append(node(f"{save}\nexit 75", BUCKET="b").returncode)
     assert statuses == [75, 75, 75, 75, 1, 75]
     assert node("exit 3", BUCKET="b").returncode == 3
