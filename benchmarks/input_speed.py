@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             return tell(error)
     print(table(rows))
     if args.json:
-        about = arguments.made_by(argv) | {"cores": cores, "batch": args.batch}
+        about = arguments.made_by(argv) | {"batch": args.batch}
         files.write_json(args.json, [row | about for row in rows])
     return 0
 

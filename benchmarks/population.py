@@ -22,7 +22,7 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks import arguments
-from convstem_jax import build, files
+from convstem_jax import build, files, provenance
 from convstem_jax.config import load_config
 from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     population_s, run_s = np.median(pairs, axis=0)
     row = {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "device": provenance.device(),
         "model": args.model,
         "trials": args.trials,
         "trials_at_a_time": programs.num_trials,

@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import re
 import sys
 import tempfile
@@ -205,11 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     for rows in tables.values():
         print(tabulate(rows, headers="keys", tablefmt="github"), end="\n\n")
     if args.json:
-        about = {
-            "array_record": importlib.metadata.version("array_record"),
-            "python": platform.python_version(),
-            "cores": len(os.sched_getaffinity(0)),
-        }
+        about = {"array_record": importlib.metadata.version("array_record")}
         files.write_json(args.json, tables | {"about": about | arguments.made_by(argv)})
     return 0
 

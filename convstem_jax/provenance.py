@@ -10,9 +10,18 @@ import jax
 
 
 def device() -> str:
-    """The number of devices and their kind."""
+    """The number of devices and their kind, and what the CPU is that they are."""
     devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind}"
+    about = f" ({processor()})" if devices[0].platform == "cpu" else ""
+    return f"{len(devices)} x {devices[0].device_kind}{about}"
+
+
+def processor() -> str:
+    """What Linux calls the CPU, and the number of cores that this process may use."""
+    with open("/proc/cpuinfo") as file:
+        names = [line for line in file if line.startswith("model name")]  # none on ARM
+    name = names[0].partition(":")[2].strip() if names else platform.machine()
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def versions() -> dict[str, str]:

@@ -234,6 +234,7 @@ def test_a_run_leaves_its_records(uninterrupted):
     ):  # fmt: skip
         assert key in result
     assert result["examples"] == 500 and result["steps"] == 31
+    assert re.fullmatch(r"\d x cpu \(.+, \d+ cores\)", result["device"])
     assert 5 < result["top1_error"] < 85, "31 steps must learn something, and not everything"
     assert json.loads((workdir / "config.json").read_text())["lr"] == config().lr
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
