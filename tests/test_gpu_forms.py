@@ -10,63 +10,19 @@ import pytest
 from convstem_jax import optim, sharding, xla_options
 from convstem_jax.config import load_config
 from convstem_jax.jaxprs import float32_products
-from convstem_jax.models import attention, create_model, kernels, target
+from convstem_jax.models import attention, kernels, target
 from convstem_jax.models.regnet import GroupedConv
 from convstem_jax.study import programs
 from convstem_jax.study.experiments import Population, run_config
 from convstem_jax.study.programs import Trial
-from tests.test_program import trace
-
-NUM_CLASSES = 5
-
-
-# Two blocks, one of which is the last, and a block a stage.
-FEW_BLOCKS = {"vit": {"depth": 2}, "reg": {"depths": (1, 1, 1)}}
-
-
-def logits_gradients_and_statistics(name, num_devices=1, dtype=jnp.float32):
-    """Of a model with random parameters."""
-    mesh = sharding.Sharding(jax.devices()[:num_devices])
-    model = create_model(
-        name, num_classes=NUM_CLASSES, dtype=dtype, rngs=nnx.Rngs(0), **FEW_BLOCKS[name[:3]]
-    )
-    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    params, batch_stats = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
-    keys = iter(jax.random.split(jax.random.key(1), 200))
-    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params)
-    images = jax.device_put(jax.random.normal(next(keys), (4, 32, 32, 3)), mesh.batch)
-    weights = jax.random.normal(next(keys), (4, NUM_CLASSES))
-
-    def loss(params, images):
-        model = nnx.merge(graphdef, params, batch_stats)
-        model.train()
-        logits = model(images)
-        return (weights * logits).sum(), (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
-
-    with jax.default_matmul_precision("highest"):
-        grads, others = mesh.jit(jax.grad(loss, has_aux=True))(params, images)
-    return jax.device_get({"gradients": grads, "others": others})
-
-
-def device_of(kind, platform="gpu"):
-    """As a mesh tells it."""
-    return jax.sharding.AbstractDevice(kind, num_cores=None, platform=platform)
-
-
-def choose(monkeypatch, gpu):
-    """Which forms are taken, whatever device is here."""
-    device = device_of("NVIDIA H200") if gpu else device_of("", "")
-    monkeypatch.setattr(target, "device", lambda: device)
-    monkeypatch.setattr(kernels, "INTERPRET", jax.default_backend() == "cpu")
-
-
-def assert_the_same(found, expected):
-    for (path, x), y in zip(
-        jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
-        # Zero, but for rounding, of a bias before BatchNorm and of the keys' bias.
-        floor = 1e-4 if "bias" in jax.tree_util.keystr(path) else 0
-        assert jnp.abs(x - y).max() <= 2e-5 * jnp.abs(y).max() + floor, path
+from tests.forms import (
+    NUM_CLASSES,
+    assert_the_same,
+    choose,
+    device_of,
+    logits_gradients_and_statistics,
+)
+from tests.programs import trace
 
 
 @pytest.mark.parametrize("name", ["vitc_tiny", "vitp_tiny", "vitp_tiny_bn", "vitc_tiny_ln"])

@@ -8,12 +8,7 @@ import pytest
 
 from convstem_jax.models import attention, kernels, layer_norm_kernels, packed_attention
 from convstem_jax.models.gelu import gelu
-from tests.test_gpu_forms import (
-    FEW_BLOCKS,
-    assert_the_same,
-    choose,
-    logits_gradients_and_statistics,
-)
+from tests.forms import FEW_BLOCKS, assert_the_same, choose, logits_gradients_and_statistics
 
 interpreted = pytest.mark.skipif(
     jax.default_backend() == "gpu", reason="only the interpreter has the kernels in float32"

@@ -7,27 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import jax_contenders
-from benchmarks.workload import recipe_of
-from convstem_jax import build
 from convstem_jax import train as train_module
 from convstem_jax.config import load_config, set_field
 from convstem_jax.jaxprs import float32_products, inner_programs
 from convstem_jax.sharding import Sharding
-
-ARRAYS = jax.ShapeDtypeStruct
-
-
-def trace(name, optimizer, sharding, batch=16):
-    """The paper's step in bfloat16, and the state that it takes."""
-    recipe = recipe_of(optimizer)
-    new = jax_contenders.new_model("convstem_jax", name)
-    graphdef, state = jax_contenders.abstract_state(new, recipe)
-    shardings = sharding.of_state(state)
-    state = jax.tree.map(lambda x, s: ARRAYS(x.shape, x.dtype, sharding=s), state, shardings)
-    data = jax_contenders.abstract_batch(name, batch, sharding.batch)
-    step = build.jit_train_step(sharding, graphdef, recipe, shardings)
-    return step.trace(state, data, jax.eval_shape(jax_contenders.hparams)), state
+from tests.programs import trace
 
 
 @pytest.mark.parametrize("name", ["vitc_18gf", "vitp_1gf", "regnety_4gf"])

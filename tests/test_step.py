@@ -28,8 +28,8 @@ from convstem_jax.step import (
     split_model,
     train_step,
 )
+from tests.forms import choose
 from tests.networks import random_model, torchvision_network
-from tests.test_gpu_forms import choose
 
 RECIPE = Recipe(
     num_classes=10,
