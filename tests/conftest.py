@@ -43,8 +43,9 @@ with contextlib.suppress(ImportError):
 
 # Each worker of pytest-xdist takes the next file; a slow one must not be the last.
 SLOWEST = (
-    *("benchmarks", "processes", "step", "train", "preflight", "models", "program", "study"),
-    *("population", "gpu_forms", "tpu_forms", "kernels", "docs", "weights"),
+    *("processes", "step", "train", "preflight", "models", "program", "study", "population"),
+    *("gpu_forms", "benchmarks/train_step", "tpu_forms", "kernels", "docs", "weights"),
+    *("benchmarks/roofline", "data/pipeline", "benchmarks/around_step"),
 )
 
 
@@ -72,5 +73,9 @@ def shallow(monkeypatch):
 
 def pytest_collection_modifyitems(items):
     """Sorts them, with files whole."""
-    place = {f"test_{name}": i for i, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+    place = {f"tests/{name}.py": i for i, name in enumerate(SLOWEST)}
+
+    def place_of(item):
+        return place.get(item.nodeid.partition("::")[0].replace("test_", ""), len(place))
+
+    items.sort(key=place_of)
