@@ -84,7 +84,10 @@ def measure(model: str, args) -> dict:
     saves = []
     for _ in range(args.repeats + 1):
         step = int(state.step)
-        with _new_checkpoints() as checkpoints:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.closing(Checkpoints(folder)) as checkpoints,
+        ):
             start = time.perf_counter()
             checkpoints.save(step, state, {})
             called = time.perf_counter() - start
@@ -146,15 +149,6 @@ def _in_a_new_process(function, *args):
     """What it returns; the device is its own, and has not been used."""
     with futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
-
-
-@contextlib.contextmanager
-def _new_checkpoints():
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.closing(Checkpoints(folder)) as checkpoints,
-    ):
-        yield checkpoints
 
 
 def table(rows: list[dict]) -> str:

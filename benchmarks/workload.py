@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from configs import common
+from convstem_jax import build
 from convstem_jax.models import MODELS
 from convstem_jax.step import Recipe
 
@@ -37,11 +39,9 @@ class Case(NamedTuple):
 
 def recipe_of(optimizer: str) -> Recipe:
     """The paper's recipe on ImageNet."""
-    return Recipe(
-        num_classes=NUM_CLASSES, optimizer=optimizer, label_smoothing=0.1, mixup_alpha=0.8,
-        cutmix_alpha=1.0, lighting_std=0.1, ema_every=32, mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-    )  # fmt: skip
+    config = common.base()
+    config.optimizer = optimizer
+    return build.recipe(config, NUM_CLASSES)
 
 
 def random_batches(case: Case) -> list[dict[str, np.ndarray]]:

@@ -12,7 +12,6 @@ import copy
 import os
 import shutil
 import sys
-from typing import Any
 
 from flax import nnx
 import jax
@@ -30,7 +29,7 @@ from convstem_jax.errors import (
     is_passing,
 )
 from convstem_jax.sharding import bytes_on_device, room_left
-from convstem_jax.step import PyTree
+from convstem_jax.step import PyTree, by_name
 
 # Programs that wait on a CPU device while a state is inspected. It takes 32 at most: where a thread
 # fills that, and another begins a step on several devices, neither ever goes on (JAX 0.10, 0.11).
@@ -256,7 +255,7 @@ class Checkpoints:
             )
             state, loop = restored["state"], restored["loop"]
             checksums, _ = _inspect(state)
-            if checksums != loop.pop("checksums") or _by_name(state)["step"] != step:
+            if checksums != loop.pop("checksums") or by_name(state)["step"] != step:
                 raise ValueError("arrays differ from their checksums")
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {self.directory}/{step}: {error}") from error
@@ -340,7 +339,7 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 def _check_fit(saved: PyTree, like: PyTree) -> None:
     """Orbax casts types and may cut shapes silently, so both are compared first."""
     saved, wanted = (
-        {name: (x.shape, np.dtype(x.dtype)) for name, x in _by_name(tree).items()}
+        {name: (x.shape, np.dtype(x.dtype)) for name, x in by_name(tree).items()}
         for tree in (saved, like)
     )
     wrong = [
@@ -353,12 +352,6 @@ def _check_fit(saved: PyTree, like: PyTree) -> None:
             f"does not fit this configuration in {len(wrong)} arrays, first {wrong[0]}: "
             "use another --workdir"
         )
-
-
-def _by_name(tree: PyTree) -> dict[str, Any]:
-    """Leaves by name, which does not tell the number 0 from the text "0"."""
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
 def _is_whole_on_several(x: jax.Array) -> bool:
@@ -375,7 +368,7 @@ def _inspect(state: PyTree) -> tuple[dict[str, int], bool]:
     """A checksum of each array, by name, and whether all numbers are finite."""
     # Each device sums up what it holds, but copies count once. One program for each shape compiles
     # ten times faster than one for all the arrays.
-    arrays = _by_name(state)
+    arrays = by_name(state)
     wanted, found = list(arrays.values()), []
     at_once = MAX_WAITING if jax.default_backend() == "cpu" else len(wanted)
     while wanted:

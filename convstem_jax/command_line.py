@@ -16,16 +16,9 @@ import ml_collections
 
 from convstem_jax import processes
 from convstem_jax.config import load_config, set_fields, split_argument
-from convstem_jax.errors import (
-    ConfigError,
-    Preempted,
-    StorageError,
-    UserError,
-    first_line,
-    is_passing,
-)
+from convstem_jax.errors import ConfigError, StorageError, UserError, first_line, is_passing
 from convstem_jax.run_folder import FREE_FIELDS
-from convstem_jax.terminal import new_parser
+from convstem_jax.terminal import new_parser, tell
 
 EXIT_STATUS = """\
 exit status:
@@ -71,12 +64,8 @@ def run(
         program(config, args.workdir or default_workdir(args.config, overrides))
     except UserError as error:
         if args.traceback:
-            raise
-        prefix = "" if isinstance(error, Preempted) else "error: "
-        print(f"{prefix}{error}", file=sys.stderr)
-        if error.exit_status != error.status:
-            print("storage did not answer: first give the same command again", file=sys.stderr)
-        return error.exit_status
+            traceback.print_exc()
+        return tell(error)
     except (RuntimeError, ValueError, OSError) as error:
         reason = first_line(error)[:1000]
         is_lost_peer = processes.is_lost_peer(error)

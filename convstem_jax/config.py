@@ -69,7 +69,11 @@ def load_run_config(workdir: str) -> ml_collections.ConfigDict:
 
 
 def split_argument(arg: str) -> tuple[list[str], dict[str, str]]:
-    """Words and fields of an argument such as `18gf,sgd,mean=(0.5, 0.5, 0.5)`."""
+    """Words and fields of an argument such as `18gf,sgd,mean=(0.5, 0.5, 0.5)`.
+
+    Raises:
+        ConfigError: a bracket has no partner.
+    """
     parts, depth = [""], 0
     for char in arg:
         depth += (char in "([") - (char in ")]")
@@ -77,6 +81,8 @@ def split_argument(arg: str) -> tuple[list[str], dict[str, str]]:
             parts.append("")
         else:
             parts[-1] += char
+    if depth:
+        raise ConfigError(f"a bracket of {arg} has no partner")
     parts = [part.strip() for part in parts]
     words = [part for part in parts if part and "=" not in part]
     return words, dict(part.split("=", 1) for part in parts if "=" in part)

@@ -75,6 +75,9 @@ def read_torch(path: str, *, raw: bool = False) -> dict[str, np.ndarray]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
+    else:
+        if raw:
+            raise ConfigError(f"--raw is for checkpoints of two states: {path} is one state")
     is_state = isinstance(content, dict) and all(
         isinstance(name, str) and torch.is_tensor(x) and not x.is_complex()
         for name, x in content.items()

@@ -106,6 +106,27 @@ class PeerError(UserError):
 
 
 @contextlib.contextmanager
+def reading(what: str, remedy: str) -> Iterator[None]:
+    """Turns whatever another library raises while it reads data into a line for the user.
+
+    Raises:
+        ConfigError: this process lacks memory, files to open or permission.
+        DataError: `what` is damaged; `remedy` says what to do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of ArrayRecord, zip files, NumPy
+        if is_of_this_process(error):
+            raise ConfigError(
+                f"{what} cannot be read by this process: give it more memory or open files, or the "
+                f"right to read ({first_line(error)})"
+            ) from error
+        raise DataError(f"{what} cannot be read: {first_line(error)}; {remedy}") from error
+
+
+@contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
     """Turns an error in writing a file of the run into a line for the user.
 

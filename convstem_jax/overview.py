@@ -10,7 +10,7 @@ from convstem_jax import provenance
 from convstem_jax.errors import writing
 from convstem_jax.optim import decay_mask
 from convstem_jax.sharding import bytes_on_device
-from convstem_jax.step import PyTree, TrainState
+from convstem_jax.step import PyTree, TrainState, by_name
 
 
 def print_overview(
@@ -71,7 +71,6 @@ def _write_parameters(workdir: str, params: PyTree, decayed: PyTree) -> str:
         stats = "global" if jax.process_count() == 1 else False
         file.write(parameter_overview.get_parameter_overview(params, include_stats=stats))
         file.write("\n\nWeight decay acts on\n")
-        for key, yes in jax.tree.leaves_with_path(decayed):
-            name = jax.tree_util.keystr(key, simple=True, separator="/")
+        for name, yes in by_name(decayed).items():
             file.write(f"{'yes' if yes else 'no':4}{name}\n")
     return path

@@ -44,6 +44,8 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
         UnreachableError: process 0 does not answer within minutes.
     """
     given = [coordinator, num_processes, process]
+    if None not in (num_processes, process) and not 0 <= process < num_processes:
+        raise ConfigError(f"--process {process} must be from 0 to {num_processes - 1}")
     if num_processes == 1 and coordinator is None:
         return
     if any(value is None for value in given) and any(value is not None for value in given):
@@ -51,8 +53,6 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
     port = re.fullmatch(r".+:(\d+)", coordinator or "none:0")
     if not port or int(port[1]) >= 2**16:
         raise ConfigError(f"--coordinator {coordinator} must be HOST:PORT, as in 10.0.0.1:8476")
-    if num_processes is not None and not 0 <= process < num_processes:
-        raise ConfigError(f"--process {process} must be from 0 to {num_processes - 1}")
     slurm = os.environ if "SLURM_STEP_NODELIST" in os.environ else {}
     is_alone = slurm.get("SLURM_NTASKS") == "1" and "OMPI_COMM_WORLD_SIZE" not in os.environ
     if coordinator is None and is_alone:

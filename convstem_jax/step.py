@@ -71,6 +71,12 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, PyTree, PyTree]:
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 
 
+def by_name(tree: PyTree) -> dict[str, Any]:
+    """Leaves by name, as `params/blocks/0/norm1/scale`: the number 0 and the text "0" are alike."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+
 def train_step(
     graphdef: nnx.GraphDef, recipe: Recipe, state: TrainState, batch: PyTree, hparams: HParams
 ) -> tuple[TrainState, dict[str, jax.Array]]:

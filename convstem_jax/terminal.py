@@ -7,6 +7,8 @@ import sys
 
 from tqdm import tqdm
 
+from convstem_jax.errors import Preempted, UserError
+
 
 def new_parser(name: str, description: str, **options) -> argparse.ArgumentParser:
     """The parser of `python -m NAME`; `description` and `epilog` keep their lines."""
@@ -40,8 +42,13 @@ def writable(path: str) -> str:
 
 def tell(error: Exception) -> int:
     """Prints an error as a line for the user; returns the status to end with."""
-    print(f"error: {error}", file=sys.stderr)
-    return getattr(error, "exit_status", 2)
+    prefix = "" if isinstance(error, Preempted) else "error: "
+    print(f"{prefix}{error}", file=sys.stderr)
+    if not isinstance(error, UserError):
+        return 2
+    if error.exit_status != error.status:
+        print("storage did not answer: first give the same command again", file=sys.stderr)
+    return error.exit_status
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,7 @@ from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError, ConfigError
 from convstem_jax.models import create_model
 from convstem_jax.sharding import without_mesh
-from convstem_jax.step import PyTree, split_model
+from convstem_jax.step import PyTree, by_name, split_model
 
 Weights = dict[str, PyTree]  # {"params", "batch_stats"}: nested dicts of arrays
 
@@ -118,7 +118,7 @@ def load(
         described = json.loads(metadata["convstem_jax"])
         class_names = tuple(described.pop("class_names", ()))
         architecture = Architecture(**described, class_names=class_names)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no model of this version: {error}") from error
     _check_fit(path, found, architecture)
     tree = nnx.restore_int_paths(traverse_util.unflatten_dict(found, sep="/"))
@@ -135,7 +135,7 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
 
     try:
         # safetensors writes memory as it lies, also of a transposed view.
-        arrays = {name: np.ascontiguousarray(x) for name, x in _flat(weights).items()}
+        arrays = {name: np.ascontiguousarray(x) for name, x in by_name(weights).items()}
         metadata = {"convstem_jax": json.dumps(dataclasses.asdict(architecture))}
         # Its own `save_file` makes files that nobody else may read.
         files.write(path, safetensors.numpy.save(arrays, metadata))
@@ -146,7 +146,7 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
 def _check_fit(path: str, found: dict[str, np.ndarray], architecture: Architecture) -> None:
     """Checks that arrays can be a model's weights: their names, shapes and numbers."""
     try:
-        wanted = _flat(architecture.shapes())
+        wanted = by_name(architecture.shapes())
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no model of this version: {error}") from error
     wrong = misfits(found, wanted)
@@ -174,11 +174,6 @@ def misfits(found: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> list[
     return sorted(wrong)
 
 
-def _flat(weights: Weights) -> dict[str, np.ndarray]:
-    flat = traverse_util.flatten_dict(weights)
-    return {"/".join(map(str, key)): x for key, x in flat.items()}
-
-
 def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Architecture]:
     if not run_folder.has_checkpoint(path):
         raise ConfigError(f"{path} holds no checkpoint: name the folder of a run")
@@ -201,7 +196,7 @@ def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Ar
         checkpoints.close()
     weights = jax.device_get(last if raw else ema)
     num_classes = len(weights["params"]["head"]["bias"])
-    _check_fit(path, _flat(weights), Architecture(model, num_classes, image_size))
+    _check_fit(path, by_name(weights), Architecture(model, num_classes, image_size))
     class_names = tuple(run_folder.read_classes(path))
     if class_names and len(class_names) != num_classes:
         raise ConfigError(

@@ -95,6 +95,7 @@ def test_fields_in_the_argument():
         ("configs/vitc.py:1gf,sgd,peak", "the paper has no peak of sgd for vitc_1gf"),
         ("configs/vitc.py:18gf,s2", "there is no model vitc_18gf_s2"),
         ("configs/vitp.py:s2", "'s2' .* is none of 4gf"),
+        ("configs/vitc.py:mean=(0.1,0.2,lr=1", "a bracket of .* has no partner"),
         ("configs/none.py", "configs/none.py is not there, seen from /"),
         ("README.md", "README.md is not a Python file"),
         ("tests/__init__.py", "fails with AttributeError: .*get_config"),

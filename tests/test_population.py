@@ -198,5 +198,5 @@ def test_checkpoints_of_no_part_are_not_read(tmp_path):
 
 def test_a_damaged_result_is_named(tmp_path):
     (tmp_path / "trials_000.jsonl").write_text('{"lr": 0.1')
-    with pytest.raises(DataError, match="trials_000.jsonl is damaged.*delete it"):
+    with pytest.raises(DataError, match="trials_000.jsonl cannot be read.*delete it"):
         run(config(), [Trial(0.1, 1e-4, 0)], tmp_path)

@@ -399,6 +399,7 @@ def test_a_work_directory_that_is_not_shared_is_refused(tmp_path):
         (("localhost", 2, 1), "--coordinator localhost must be HOST:PORT"),
         (("localhost:70000", 2, 1), "--coordinator localhost:70000 must be HOST:PORT"),
         (("localhost:1", 2, -1), "--process -1 must be from 0 to 1"),
+        ((None, 1, 7), "--process 7 must be from 0 to 0"),
     ],
 )
 def test_wrong_addresses_are_refused(args, message):

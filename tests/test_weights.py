@@ -19,7 +19,7 @@ from convstem_jax import convert, layouts, weights
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError, ConfigError
 from convstem_jax.predict import predict
-from convstem_jax.step import TrainState, split_model
+from convstem_jax.step import TrainState, by_name, split_model
 from convstem_jax.transfer import resize_position_embedding, transfer
 from tests import networks
 
@@ -145,7 +145,7 @@ def test_names_of_other_layouts(layout, name):
     assert not missing, missing
     for pair in PLACES.get((layout, name), "").split():
         theirs, ours = pair.split("=")
-        np.testing.assert_array_equal(state[theirs], weights._flat(found)[ours], err_msg=pair)
+        np.testing.assert_array_equal(state[theirs], by_name(found)[ours], err_msg=pair)
 
 
 @pytest.mark.parametrize(
@@ -248,9 +248,10 @@ def test_our_own_file_is_checked_too(change, message, tmp_path, capsys):
     assert run(tmp_path / "b.safetensors", tmp_path / "c.safetensors") == 4
     error = capsys.readouterr().err
     assert message in error and "1 tensors do not fit" in error
-    safetensors.numpy.save_file(arrays, tmp_path / "d.safetensors", {"convstem_jax": "{}"})
-    assert run(tmp_path / "d.safetensors", tmp_path / "c.safetensors") == 4
-    assert "describes no model" in capsys.readouterr().err
+    for described in ("{}", "[]", '"x"'):
+        safetensors.numpy.save_file(arrays, tmp_path / "d.safetensors", {"convstem_jax": described})
+        assert run(tmp_path / "d.safetensors", tmp_path / "c.safetensors") == 4
+        assert "describes no model" in capsys.readouterr().err
 
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, capsys):
@@ -293,6 +294,7 @@ def test_wrong_files_have_one_line_and_a_status(tmp_path, capsys):
     safetensors.numpy.save_file({"a": np.zeros(3)}, tmp_path / "foreign.safetensors")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({1: torch.zeros(1)}, tmp_path / "numbered.pt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "plain.pt")
     as_pycls = ["--from", "pycls", "--model", "vitp_tiny"]
     (tmp_path / "empty.pt").touch()
     flags = ["--from", "timm", "--model", "vitp_tiny"]
@@ -306,6 +308,7 @@ def test_wrong_files_have_one_line_and_a_status(tmp_path, capsys):
         ("folder", [], 2, "holds no checkpoint"),
         ("foreign.safetensors", [], 4, "was not written by this project"),
         ("list.pt", flags, 4, "holds no state dict"),
+        ("plain.pt", [*as_pycls, "--raw"], 2, "plain.pt is one state"),
     ):
         assert run(tmp_path / source, tmp_path / "out.safetensors", *extra) == status, source
         said = capsys.readouterr().err

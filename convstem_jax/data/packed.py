@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 
 from convstem_jax import files
-from convstem_jax.errors import ConfigError, DataError, first_line, is_of_this_process
+from convstem_jax.errors import ConfigError, DataError, reading
 
 _PLACES = ("starts", "ends", "labels")  # of a split's images in its content
 
@@ -73,24 +73,14 @@ def read(path: str, split: str) -> tuple[PackedRecords, list[str]]:
     if not match:
         raise ConfigError(f"'{split}' is not a split or a part of one, such as train[:90%]")
     name, *bounds = match.groups()
-    try:
-        with open(path, "rb") as file, np.load(file) as arrays:
-            if f"{name}/labels" not in arrays:
-                known = sorted(key.partition("/")[0] for key in arrays if key.endswith("/labels"))
-                raise ConfigError(f"{path} has no split '{name}': it has {', '.join(known)}")
-            rest = [arrays[f"{name}/{field}"] for field in _PLACES]
-            written = os.fstat(file.fileno()).st_mtime_ns
-            whole = _map(path, *_place(path, f"{name}/content"), written, *rest)
-            class_names = arrays["class_names"].tolist()
-    except ConfigError:
-        raise
-    except Exception as error:  # of zip files and NumPy
-        if is_of_this_process(error):
-            raise ConfigError(
-                f"{path} cannot be read by this process: give it more memory or open files, or the "
-                f"right to read ({first_line(error)})"
-            ) from error
-        raise DataError(f"{path} cannot be read: {first_line(error)}; pack it again") from error
+    with reading(path, "pack it again"), open(path, "rb") as file, np.load(file) as arrays:
+        if f"{name}/labels" not in arrays:
+            known = sorted(key.partition("/")[0] for key in arrays if key.endswith("/labels"))
+            raise ConfigError(f"{path} has no split '{name}': it has {', '.join(known)}")
+        rest = [arrays[f"{name}/{field}"] for field in _PLACES]
+        written = os.fstat(file.fileno()).st_mtime_ns
+        whole = _map(path, *_place(path, f"{name}/content"), written, *rest)
+        class_names = arrays["class_names"].tolist()
     first, last = (
         default if not bound
         else round(len(whole) * int(bound[:-1]) / 100) if bound.endswith("%")

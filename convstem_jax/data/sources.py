@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from convstem_jax.data import packed
-from convstem_jax.errors import ConfigError, DataError, first_line, is_of_this_process
+from convstem_jax.errors import ConfigError, DataError, reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +65,8 @@ class Split:
         return {"image": image, "label": np.int32(label)}
 
     def _read(self, index: int) -> dict:
-        where = f"split {self.name}, record {index}"
-        try:
+        with reading(f"split {self.name}, record {index}", "build the data anew"):
             return self.records[index]
-        except Exception as error:  # ArrayRecord raises a bare RuntimeError
-            if is_of_this_process(error):
-                raise ConfigError(
-                    f"{where} cannot be read by this process: give it more memory or open files, "
-                    f"or the right to read ({first_line(error)})"
-                ) from error
-            raise DataError(
-                f"{where} cannot be read: {first_line(error)}; build the data anew"
-            ) from error
 
 
 def decode(encoded: bytes) -> np.ndarray | None:

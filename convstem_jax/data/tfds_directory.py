@@ -10,7 +10,7 @@ import resource
 from array_record.python import array_record_module
 import tensorflow_datasets as tfds
 
-from convstem_jax.errors import ConfigError, DataError, first_line, is_of_this_process
+from convstem_jax.errors import ConfigError, DataError, first_line, reading
 
 # Open files beside a split's own: what a process has in any case, and what it may have with another
 # split and 9 for each worker (Grain 0.2).
@@ -136,16 +136,9 @@ def _preparation(dataset: str, data_dir: str) -> str:
 def _check_counts(info: tfds.core.SplitInfo) -> None:
     # A file cut in half reads as 0 records with no error, so each file is counted.
     def count(path):
-        try:
-            with open(path, "rb"):  # what ArrayRecord may not open has 0 records too
-                return array_record_module.ArrayRecordReader(str(path)).num_records()
-        except Exception as error:
-            if is_of_this_process(error):
-                raise ConfigError(
-                    f"{path} cannot be read by this process: give it more memory or open files, "
-                    f"or the right to read ({first_line(error)})"
-                ) from error
-            raise DataError(f"{path} cannot be read: {error}; copy or build it again") from error
+        # What ArrayRecord may not open has 0 records too.
+        with reading(path, "copy or build it again"), open(path, "rb"):
+            return array_record_module.ArrayRecordReader(str(path)).num_records()
 
     # Together, since a mounted bucket takes its time over each.
     with concurrent.futures.ThreadPoolExecutor(32) as pool:

@@ -9,7 +9,7 @@ once, with no sums in the memory and with the bias's gradient beside it.
 
 import functools
 import math
-from typing import NamedTuple
+import types
 
 import jax
 from jax.experimental import pallas as pl
@@ -112,27 +112,18 @@ def _gradients(qkv_out_lse_grad):
     return call(qkv, qkv, qkv, out, lse, grad)
 
 
-class _Blocks(NamedTuple):
-    """What a program has of each array: head h of image n."""
-
-    of_qkv: list[pl.BlockSpec]  # queries, keys and values apart
-    packed: pl.BlockSpec
-    out: pl.BlockSpec
-    lse: pl.BlockSpec
-    bias: pl.BlockSpec
-
-
 def _blocks(t, d):
+    """What a program has of each array: head h of image n."""
     t = pl.next_power_of_2(t)
-    return _Blocks(
-        [
+    return types.SimpleNamespace(
+        of_qkv=[  # queries, keys and values apart
             pl.BlockSpec((None, t, None, None, d), lambda n, h, i=i: (n, 0, i, h, 0))
             for i in range(3)
         ],
-        pl.BlockSpec((None, t, 3, None, d), lambda n, h: (n, 0, 0, h, 0)),
-        pl.BlockSpec((None, t, None, d), lambda n, h: (n, 0, h, 0)),
-        pl.BlockSpec((None, None, t), lambda n, h: (n, h, 0)),
-        pl.BlockSpec((None, 3, None, d), lambda n, h: (n, 0, h, 0)),
+        packed=pl.BlockSpec((None, t, 3, None, d), lambda n, h: (n, 0, 0, h, 0)),
+        out=pl.BlockSpec((None, t, None, d), lambda n, h: (n, 0, h, 0)),
+        lse=pl.BlockSpec((None, None, t), lambda n, h: (n, h, 0)),
+        bias=pl.BlockSpec((None, 3, None, d), lambda n, h: (n, 0, h, 0)),
     )
 
 

@@ -10,7 +10,6 @@ from convstem_jax.study.optima import beyond, choose, family_of, known_optima
 
 # Fields in which studies that are reported together may differ.
 MAY_DIFFER = (*FREE_FIELDS, "experiments", "num_seeds", "num_random")
-_OF_EARLIER = {"intervals": "own", "optima": [], "max_widenings": 0}  # studies, before these fields
 _IDENTITY = ("kind", "model", "optimizer", "epochs", "lr", "wd", "seed")  # of a trial
 _OUTCOME = ("top1_error", "diverged_at")
 
@@ -94,7 +93,7 @@ def read(folders: list[str]) -> Study:
     for folder in folders:
         try:
             with open(os.path.join(folder, "config.json")) as file:
-                configs.append(_OF_EARLIER | json.load(file))
+                configs.append(json.load(file))
             with open(os.path.join(folder, "result.json")) as file:
                 results.append(json.load(file))
             with open(os.path.join(folder, "trials.jsonl")) as file:

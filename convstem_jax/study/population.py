@@ -17,7 +17,7 @@ from convstem_jax import build, files, provenance
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.data import sources
 from convstem_jax.data.reader import Reader
-from convstem_jax.errors import DataError, Preempted, writing
+from convstem_jax.errors import Preempted, reading, writing
 from convstem_jax.evaluation import evaluate, precise_batch_stats
 from convstem_jax.lead import Lead
 from convstem_jax.study.programs import Programs, Trial, stack_hparams
@@ -132,14 +132,9 @@ def train_population(
 def _read_results(folder: str) -> dict[Trial, dict]:
     results = {}
     for path in glob.glob(os.path.join(glob.escape(folder), "trials_*.jsonl")):
-        try:
-            with open(path) as file:
-                records = [json.loads(line) for line in file]
-            results |= {Trial(r["lr"], r["wd"], r["seed"]): r for r in records}
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path} is damaged: {error}; delete it, and its trials are trained again"
-            ) from error
+        with reading(path, "delete it, and its trials are trained again"), open(path) as file:
+            for record in map(json.loads, file):
+                results[Trial(record["lr"], record["wd"], record["seed"])] = record
     return results
 
 
