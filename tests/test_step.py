@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from convstem_jax import build, layouts, mixing, optim
-from convstem_jax.models import create_model, regnet
+from convstem_jax.models import regnet
 from convstem_jax.sharding import Sharding
 from convstem_jax.step import (
     HParams,
@@ -61,18 +61,7 @@ def tiny(name):
     changes = {"depth": 1, "image_size": 16, "patch_size": 4, "num_classes": 10}
     if name == "vitc_tiny":
         changes |= {"stem_channels": (8, 16), "stem_strides": (2, 2)}
-    model = nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0), **changes))
-    rng = np.random.default_rng(0)
-
-    def new(path, x):
-        if path[-1].key in ("scale", "var"):
-            return jnp.ones(x.shape)
-        std = 1 / math.sqrt(math.prod(x.shape[:-1])) if path[-1].key == "kernel" else 0.1
-        return jnp.array(std * rng.normal(size=x.shape), x.dtype)
-
-    state = nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat)))
-    nnx.update(model, jax.tree.map_with_path(new, state))
-    return model
+    return random_model(name, **changes)
 
 
 def make_batch(n=32):
