@@ -41,6 +41,15 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
+def test_the_readme_places_every_module():
+    package = ROOT / "convstem_jax"
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    modules |= {path.parent.name + "/" for path in package.glob("*/__init__.py")}
+    rows = re.search(r"in `convstem_jax/`.*?\n\n", (ROOT / "README.md").read_text(), re.DOTALL)
+    placed = re.findall(r"`([a-z_]+/?)`", rows[0].partition("\n")[2])
+    assert sorted(placed) == sorted(modules)
+
+
 def test_the_table_of_preflight_is_made_of_its_records():
     lines = (ROOT / "results/preflight/records.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
