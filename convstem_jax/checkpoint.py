@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convstem_jax import processes
+from convstem_jax import checksums, commits, processes
 from convstem_jax.errors import (
     CheckpointError,
     NotFiniteError,
@@ -30,10 +30,6 @@ from convstem_jax.errors import (
 )
 from convstem_jax.sharding import bytes_on_device, room_left
 from convstem_jax.step import PyTree, by_name
-
-# Programs that wait on a CPU device while a state is inspected. It takes 32 at most: where a thread
-# fills that, and another begins a step on several devices, neither ever goes on (JAX 0.10, 0.11).
-MAX_WAITING = 8
 
 
 class _Manager(ocp.CheckpointManager):
@@ -57,6 +53,9 @@ class Checkpoints:
             saves are taken for leftovers, and removed.
         room: tells at the first save how many bytes of each device are left for a copy of the
             state.
+
+    Raises:
+        CheckpointError, StorageError: the folder cannot be used, or not now.
     """
 
     def __init__(
@@ -67,45 +66,31 @@ class Checkpoints:
         read_only: bool = False,
         room: Callable[[], float] = room_left,
     ):
-        policy = ocp.checkpoint_managers
-        meeting = _alone() if read_only else ocp.options.MultiprocessingOptions()
-
-        def top1_error(metrics):
-            return metrics["top1_error"]
-
-        self._manager = _Manager(
-            directory,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "loop": ocp.JsonCheckpointHandler(),
-            },
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy.AnyPreservationPolicy(
-                    [
-                        policy.LatestN(keep),
-                        policy.BestN(
-                            get_metric_fn=top1_error,
-                            reverse=True,
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
-                # Without these Orbax does not write the metrics down, and a resumed run would not
-                # know which checkpoint is the best.
-                best_fn=top1_error,
-                best_mode="min",
-                cleanup_tmp_directories=not read_only,
-                create=not read_only,
-                multiprocessing_options=meeting,
-                # A checkpoint is finished by a file. Renaming its folder, as is done on disks,
-                # is not atomic in a mounted bucket, where each file is renamed by itself.
-                atomicity_options=ocp.options.AtomicityOptions(
-                    mode=ocp.options.AtomicityMode.COMMIT_FILE
-                ),
-            ),
-        )
         self.directory, self._read_only = directory, read_only
+        whole = set()
+        try:
+            if not read_only and processes.is_first():
+                commits.remove_others(directory)
+            whole = commits.whole(directory)
+            self._manager = _Manager(
+                directory,
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "loop": ocp.JsonCheckpointHandler(),
+                },
+                options=_options(keep, read_only),
+            )
+            shown = set(self._manager.all_steps())
+            hidden = {step for step in whole - shown if commits.is_whole(directory, step)}
+        except Exception as error:
+            steps = ", ".join(map(str, sorted(whole)))
+            raise self._unreadable(
+                f"a checkpoint of {steps} in {directory}", error, "delete that with such metrics"
+            ) from error
+        if hidden:
+            raise StorageError(
+                f"{directory} does not show checkpoint {max(hidden)} just now: try again"
+            )
         if not read_only:
             # Orbax's threads are busy with Python for up to a second. Whenever the training loop
             # wants the interpreter, as it often does to ask for a step, a busy thread keeps it for
@@ -172,7 +157,7 @@ class Checkpoints:
             self._save(step, state, loop, metrics)
 
     def _save(self, step: int, state: PyTree, loop: dict, metrics: dict | None) -> None:
-        checksums, finite = _inspect(state)
+        sums, finite = checksums.inspect(state)
         if not finite:
             raise NotFiniteError(
                 f"the state is not finite after step {step}, and is not saved: lower config.lr, "
@@ -180,7 +165,7 @@ class Checkpoints:
             )
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            loop=ocp.args.JsonSave(loop | {"checksums": checksums}),
+            loop=ocp.args.JsonSave(loop | {"checksums": sums}),
         )
         try:
             if not self._manager.save(step, args=items, metrics=metrics):
@@ -254,37 +239,39 @@ class Checkpoints:
                 ),
             )
             state, loop = restored["state"], restored["loop"]
-            checksums, _ = _inspect(state)
-            if checksums != loop.pop("checksums") or by_name(state)["step"] != step:
+            sums, _ = checksums.inspect(state)
+            if sums != loop.pop("checksums") or by_name(state)["step"] != step:
                 raise ValueError("arrays differ from their checksums")
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {self.directory}/{step}: {error}") from error
         except Exception as error:  # damage surfaces as any of a dozen types
-            if processes.is_lost_peer(error):
-                raise
-            if is_passing(error):
-                raise StorageError(
-                    f"checkpoint {self.directory}/{step} cannot be read now: try again "
-                    f"({first_line(error)})"
-                ) from error
-            if is_of_this_process(error):
-                raise CheckpointError(
-                    f"checkpoint {self.directory}/{step} cannot be read by this process: give it "
-                    f"more memory or open files, or the right to read ({first_line(error)})"
-                ) from error
             others = sorted(s for s in self._manager.all_steps() if s != step)
             older = [s for s in others if s < step]
-            if self._read_only:  # the run may have deleted it just now
+            if self._read_only:
                 steps = ", ".join(map(str, others))
                 remedy = f"name one of {steps}" if others else "it is the only one"
             elif older:
                 remedy = f"delete that folder to go on from step {max(older)}"
             else:
                 remedy = "delete that folder to start again"
-            raise CheckpointError(
-                f"checkpoint {self.directory}/{step} is damaged: {remedy} ({first_line(error)})"
-            ) from error
+            what = f"checkpoint {self.directory}/{step}"
+            if self._read_only and not commits.is_whole(self.directory, step):
+                raise StorageError(f"{what} has just been deleted by its run: try again") from error
+            raise self._unreadable(what, error, remedy) from error
         return state, loop
+
+    def _unreadable(self, what: str, error: Exception, remedy: str) -> Exception:
+        reason = first_line(error)
+        if processes.is_lost_peer(error):
+            return error
+        if is_passing(error):
+            return StorageError(f"{what} cannot be read now: try again ({reason})")
+        if is_of_this_process(error):
+            return CheckpointError(
+                f"{what} cannot be read by this process: give it more memory or open files, or the "
+                f"right to read ({reason})"
+            )
+        return CheckpointError(f"{what} is damaged: {remedy} ({reason})")
 
     def close(self) -> None:
         """Waits until everything is on the disk.
@@ -328,6 +315,36 @@ class Checkpoints:
         )
 
 
+def _options(keep: int, read_only: bool) -> ocp.CheckpointManagerOptions:
+    policy = ocp.checkpoint_managers
+
+    def top1_error(metrics):
+        return metrics["top1_error"]
+
+    return ocp.CheckpointManagerOptions(
+        preservation_policy=policy.AnyPreservationPolicy(
+            [
+                policy.LatestN(keep),
+                policy.BestN(
+                    get_metric_fn=top1_error,
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        ),
+        # Without these Orbax does not write the metrics down, and a resumed run would not know
+        # which checkpoint is the best.
+        best_fn=top1_error,
+        best_mode="min",
+        create=not read_only,
+        multiprocessing_options=_alone() if read_only else ocp.options.MultiprocessingOptions(),
+        # A checkpoint is finished by a file. Renaming its folder, as is done on disks, is not
+        # atomic in a mounted bucket, where each file is renamed by itself.
+        atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
+    )
+
+
 def _alone() -> ocp.options.MultiprocessingOptions:
     """For a process that reads by itself: others may fail at it, and would be waited for."""
     own = jax.process_index()
@@ -362,32 +379,3 @@ def _is_whole_on_several(x: jax.Array) -> bool:
 def _copy(state: PyTree) -> PyTree:
     """The state in memory of its own, since the next step overwrites it."""
     return jax.tree.map(jnp.copy, state)
-
-
-def _inspect(state: PyTree) -> tuple[dict[str, int], bool]:
-    """A checksum of each array, by name, and whether all numbers are finite."""
-    # Each device sums up what it holds, but copies count once. One program for each shape compiles
-    # ten times faster than one for all the arrays.
-    arrays = by_name(state)
-    wanted, found = list(arrays.values()), []
-    at_once = MAX_WAITING if jax.default_backend() == "cpu" else len(wanted)
-    while wanted:
-        found += jax.device_get(
-            [
-                [_sum_words(part.data) for part in x.addressable_shards if not part.replica_id]
-                for x in wanted[:at_once]
-            ]
-        )
-        del wanted[:at_once]
-    own = [sum(int(total) for total, _ in parts) % 2**32 for parts in found]
-    broken = sum(not finite for parts in found for _, finite in parts)
-    if not all(x.is_fully_addressable for x in arrays.values()):
-        *own, broken = processes.gather([*own, broken]).sum(axis=0, dtype=np.uint32).tolist()
-    return dict(zip(arrays, own, strict=True)), not broken
-
-
-@jax.jit
-def _sum_words(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum of the 32-bit words modulo 2^32, and whether all numbers are finite."""
-    words = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.sum(words, dtype=jnp.uint32), jnp.isfinite(x).all()

@@ -9,7 +9,7 @@ import secrets
 
 import ml_collections
 
-from convstem_jax import processes
+from convstem_jax import commits, processes
 from convstem_jax.errors import ConfigError, first_line, writing
 from convstem_jax.files import write, write_json
 
@@ -64,6 +64,11 @@ def prepare(
                 f"--workdir {workdir} is not a folder: mount the bucket and name that"
             )
         workdir = os.path.abspath(os.path.expanduser(workdir))
+        # Orbax takes the first four for patterns, and writes what it could never read.
+        if found := {"*", "?", "[", "\\", "\0"} & set(workdir):
+            raise ConfigError(
+                f"--workdir {workdir} cannot be used: its path has {min(found)!r}: name another"
+            )
         with _usable(workdir):
             os.makedirs(workdir, exist_ok=True)
             if processes.is_first():
@@ -185,7 +190,7 @@ def claim(workdir: str) -> None:
 def has_checkpoint(workdir: str) -> bool:
     """Whether a run in the folder has saved something."""
     folder = os.path.join(workdir, "checkpoints")
-    return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
+    return bool(commits.whole(folder))
 
 
 def _has_populations(workdir: str) -> bool:
@@ -213,6 +218,8 @@ def read_classes(workdir: str) -> list[str]:
             return file.read().splitlines()
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise ConfigError(f"{workdir}/{CLASSES} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{workdir}/{CLASSES} is damaged ({first_line(error)}): restore it, or delete it to go "

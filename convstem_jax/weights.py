@@ -175,7 +175,11 @@ def misfits(found: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> list[
 
 
 def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Architecture]:
-    if not run_folder.has_checkpoint(path):
+    try:
+        is_run = run_folder.has_checkpoint(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not is_run:
         raise ConfigError(f"{path} holds no checkpoint: name the folder of a run")
     if step not in (None, "best") and not isinstance(step, (int, np.integer)):
         raise ConfigError(f"step is {step!r}: give a number of updates, or 'best'")

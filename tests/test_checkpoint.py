@@ -1,6 +1,7 @@
 """Checkpoints: exact, complete, and never silently wrong."""
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convstem_jax import checkpoint
+from convstem_jax import checkpoint, checksums, commits
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError, NotFiniteError, StorageError
 from convstem_jax.sharding import Sharding
@@ -78,7 +79,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path, num_sessions):
 
 
 def test_few_programs_of_a_save_wait_on_a_device_at_once(monkeypatch):
-    waiting, most, sum_words, device_get = [0], [0], checkpoint._sum_words, jax.device_get
+    waiting, most, sum_words, device_get = [0], [0], checksums._sum_words, jax.device_get
 
     def count(x):
         waiting[0] += 1
@@ -89,13 +90,13 @@ def test_few_programs_of_a_save_wait_on_a_device_at_once(monkeypatch):
         waiting[0] = 0
         return device_get(found)
 
-    monkeypatch.setattr(checkpoint, "_sum_words", count)
+    monkeypatch.setattr(checksums, "_sum_words", count)
     monkeypatch.setattr(jax, "device_get", get)
     arrays = {f"{i:02}": jnp.full(3, float(i)) for i in range(20)}
-    checksums, finite = checkpoint._inspect(arrays)
+    sums, finite = checksums.inspect(arrays)
     words = np.arange(20, dtype=np.float32).view(np.uint32).astype(np.uint64)
-    assert list(checksums.values()) == (3 * words % 2**32).tolist() and finite
-    assert most[0] == checkpoint.MAX_WAITING < 32
+    assert list(sums.values()) == (3 * words % 2**32).tolist() and finite
+    assert most[0] == checksums.MAX_WAITING < 32
 
 
 def test_a_thread_saves_one_copy_of_what_lies_on_several_devices(tmp_path, monkeypatch):
@@ -117,7 +118,7 @@ def test_a_thread_saves_one_copy_of_what_lies_on_several_devices(tmp_path, monke
 BUSY = """
 import os, sys, threading, time
 import jax, jax.numpy as jnp
-from convstem_jax import checkpoint
+from convstem_jax import checkpoint, checksums
 from convstem_jax.sharding import Sharding
 
 split = Sharding(jax.devices()).batch
@@ -130,7 +131,7 @@ thread, start = threading.Thread(), time.perf_counter()
 while time.perf_counter() - start < float(sys.argv[1]):
     state = step(state)
     if not thread.is_alive():
-        thread = threading.Thread(target=checkpoint._inspect, args=(checkpoint._copy(state),))
+        thread = threading.Thread(target=checksums.inspect, args=(checkpoint._copy(state),))
         thread.start()
 os._exit(0)
 """
@@ -153,13 +154,13 @@ def test_saving_does_not_see_later_updates(tmp_path, monkeypatch, room):
     Without room for a copy the arrays are on the host when `save` returns. With it nothing is read
     before: even an asynchronous save of Orbax's returns only when all arrays are on the host.
     """
-    go_on, inspect = threading.Event(), checkpoint._inspect
+    go_on, inspect = threading.Event(), checksums.inspect
 
     def inspect_later(state):
         assert not room or go_on.wait(60)
         return inspect(state)
 
-    monkeypatch.setattr(checkpoint, "_inspect", inspect_later)
+    monkeypatch.setattr(checksums, "inspect", inspect_later)
     checkpoints, curve = Checkpoints(str(tmp_path / "c"), room=lambda: room), [1]
     state = jax.tree.map(jnp.copy, make_state(1))
     update = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
@@ -188,10 +189,10 @@ def test_without_room_for_a_copy_a_save_waits_for_the_arrays(
             return {"peak_bytes_in_use": 8000, "bytes_limit": num_bytes}
 
     devices = jax.local_devices()
-    threads, inspect = [], checkpoint._inspect
+    threads, inspect = [], checksums.inspect
     monkeypatch.setattr(
-        checkpoint,
-        "_inspect",
+        checksums,
+        "inspect",
         lambda state: (threads.append(threading.current_thread()), inspect(state))[1],
     )
     room = checkpoint.room_left
@@ -328,7 +329,9 @@ def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
     write(tmp_path / "c", {1: 1.0})
     unfinished = tmp_path / "c" / "2"
     shutil.copytree(tmp_path / "c" / "1", unfinished)
-    (unfinished / "commit_success.txt").unlink()  # written last; launch/ looks for it too
+    (unfinished / commits.FILE).unlink()
+    mine = tmp_path / "c" / "mine"
+    mine.mkdir()
     reader = Checkpoints(str(tmp_path / "c"), read_only=True)
     assert reader.latest_step() == 1 and same(reader.restore(make_state(0))[0], make_state(1))
     reader.close()
@@ -338,3 +341,45 @@ def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
     checkpoints.save(3, make_state(3), {})
     checkpoints.close()
     assert not unfinished.exists(), "leftovers of a killed save pile up"
+    assert mine.exists()
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("asks", ["stat", "exists"])
+def test_storage_that_does_not_answer_costs_no_checkpoint(tmp_path, monkeypatch, asks, step):
+    """We ask by the first, and Orbax by the second, for which such a file is not there."""
+    write(tmp_path / "c", {1: 1.0, 2: 2.0})
+    ask = {"stat": os.stat, "exists": os.path.exists}[asks]
+    fails = str(tmp_path / "c" / str(step) / commits.FILE)
+
+    def fail(path, *args, **kwargs):
+        if os.fspath(path) != fails:
+            return ask(path, *args, **kwargs)
+        if asks == "exists":
+            return False
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os if asks == "stat" else os.path, asks, fail)
+        for read_only in (False, True):
+            with pytest.raises(StorageError, match="try again"):
+                Checkpoints(str(tmp_path / "c"), read_only=read_only)
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    assert checkpoints.latest_step() == 2 and commits.whole(str(tmp_path / "c")) == {1, 2}
+    checkpoints.close()
+
+
+def test_damaged_metrics_are_told(tmp_path):
+    write(tmp_path / "c", {1: 1.0, 2: 2.0})
+    (tmp_path / "c" / "1" / "metrics" / "metrics").write_text("")
+    with pytest.raises(CheckpointError, match="a checkpoint of 1, 2 in .* is damaged: delete"):
+        Checkpoints(str(tmp_path / "c"))
+
+
+def test_what_a_run_deletes_while_it_is_read_is_not_damaged(tmp_path):
+    write(tmp_path / "c", {1: 1.0, 2: 2.0})
+    reader = Checkpoints(str(tmp_path / "c"), read_only=True)
+    shutil.rmtree(tmp_path / "c" / "2")
+    with pytest.raises(StorageError, match="2 has just been deleted by its run: try again"):
+        reader.restore_weights()
+    reader.close()

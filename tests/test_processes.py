@@ -311,7 +311,7 @@ def die(*args, **kwargs):
 {module}.{name} = die
 main.main(sys.argv[1:])
 """
-PLACES = [("checkpoint", "_inspect")]  # before the checksums of a restored state are compared
+PLACES = [("checksums", "inspect")]  # before the checksums of a restored state are compared
 if DRILL:
     PLACES += [("checkpoint", "Checkpoints._read"), ("checkpoint", "Checkpoints.save")]
     PLACES += [("run_folder", "prepare"), ("train", "evaluate")]

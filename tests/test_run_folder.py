@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from convstem_jax import run_folder
+from convstem_jax import commits, run_folder
 from convstem_jax.config import load_config
 from convstem_jax.errors import ConfigError
 
@@ -28,6 +28,24 @@ def without_root():
 
 def prepare(folder, *about):
     return run_folder.prepare(str(folder), *about)
+
+
+def saved(folder):
+    (folder / "checkpoints/5").mkdir(parents=True)
+    (folder / "checkpoints/5" / commits.FILE).touch()
+
+
+def test_the_first_save_if_it_was_cut_off_is_nothing_that_could_be_mixed_up(tmp_path):
+    saved(tmp_path)
+    assert run_folder.has_checkpoint(str(tmp_path))
+    (tmp_path / "checkpoints/5" / commits.FILE).unlink()
+    assert not run_folder.has_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["w[1]", "a*", "a?b", "back\\slash", "a\0b"])
+def test_a_path_that_cannot_be_used_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="its path has .*: name another"):
+        prepare(tmp_path / name / "run", load_config("configs/quickstart.py"), {})
 
 
 def test_a_folder_that_may_not_be_written_is_refused():
@@ -59,7 +77,7 @@ def test_a_damaged_description_is_refused_where_there_is_a_run(tmp_path):
     config = load_config("configs/quickstart.py")
     (tmp_path / "config.json").write_text("{")
     prepare(tmp_path, config, {})  # no checkpoint: nothing to mix up
-    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    saved(tmp_path)
     prepare(tmp_path, config, {})
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="config.json is damaged .*: restore it"):
@@ -82,7 +100,7 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
 def test_other_data_of_the_same_name_are_another_run(tmp_path):
     config = load_config("configs/quickstart.py")
     prepare(tmp_path, config, {"train_examples": 100})
-    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    saved(tmp_path)
     with pytest.raises(ConfigError, match="train_examples is 100 there and 5000 here"):
         prepare(tmp_path, config, {"train_examples": 5000})
 
@@ -92,7 +110,7 @@ def test_classes_keep_their_numbers(tmp_path):
     prepare(tmp_path, config, {}, ["bag", "shoe"])
     prepare(tmp_path, config, {}, ["bag", "boot"])  # nothing is saved
     assert (tmp_path / "classes.txt").read_text() == "bag\nboot\n"
-    (tmp_path / "checkpoints/5").mkdir(parents=True)
+    saved(tmp_path)
     with pytest.raises(ConfigError, match="class 1 is boot there and shoe here"):
         prepare(tmp_path, config, {}, ["bag", "shoe"])
 
@@ -103,7 +121,7 @@ def test_classes_keep_their_numbers(tmp_path):
 def test_files_that_hold_something_else_are_named(tmp_path, name, content):
     config = load_config("configs/quickstart.py")
     prepare(tmp_path, config, {}, ["bag", "shoe"])
-    (tmp_path / "checkpoints/5").mkdir(parents=True)
+    saved(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=f"{name} is damaged .*: (restore|delete) it"):
         prepare(tmp_path, config, {}, ["bag", "shoe"])
