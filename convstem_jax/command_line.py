@@ -18,7 +18,7 @@ from convstem_jax import processes
 from convstem_jax.config import load_config, set_fields, split_argument
 from convstem_jax.errors import ConfigError, StorageError, UserError, first_line, is_passing
 from convstem_jax.run_folder import FREE_FIELDS
-from convstem_jax.terminal import new_parser, tell
+from convstem_jax.terminal import new_parser, outlive_readers, tell
 
 EXIT_STATUS = """\
 exit status:
@@ -31,6 +31,7 @@ _LOST_WORKER = re.compile(r"Worker process was terminated unexpectedly with exit
 _OVERRIDE = re.compile(r"--config\.([^=]+)(=?)(.*)", re.DOTALL)
 
 
+@outlive_readers()
 def run(
     program: Callable[[ml_collections.ConfigDict, str], object],
     argv: list[str],

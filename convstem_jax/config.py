@@ -104,7 +104,7 @@ def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
             value = tuple(ast.literal_eval(text))
         else:
             value = kind(text)
-    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+    except (KeyError, TypeError, ValueError, SyntaxError, MemoryError, RecursionError) as error:
         words = {bool: "true or false", int: "a whole number", float: "a number"}
         raise ConfigError(
             f"config.{name}={text}: it must be {words.get(kind, 'such as')}"

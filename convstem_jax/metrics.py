@@ -244,11 +244,11 @@ class _Clock:
 
 
 def read_jsonl(path: str) -> list[dict]:
-    """Reads the records of a file; one that was cut off is left out."""
+    """Reads the records of a run; what is none, such as one that was cut off, is left out."""
     records = []
     if os.path.exists(path):
-        with open(path) as file:
+        with open(path, errors="replace") as file:
             for line in file:
                 with contextlib.suppress(json.JSONDecodeError):
                     records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict) and "step" in record]

@@ -165,5 +165,6 @@ def _names(path: str | None, architecture: weights.Architecture) -> Sequence[str
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     command_line.silence_libraries()
     sys.exit(main())

@@ -27,12 +27,13 @@ def interrupt(signum, unused_frame):
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Catches SIGTERM and Ctrl-C inside the block, and yields a function that tells of them.
+    """Catches SIGTERM, SIGHUP and Ctrl-C inside the block; yields a function that tells of them.
 
     The function is called once after each step; where several processes run it becomes true at the
     same step in all of them, whichever got the signal.
 
-    A second signal of the same kind acts as if nothing caught it. A signal that the process was
+    A second signal of the same kind acts as if nothing caught it, but for SIGHUP: a terminal that
+    is closed and its shell send one each. A signal that the process was
     started to ignore stays ignored, such as Ctrl-C in a shell script's background job. Outside the
     main thread, where Python allows no handlers, the function is never true.
     """
@@ -42,14 +43,19 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
     distributed = jax.distributed.is_initialized()
 
     def handle(signum, unused_frame):
+        is_first = not event.is_set()
         event.set()
-        os.write(2, b"stopping after the steps or evaluation under way; again: at once, unsaved\n")
-        signal.signal(signum, old[signum])
-        if distributed:
+        words = b"stopping after the steps or evaluation under way; again: at once, unsaved\n"
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            os.write(2, words)
+        if signum != signal.SIGHUP:
+            signal.signal(signum, old[signum])
+        if distributed and is_first:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    # Once processes are joined, JAX itself catches SIGTERM and tells the others.
-    signals = (signal.SIGINT,) if distributed else (signal.SIGINT, signal.SIGTERM)
+    signals = [signal.SIGINT, signal.SIGHUP]
+    if not distributed:  # else JAX itself catches SIGTERM and tells the other processes
+        signals.append(signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
         for signum in signals:
             if signal.getsignal(signum) is not signal.SIG_IGN:
@@ -74,6 +80,7 @@ def live_as_long_as_the_main_process() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def follow():
         multiprocessing.parent_process().join()

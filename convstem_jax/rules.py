@@ -37,7 +37,7 @@ _CHANNELS = (
     lambda v: len(v) == 3 and all(isinstance(x, numbers.Real) and 0 < x < 1 for x in v),
     "three numbers between 0 and 1",
 )
-_TEXT = str, bool, "a text that is not empty"
+_TEXT = str, lambda v: v and "\0" not in v, "a text that is not empty"
 _FLAG = bool, lambda v: True, "True or False"
 
 RULES = {
@@ -51,14 +51,14 @@ RULES = {
     "batch_size": integer(1),
     "accumulate": integer(1),
     "state_sharding": one_of(STATES),
-    "epochs": _POSITIVE,
+    "epochs": number(lambda v: 0 < v <= 1e6, "above 0, to a million"),
     "warmup_epochs": _NOT_NEGATIVE,
     "label_smoothing": number(lambda v: 0 <= v < 1, "from 0 to below 1"),
     "mixup_alpha": _NOT_NEGATIVE,
     "cutmix_alpha": _NOT_NEGATIVE,
     "lighting_std": _NOT_NEGATIVE,
     "ema_alpha": _POSITIVE,
-    "ema_every": integer(1),
+    "ema_every": integer(1, 2**31 - 1),
     "seed": integer(0, 2**32 - 1),
     "data_seed": integer(-1, 2**32 - 1),
     "dataset": _TEXT,

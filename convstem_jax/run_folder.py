@@ -256,8 +256,8 @@ def _read(workdir: str, name: str) -> dict:
     try:
         with open(path) as file:
             found = json.load(file)
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}")
+        if not isinstance(found, dict) or not found:
+            raise ValueError(f"it holds {found!r:.100}")
         return found
     except ValueError as error:
         remedy = {

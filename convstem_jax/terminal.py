@@ -1,9 +1,12 @@
 """What the programs share on a terminal: arguments, errors and progress bars."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+import contextlib
+import io
 import os
 import sys
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -49,6 +52,42 @@ def tell(error: Exception) -> int:
     if error.exit_status != error.status:
         print("storage did not answer: first give the same command again", file=sys.stderr)
     return error.exit_status
+
+
+class _Stream:
+    """A stream that drops what it is given once nobody can read it."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream or io.StringIO()  # it was closed when Python started
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function, *args):
+        try:
+            function(*args)
+        except OSError:
+            # Else Python would try once more at its end.
+            with open(os.devnull, "w") as nobody:
+                os.dup2(nobody.fileno(), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def outlive_readers() -> Iterator[None]:
+    """Lets a run go on where its terminal or a reader of its output, such as tee, is gone."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Stream, streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 def duration(seconds: float) -> str:

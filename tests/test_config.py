@@ -145,6 +145,9 @@ def test_text_takes_the_type_of_the_field(name, text, value):
         ("warmup_epochs", "500", "config.warmup_epochs=500.0 is not below config.epochs"),
         ("eval_resize", "8", "config.eval_resize=8 is below config.image_size=32"),
         ("seed", "-1", "config.seed=-1: it must be from 0"),
+        ("epochs", "1e308", "config.epochs=1e.308: it must be a number above 0, to a million"),
+        ("ema_every", "3000000000", "config.ema_every=3000000000: it must be from 1 to"),
+        ("data_dir", "a\0b", "config.data_dir=.*it must be a text"),
     ],
 )
 def test_wrong_values_are_refused(name, text, message):

@@ -16,6 +16,7 @@ import pytest
 
 from convstem_jax import (
     command_line,
+    commits,
     evaluate,
     launch_local,
     predict,
@@ -145,6 +146,7 @@ def test_the_folder_of_another_run_is_refused(no_compilation, capsys, tmp_path):
     saved = config | data | {"lr": 7.0, "num_threads": 5}
     (tmp_path / "config.json").write_text(json.dumps(saved))
     (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "100" / commits.FILE).touch()
     assert main([*QUICK, f"--workdir={tmp_path}"]) == 2
     message = one_error(capsys)
     assert "lr is 7.0 there and 0.002 here" in message

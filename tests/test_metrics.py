@@ -181,7 +181,8 @@ def test_a_resumed_run_drops_what_it_will_do_again(tmp_path):
     kept = [{"step": 10, "kind": "train", "loss": 2.0}, {"step": 20, "kind": "test"}]
     later = [{"step": 21, "kind": "train", "loss": 2.0}]
     lines = [json.dumps(r) + "\n" for r in kept + later]
-    path.write_text(lines[0] + '{"step":\n' + "".join(lines[1:]) + '{"step": 3')
+    damaged = b'{"step":\n[1]\n{}\n\xff\n'
+    path.write_bytes(lines[0].encode() + damaged + "".join(lines[1:]).encode() + b'{"step": 3')
     records_of(tmp_path, first_step=20).close()
     assert metrics.read_jsonl(str(path)) == kept
 

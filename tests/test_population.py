@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 import threading
 
 import jax
@@ -186,11 +187,12 @@ def test_a_part_begins_again_where_another_number_is_trained_together(tmp_path, 
     assert [other["seed"] for other in again] == [5, 6]
 
 
-def test_checkpoints_of_no_part_are_not_read(tmp_path):
+@pytest.mark.parametrize("damage", [pathlib.Path.unlink, lambda path: path.write_text("")])
+def test_checkpoints_of_no_part_are_not_read(tmp_path, damage):
     """Such as those of a part whose folder was not quite removed."""
     c, trials = config(epochs=0.03), [Trial(0.1, 1e-4, 5)]
     interrupt(c, trials, tmp_path)
-    (tmp_path / "000" / "part.json").unlink()
+    damage(tmp_path / "000" / "part.json")
     progress = Progress()
     run(c, trials, tmp_path, progress=progress)
     assert len(progress.losses) > 1, "it went on"

@@ -14,7 +14,8 @@ from convstem_jax.preemption import stop_requested
 @pytest.fixture
 def usual_handlers():
     """Whoever started the tests may have had signals ignored, as shells do for background jobs."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    usual = {signal.SIGINT: signal.default_int_handler}
+    usual |= dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
     before = {signum: signal.signal(signum, handler) for signum, handler in usual.items()}
     yield
     for signum, handler in before.items():
@@ -32,6 +33,10 @@ def test_the_second_signal_acts():
             signal.raise_signal(signal.SIGINT)
     with stop_requested() as stop:
         signal.raise_signal(signal.SIGTERM)
+        assert stop()
+    with stop_requested() as stop:
+        for _ in range(2):  # of a terminal that is closed, and of its shell
+            signal.raise_signal(signal.SIGHUP)
         assert stop()
     assert before == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 

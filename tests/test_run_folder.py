@@ -116,7 +116,13 @@ def test_classes_keep_their_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content", [("classes.txt", b"\xff"), ("config.json", b"[]"), ("result.json", b"3")]
+    "name, content",
+    [
+        ("classes.txt", b"\xff"),
+        ("config.json", b"[]"),
+        ("result.json", b"3"),
+        ("result.json", b"{}"),
+    ],
 )
 def test_files_that_hold_something_else_are_named(tmp_path, name, content):
     config = load_config("configs/quickstart.py")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import dataclasses
 import itertools
 import os
-import sys
 
 from absl import flags
 import grain
@@ -17,6 +16,8 @@ import ml_collections
 
 from convstem_jax import preemption
 from convstem_jax.data.examples import EvalExamples, TrainExamples
+
+_ENDLESS = 2**62  # sys.maxsize batches of one would be more than Python can count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def train_batches(
     batch_size: int,
     sharding: jax.sharding.Sharding,
     reading: Reading,
-    numbers: range = range(sys.maxsize),
+    numbers: range = range(_ENDLESS),
 ) -> grain.DatasetIterator:
     """Shuffled batches `{"image": uint8 [N, H, W, 3], "label": int32 [N]}`.
 
@@ -58,7 +59,7 @@ def train_batches(
         reading: how hard the host works.
         numbers: of the batches to yield, one after another.
     """
-    endless = grain.MapDataset.range(sys.maxsize).map(examples.__getitem__)
+    endless = grain.MapDataset.range(_ENDLESS).map(examples.__getitem__)
     batches = iter(_to_devices(endless, batch_size, sharding, reading, numbers))
     if numbers:
         batches.start_prefetch()  # workers take seconds to start, in which the caller can do more
@@ -97,7 +98,9 @@ class EvalBatches:
         num_workers = min(reading.num_workers, self._num_batches)
         reading = dataclasses.replace(reading, num_workers=num_workers)
         padded = grain.MapDataset.range(self._num_batches * batch_size).map(examples.__getitem__)
-        self._batches = _to_devices(padded.repeat(), batch_size, sharding, reading)
+        self._batches = _to_devices(
+            padded.repeat(_ENDLESS // len(padded)), batch_size, sharding, reading
+        )
         self._stream = None
 
     def __len__(self) -> int:
@@ -135,7 +138,7 @@ def _to_devices(
     batch_size: int,
     sharding: jax.sharding.Sharding,
     reading: Reading,
-    numbers: range = range(sys.maxsize),
+    numbers: range = range(_ENDLESS),
 ) -> grain.IterDataset:
     local = local_batches(
         examples, batch_size, process=jax.process_index(), num_processes=jax.process_count()

@@ -141,11 +141,11 @@ def _read_results(folder: str) -> dict[Trial, dict]:
 def _begun(folder: str, missing: list[Trial]) -> tuple[list[Trial], int]:
     """Trials of a part that was interrupted, and for how many its state is; or none, and 0."""
     for path in glob.glob(os.path.join(glob.escape(folder), "*", _PART)):
-        with open(path) as file:
+        with open(path) as file, contextlib.suppress(ValueError, TypeError):  # a damaged one
             num_together, part = json.load(file)
-        part = [Trial(*values) for values in part]
-        if set(part) <= set(missing):
-            return part, num_together
+            part = [Trial(*values) for values in part]
+            if set(part) <= set(missing):
+                return part, num_together
         shutil.rmtree(os.path.dirname(path))  # its results were written just before the end
     return [], 0
 

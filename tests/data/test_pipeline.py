@@ -63,7 +63,7 @@ def test_processes_share_out_each_global_batch_in_order():
 
 @pytest.mark.parametrize(
     "num_devices, batch_size, in_batch",
-    [(1, 300, 300), (8, 7, 8), (8, 500, 504), (1, 3000, 2000), (8, 1997, 2000)],
+    [(1, 300, 300), (8, 7, 8), (8, 500, 504), (1, 3000, 2000), (8, 1997, 2000), (1, 1, 1)],
 )
 def test_evaluation_covers_every_example_once(test_split, num_devices, batch_size, in_batch):
     batches = pipeline.EvalBatches(
