@@ -83,10 +83,13 @@ class Checkpoints:
             shown = set(self._manager.all_steps())
             hidden = {step for step in whole - shown if commits.is_whole(directory, step)}
         except Exception as error:
-            steps = ", ".join(map(str, sorted(whole)))
-            raise self._unreadable(
-                f"a checkpoint of {steps} in {directory}", error, "delete that with such metrics"
-            ) from error
+            if processes.is_lost_peer(error):
+                raise
+            if not whole:
+                kind = StorageError if is_passing(error) else CheckpointError
+                raise kind(f"{directory} cannot be used: {first_line(error)}") from error
+            what = f"a checkpoint of {', '.join(map(str, sorted(whole)))} in {directory}"
+            raise _unreadable(what, error, "delete the one with such metrics") from error
         if hidden:
             raise StorageError(
                 f"{directory} does not show checkpoint {max(hidden)} just now: try again"
@@ -245,6 +248,8 @@ class Checkpoints:
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {self.directory}/{step}: {error}") from error
         except Exception as error:  # damage surfaces as any of a dozen types
+            if processes.is_lost_peer(error):
+                raise
             others = sorted(s for s in self._manager.all_steps() if s != step)
             older = [s for s in others if s < step]
             if self._read_only:
@@ -257,21 +262,8 @@ class Checkpoints:
             what = f"checkpoint {self.directory}/{step}"
             if self._read_only and not commits.is_whole(self.directory, step):
                 raise StorageError(f"{what} has just been deleted by its run: try again") from error
-            raise self._unreadable(what, error, remedy) from error
+            raise _unreadable(what, error, remedy) from error
         return state, loop
-
-    def _unreadable(self, what: str, error: Exception, remedy: str) -> Exception:
-        reason = first_line(error)
-        if processes.is_lost_peer(error):
-            return error
-        if is_passing(error):
-            return StorageError(f"{what} cannot be read now: try again ({reason})")
-        if is_of_this_process(error):
-            return CheckpointError(
-                f"{what} cannot be read by this process: give it more memory or open files, or the "
-                f"right to read ({reason})"
-            )
-        return CheckpointError(f"{what} is damaged: {remedy} ({reason})")
 
     def close(self) -> None:
         """Waits until everything is on the disk.
@@ -351,6 +343,18 @@ def _alone() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(
         primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
     )
+
+
+def _unreadable(what: str, error: Exception, remedy: str) -> CheckpointError | StorageError:
+    reason = first_line(error)
+    if is_passing(error):
+        return StorageError(f"{what} cannot be read now: try again ({reason})")
+    if is_of_this_process(error):
+        return CheckpointError(
+            f"{what} cannot be read by this process: give it more memory or open files, or the "
+            f"right to read ({reason})"
+        )
+    return CheckpointError(f"{what} is damaged: {remedy} ({reason})")
 
 
 def _check_fit(saved: PyTree, like: PyTree) -> None:

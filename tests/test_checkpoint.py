@@ -362,7 +362,7 @@ def test_storage_that_does_not_answer_costs_no_checkpoint(tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(os if asks == "stat" else os.path, asks, fail)
         for read_only in (False, True):
-            with pytest.raises(StorageError, match="try again"):
+            with pytest.raises(StorageError):
                 Checkpoints(str(tmp_path / "c"), read_only=read_only)
     checkpoints = Checkpoints(str(tmp_path / "c"))
     assert checkpoints.latest_step() == 2 and commits.whole(str(tmp_path / "c")) == {1, 2}
