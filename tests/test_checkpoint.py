@@ -233,6 +233,22 @@ def test_a_save_that_failed_is_told_at_the_next_call(tmp_path, then):
     assert not [name for name in os.listdir(tmp_path / "c") if name.isdigit()]
 
 
+def test_what_cannot_be_deleted_stays_and_ends_no_run(tmp_path, monkeypatch, capsys):
+    """Such as files that somebody else reads, on a network file system."""
+
+    def fail(steps):
+        if steps:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), "c/1")
+
+    checkpoints = Checkpoints(str(tmp_path / "c"), keep=1)
+    monkeypatch.setattr(checkpoints._manager._checkpoint_deleter, "delete_steps", fail)
+    for step in range(1, 4):
+        checkpoints.save(step, make_state(step), {})
+    checkpoints.close()
+    assert commits.whole(str(tmp_path / "c")) == {1, 2, 3}
+    assert "a checkpoint before 2 in" in capsys.readouterr().out
+
+
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     write(tmp_path / "c", {1: 1.0, 2: 2.0})
     checkpoints = Checkpoints(str(tmp_path / "c"))
