@@ -67,11 +67,14 @@ class Checkpoints:
         room: Callable[[], float] = room_left,
     ):
         self.directory, self._read_only = directory, read_only
-        whole = set()
-        try:
+        # Where one process of a run cannot look, all end. Who only reads does so by itself.
+        meet = contextlib.nullcontext if read_only else processes.together
+        with meet(), _opening(directory):
             if not read_only and processes.is_first():
                 commits.remove_others(directory)
             whole = commits.whole(directory)
+            commits.check_metrics(directory, whole)
+        with _opening(directory):
             self._manager = _Manager(
                 directory,
                 item_handlers={
@@ -80,20 +83,10 @@ class Checkpoints:
                 },
                 options=_options(keep, read_only),
             )
-            shown = set(self._manager.all_steps())
-            hidden = {step for step in whole - shown if commits.is_whole(directory, step)}
-        except Exception as error:
-            if processes.is_lost_peer(error):
-                raise
-            if not whole:
-                kind = StorageError if is_passing(error) else CheckpointError
-                raise kind(f"{directory} cannot be used: {first_line(error)}") from error
-            what = f"a checkpoint of {', '.join(map(str, sorted(whole)))} in {directory}"
-            raise _unreadable(what, error, "delete the one with such metrics") from error
-        if hidden:
-            raise StorageError(
-                f"{directory} does not show checkpoint {max(hidden)} just now: try again"
-            )
+        with meet(), _opening(directory):
+            missing = whole - set(self._manager.all_steps())
+            if any(commits.is_whole(directory, step) for step in missing):
+                raise StorageError(f"{directory} does not show all checkpoints now: try again")
         if not read_only:
             # Orbax's threads are busy with Python for up to a second. Whenever the training loop
             # wants the interpreter, as it often does to ask for a step, a busy thread keeps it for
@@ -252,6 +245,7 @@ class Checkpoints:
         except Exception as error:  # damage surfaces as any of a dozen types
             if processes.is_lost_peer(error):
                 raise
+            reason = first_line(error)
             others = sorted(s for s in self._manager.all_steps() if s != step)
             older = [s for s in others if s < step]
             if self._read_only:
@@ -262,9 +256,17 @@ class Checkpoints:
             else:
                 remedy = "delete that folder to start again"
             what = f"checkpoint {self.directory}/{step}"
-            if self._read_only and not commits.is_whole(self.directory, step):
+            is_there = os.path.isdir(os.path.join(self.directory, str(step), "state"))
+            if self._read_only and not is_there and not is_passing(error):
                 raise StorageError(f"{what} has just been deleted by its run: try again") from error
-            raise _unreadable(what, error, remedy) from error
+            if is_passing(error):
+                raise StorageError(f"{what} cannot be read now: try again ({reason})") from error
+            if is_of_this_process(error):
+                raise CheckpointError(
+                    f"{what} cannot be read by this process: give it more memory or open files, or "
+                    f"the right to read ({reason})"
+                ) from error
+            raise CheckpointError(f"{what} is damaged: {remedy} ({reason})") from error
         return state, loop
 
     def close(self) -> None:
@@ -292,8 +294,12 @@ class Checkpoints:
         except Exception as error:
             if processes.is_lost_peer(error):
                 raise
-            if not commits.is_whole(self.directory, self._last):
+            is_saved = False
+            with contextlib.suppress(OSError):
+                is_saved = commits.is_whole(self.directory, self._last)
+            if not is_saved:
                 raise self._failed(error) from error
+            self._manager.reload()  # it has forgotten the new one
             print(
                 f"a checkpoint before {self._last} in {self.directory} cannot be deleted, and "
                 f"stays: {first_line(error)}",
@@ -353,16 +359,16 @@ def _alone() -> ocp.options.MultiprocessingOptions:
     )
 
 
-def _unreadable(what: str, error: Exception, remedy: str) -> CheckpointError | StorageError:
-    reason = first_line(error)
-    if is_passing(error):
-        return StorageError(f"{what} cannot be read now: try again ({reason})")
-    if is_of_this_process(error):
-        return CheckpointError(
-            f"{what} cannot be read by this process: give it more memory or open files, or the "
-            f"right to read ({reason})"
-        )
-    return CheckpointError(f"{what} is damaged: {remedy} ({reason})")
+@contextlib.contextmanager
+def _opening(directory: str):
+    try:
+        yield
+    except OSError as error:
+        if processes.is_lost_peer(error):
+            raise
+        vanished = isinstance(error, FileNotFoundError)  # a run deletes while it is read
+        kind = StorageError if vanished or is_passing(error) else CheckpointError
+        raise kind(f"{directory} cannot be used: {first_line(error)}") from error
 
 
 def _check_fit(saved: PyTree, like: PyTree) -> None:

@@ -1,7 +1,13 @@
-"""Which checkpoints of a folder are whole: those that hold the file that Orbax writes last."""
+"""Which checkpoints of a folder are whole: those that hold the file that Orbax writes last.
 
+That of a checkpoint under deletion may be there a little longer than others.
+"""
+
+import json
 import os
 import shutil
+
+from convstem_jax.errors import CheckpointError, first_line
 
 FILE = "commit_success.txt"  # scripts in launch/ look for it too
 
@@ -24,24 +30,49 @@ def is_whole(folder: str, step: int) -> bool:
     # Not os.path.exists, nor Orbax, for which a file is not there whatever storage answers.
     try:
         os.stat(os.path.join(folder, str(step), FILE))
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return False
     return True
 
 
 def remove_others(folder: str) -> None:
-    """Removes what saves that were cut off have left. Other files and folders stay.
+    """Removes what saves that were cut off have left, as far as it can. All else stays.
 
     Raises:
-        OSError: as from `whole`, or one cannot be removed.
+        OSError: as from `whole`.
     """
     for step in _steps(folder) - whole(folder):
-        shutil.rmtree(os.path.join(folder, str(step)))
+        path = os.path.join(folder, str(step))
+        try:
+            shutil.rmtree(path)
+        except OSError as error:  # Orbax passes over it
+            print(f"{path}, an unfinished checkpoint, stays: {first_line(error)}", flush=True)
+
+
+def check_metrics(folder: str, steps: set[int]) -> None:
+    """Checks the metrics of checkpoints: Orbax reads them all at once, and names none.
+
+    Raises:
+        CheckpointError: those of one are damaged.
+        OSError: they cannot be read.
+    """
+    for step in steps:
+        try:
+            with open(os.path.join(folder, str(step), "metrics", "metrics")) as file:
+                json.load(file)
+        except FileNotFoundError:  # it was not evaluated
+            pass
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {folder}/{step} is damaged: delete that folder (its metrics are no "
+                "JSON)"
+            ) from error
 
 
 def _steps(folder: str) -> set[int]:
     try:
-        names = os.listdir(folder)
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return set()
     return {int(name) for name in names if name.isdecimal() and name == str(int(name))}

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 
-from convstem_jax.terminal import new_parser, positive
+from convstem_jax.terminal import new_parser, outlive_readers, positive
 
 GRACE_SECONDS = 60  # for the others to end by themselves, once one has failed
 
@@ -114,6 +114,7 @@ def exit_status(statuses: list[int]) -> int:
     return max(statuses)
 
 
+@outlive_readers()
 def main(argv: list[str]) -> int:
     """Reads the command line; returns the exit status of the run."""
     parser = new_parser(

@@ -22,7 +22,7 @@ from convstem_jax.data.sources import decode
 from convstem_jax.errors import ConfigError, DataError, UserError
 from convstem_jax.rules import validate
 from convstem_jax.sharding import Sharding, without_mesh
-from convstem_jax.terminal import new_parser, outlive_readers, positive, tell
+from convstem_jax.terminal import new_parser, positive, tell
 
 _EPILOG = """\
 examples:
@@ -89,7 +89,6 @@ def predict(model: nnx.Module, images: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate(found) if found else np.empty((0, 0), np.float32)
 
 
-@outlive_readers()
 def main(argv: list[str] | None = None) -> int:
     """Classifies and prints; returns the exit status."""
     parser = new_parser("convstem_jax.predict", __doc__, epilog=_EPILOG)
@@ -166,6 +165,7 @@ def _names(path: str | None, architecture: weights.Architecture) -> Sequence[str
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     command_line.silence_libraries()
     sys.exit(main())

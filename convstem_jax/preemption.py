@@ -45,11 +45,12 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
     def handle(signum, unused_frame):
         is_first = not event.is_set()
         event.set()
-        words = b"stopping after the steps or evaluation under way; again: at once, unsaved\n"
-        with contextlib.suppress(OSError):  # nobody may be there to read it
-            os.write(2, words)
+        words = b"stopping after the steps or evaluation under way"
         if signum != signal.SIGHUP:
             signal.signal(signum, old[signum])
+            words += b"; again: at once, unsaved"
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            os.write(2, words + b"\n")
         if distributed and is_first:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterable, Iterator
 import contextlib
-import io
+import errno
 import os
 import sys
 from typing import TextIO
@@ -55,10 +55,10 @@ def tell(error: Exception) -> int:
 
 
 class _Stream:
-    """A stream that drops what it is given once nobody can read it."""
+    """A stream that drops what cannot be written."""
 
-    def __init__(self, stream: TextIO | None):
-        self._stream = stream or io.StringIO()  # it was closed when Python started
+    def __init__(self, stream: TextIO):
+        self._stream = stream
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
@@ -73,20 +73,24 @@ class _Stream:
     def _try(self, function, *args):
         try:
             function(*args)
-        except OSError:
-            # Else Python would try once more at its end.
-            with open(os.devnull, "w") as nobody:
-                os.dup2(nobody.fileno(), self._stream.fileno())
+        except OSError as error:
+            # Nobody will ever read it: else Python would try once more at its end.
+            if error.errno in (errno.EPIPE, errno.EIO):
+                with open(os.devnull, "w") as nobody:
+                    os.dup2(nobody.fileno(), self._stream.fileno())
 
 
 @contextlib.contextmanager
 def outlive_readers() -> Iterator[None]:
     """Lets a run go on where its terminal or a reader of its output, such as tee, is gone."""
-    streams = sys.stdout, sys.stderr
+    # One that was closed when Python started is None.
+    streams = [s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr)]  # noqa: SIM115
     sys.stdout, sys.stderr = map(_Stream, streams)
     try:
         yield
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         sys.stdout, sys.stderr = streams
 
 

@@ -110,7 +110,7 @@ state() {
   fi
   read -r -t "$ANSWER_SECONDS" step < <(
     exec 2>/dev/null # which would keep the ssh connection open
-    find "$1/checkpoints" -maxdepth 2 -path '*[0-9]/commit_success.txt' -printf '%P\n' | sort -n | tail -1
+    find "$1/checkpoints" -maxdepth 2 -regex '.*/[0-9]+/commit_success\.txt' -printf '%P\n' | sort -n | tail -1
   ) || true
   step=${step%/*}
   echo "worker $HOSTNAME $state ${step:--1}"

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -236,16 +237,21 @@ def test_a_save_that_failed_is_told_at_the_next_call(tmp_path, then):
 def test_what_cannot_be_deleted_stays_and_ends_no_run(tmp_path, monkeypatch, capsys):
     """Such as files that somebody else reads, on a network file system."""
 
-    def fail(steps):
-        if steps:
-            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), "c/1")
-
     checkpoints = Checkpoints(str(tmp_path / "c"), keep=1)
-    monkeypatch.setattr(checkpoints._manager._checkpoint_deleter, "delete_steps", fail)
+    deleter = checkpoints._manager._checkpoint_deleter
+    delete, failed = deleter.delete_steps, []
+
+    def fail_once(steps):
+        if steps and not failed:
+            failed.append(steps)
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), "c/1")
+        delete(steps)
+
+    monkeypatch.setattr(deleter, "delete_steps", fail_once)
     for step in range(1, 4):
         checkpoints.save(step, make_state(step), {})
     checkpoints.close()
-    assert commits.whole(str(tmp_path / "c")) == {1, 2, 3}
+    assert failed and commits.whole(str(tmp_path / "c")) == {3}, "it is deleted another time"
     assert "a checkpoint before 2 in" in capsys.readouterr().out
 
 
@@ -346,8 +352,10 @@ def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
     unfinished = tmp_path / "c" / "2"
     shutil.copytree(tmp_path / "c" / "1", unfinished)
     (unfinished / commits.FILE).unlink()
-    mine = tmp_path / "c" / "mine"
-    mine.mkdir()
+    mine = [tmp_path / "c" / name for name in ("mine", "007")]
+    for folder in mine:
+        folder.mkdir()
+    (tmp_path / "c" / "8").symlink_to(mine[0])
     reader = Checkpoints(str(tmp_path / "c"), read_only=True)
     assert reader.latest_step() == 1 and same(reader.restore(make_state(0))[0], make_state(1))
     reader.close()
@@ -357,7 +365,17 @@ def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
     checkpoints.save(3, make_state(3), {})
     checkpoints.close()
     assert not unfinished.exists(), "leftovers of a killed save pile up"
-    assert mine.exists()
+    assert all(folder.exists() for folder in mine) and (tmp_path / "c" / "8").exists()
+
+
+def test_an_unfinished_save_that_cannot_be_removed_ends_no_run(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "c", {1: 1.0})
+    (tmp_path / "c" / "2").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", mock.Mock(side_effect=OSError("busy")))
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    assert checkpoints.latest_step() == 1
+    checkpoints.close()
+    assert "c/2, an unfinished checkpoint, stays: OSError: busy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -388,7 +406,7 @@ def test_storage_that_does_not_answer_costs_no_checkpoint(tmp_path, monkeypatch,
 def test_damaged_metrics_are_told(tmp_path):
     write(tmp_path / "c", {1: 1.0, 2: 2.0})
     (tmp_path / "c" / "1" / "metrics" / "metrics").write_text("")
-    with pytest.raises(CheckpointError, match="a checkpoint of 1, 2 in .* is damaged: delete"):
+    with pytest.raises(CheckpointError, match="c/1 is damaged: delete that folder"):
         Checkpoints(str(tmp_path / "c"))
 
 

@@ -203,6 +203,16 @@ def test_counts_are_checked(program, argv, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_compilation")
+def test_a_run_outlives_who_reads_its_output(monkeypatch, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        monkeypatch.setattr(sys, "stderr", nobody)
+        assert main([*QUICK, "--config.lr=nan", f"--workdir={tmp_path}/run"]) == 2
+
+
 def test_help_shows_examples_and_exit_status(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 import threading
 
 import jax
@@ -187,12 +186,15 @@ def test_a_part_begins_again_where_another_number_is_trained_together(tmp_path, 
     assert [other["seed"] for other in again] == [5, 6]
 
 
-@pytest.mark.parametrize("damage", [pathlib.Path.unlink, lambda path: path.write_text("")])
-def test_checkpoints_of_no_part_are_not_read(tmp_path, damage):
+def test_checkpoints_of_no_part_are_not_read(tmp_path):
     """Such as those of a part whose folder was not quite removed."""
     c, trials = config(epochs=0.03), [Trial(0.1, 1e-4, 5)]
     interrupt(c, trials, tmp_path)
-    damage(tmp_path / "000" / "part.json")
+    part = tmp_path / "000" / "part.json"
+    part.write_text("")
+    with pytest.raises(DataError, match="part.json cannot be read.*delete .*/000, and its trials"):
+        run(c, trials, tmp_path)
+    part.unlink()
     progress = Progress()
     run(c, trials, tmp_path, progress=progress)
     assert len(progress.losses) > 1, "it went on"

@@ -1,9 +1,11 @@
 """The first signal is a request, the second one is not."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import pytest
 
@@ -39,6 +41,14 @@ def test_the_second_signal_acts():
             signal.raise_signal(signal.SIGHUP)
         assert stop()
     assert before == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.usefixtures("usual_handlers")
+def test_a_signal_is_met_where_nobody_reads_what_is_said_of_it(monkeypatch):
+    monkeypatch.setattr(os, "write", mock.Mock(side_effect=BrokenPipeError))
+    with stop_requested() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop()
 
 
 @pytest.mark.usefixtures("usual_handlers")

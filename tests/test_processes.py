@@ -384,6 +384,25 @@ def test_an_error_in_one_process_ends_the_other_with_the_same_status(tmp_path):
     assert "process 1 of the run failed" in outputs[0] and "cannot be used" in outputs[1]
 
 
+FAILS_AT_ITS_CHECKPOINTS = """
+import errno, os, sys
+from convstem_jax import commits, main, processes
+
+def fail(*args):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+commits.check_metrics = fail
+processes.leave(main.main(sys.argv[1:]))
+"""
+
+
+def test_storage_that_does_not_answer_one_process_ends_both(tmp_path):
+    flags_of = [flags(tmp_path / "run") for _ in range(2)]
+    statuses, outputs = start_two(flags_of, ["-c", FAILS_AT_ITS_CHECKPOINTS])
+    assert statuses == [75, 75], outputs
+    assert "process 1 of the run failed" in outputs[0] and "Input/output error" in outputs[1]
+
+
 def test_a_work_directory_that_is_not_shared_is_refused(tmp_path):
     statuses, outputs = start_two([flags(tmp_path / "a"), flags(tmp_path / "b")])
     assert statuses == [2, 2], outputs

@@ -34,5 +34,7 @@ def test_a_program_outlives_who_reads_its_output(monkeypatch):
         for _ in range(2):
             print("unheard", flush=True)
             print("unheard", file=sys.stderr)
+        print("not flushed")
     assert sys.stdout is stream
     stream.close()
+    sys.stderr.close()

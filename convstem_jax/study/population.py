@@ -141,12 +141,14 @@ def _read_results(folder: str) -> dict[Trial, dict]:
 def _begun(folder: str, missing: list[Trial]) -> tuple[list[Trial], int]:
     """Trials of a part that was interrupted, and for how many its state is; or none, and 0."""
     for path in glob.glob(os.path.join(glob.escape(folder), "*", _PART)):
-        with open(path) as file, contextlib.suppress(ValueError, TypeError):  # a damaged one
-            num_together, part = json.load(file)
+        folder_of_part = os.path.dirname(path)
+        with reading(path, f"delete {folder_of_part}, and its trials begin again"):
+            with open(path) as file:
+                num_together, part = json.load(file)
             part = [Trial(*values) for values in part]
-            if set(part) <= set(missing):
-                return part, num_together
-        shutil.rmtree(os.path.dirname(path))  # its results were written just before the end
+        if set(part) <= set(missing):
+            return part, num_together
+        shutil.rmtree(folder_of_part)  # its results were written just before the end
     return [], 0
 
 

@@ -121,7 +121,7 @@ def test_worker_does_not_train_beside_the_bucket(worker):
 
 def test_worker_starts_and_tells_the_exit_status(worker):
     assert worker(f"state {worker.workdir}") == "worker host-0 none -1\n"
-    for finished in ("90", "100", "100/state", "110/state"):  # 110 is being saved
+    for finished in ("90", "100", "100/state", "110/state", "old200"):  # 110 is being saved
         (worker.workdir / "checkpoints" / finished).mkdir(parents=True)
         (worker.workdir / "checkpoints" / finished / "commit_success.txt").touch()
     # What it leaves behind holds nothing up.
