@@ -27,6 +27,7 @@ from convstem_jax.errors import (
     first_line,
     is_of_this_process,
     is_passing,
+    lacking,
 )
 from convstem_jax.sharding import bytes_on_device, room_left
 from convstem_jax.step import PyTree, by_name
@@ -256,16 +257,13 @@ class Checkpoints:
             else:
                 remedy = "delete that folder to start again"
             what = f"checkpoint {self.directory}/{step}"
-            is_there = os.path.isdir(os.path.join(self.directory, str(step), "state"))
-            if self._read_only and not is_there and not is_passing(error):
-                raise StorageError(f"{what} has just been deleted by its run: try again") from error
             if is_passing(error):
                 raise StorageError(f"{what} cannot be read now: try again ({reason})") from error
+            is_there = os.path.isdir(os.path.join(self.directory, str(step), "state"))
+            if self._read_only and not is_there:
+                raise StorageError(f"{what} has just been deleted by its run: try again") from error
             if is_of_this_process(error):
-                raise CheckpointError(
-                    f"{what} cannot be read by this process: give it more memory or open files, or "
-                    f"the right to read ({reason})"
-                ) from error
+                raise CheckpointError(lacking(what, error)) from error
             raise CheckpointError(f"{what} is damaged: {remedy} ({reason})") from error
         return state, loop
 

@@ -39,6 +39,14 @@ def is_of_this_process(error: BaseException) -> bool:
     )
 
 
+def lacking(what: str, error: Exception) -> str:
+    """What to tell of an error that `is_of_this_process`."""
+    return (
+        f"{what} cannot be read by this process: give it more memory or open files, or the right "
+        f"to read ({first_line(error)})"
+    )
+
+
 def first_line(error: Exception) -> str:
     """Type and first line of another library's error, which may be pages long."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
@@ -119,10 +127,7 @@ def reading(what: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:  # of ArrayRecord, zip files, NumPy
         if is_of_this_process(error):
-            raise ConfigError(
-                f"{what} cannot be read by this process: give it more memory or open files, or the "
-                f"right to read ({first_line(error)})"
-            ) from error
+            raise ConfigError(lacking(what, error)) from error
         raise DataError(f"{what} cannot be read: {first_line(error)}; {remedy}") from error
 
 

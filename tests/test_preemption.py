@@ -43,6 +43,15 @@ def test_the_second_signal_acts():
     assert before == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
 
+def test_a_worker_leaves_all_signals_of_its_group_to_the_main_process(monkeypatch):
+    ignored = {}
+    monkeypatch.setattr(signal, "signal", ignored.__setitem__)
+    monkeypatch.setattr(threading, "Thread", mock.Mock())
+    preemption.live_as_long_as_the_main_process()
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    assert ignored == dict.fromkeys(signals, signal.SIG_IGN)
+
+
 @pytest.mark.usefixtures("usual_handlers")
 def test_a_signal_is_met_where_nobody_reads_what_is_said_of_it(monkeypatch):
     monkeypatch.setattr(os, "write", mock.Mock(side_effect=BrokenPipeError))
