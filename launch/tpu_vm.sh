@@ -51,7 +51,21 @@ describe() {
   fi
 }
 
+# Finds here what set-up would miss on machines that cost money, perhaps after days in the queue.
+check_sources() (
+  clone=$(mktemp -d)
+  trap 'rm -rf "$clone"' EXIT
+  GIT_TERMINAL_PROMPT=0 git clone --quiet --bare "$REPOSITORY" "$clone" || exit 1
+  git --git-dir="$clone" cat-file -e "$COMMIT^{commit}" ||
+    die "$REPOSITORY has no COMMIT=$COMMIT: push it first"
+  # Other answers are no proof: the machines may read what this account may not.
+  [[ -z $DATA_SOURCE || $(gcloud storage ls "$DATA_SOURCE" 2>&1) != *"matched no objects"* ]] ||
+    die "DATA_SOURCE=$DATA_SOURCE holds nothing: copy the prepared data there (docs/pods.md)"
+)
+
 do_create() {
+  need REPOSITORY COMMIT
+  [[ $dry_run == yes ]] || check_sources
   local more=()
   [[ $SPOT == no ]] || more+=(--spot)
   [[ -z $SERVICE_ACCOUNT ]] || more+=(--service-account="$SERVICE_ACCOUNT")

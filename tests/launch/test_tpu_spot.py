@@ -4,6 +4,7 @@ from pathlib import Path
 import re
 import shlex
 import shutil
+import subprocess
 
 import pytest
 
@@ -25,6 +26,7 @@ def workers(*states: str, step: int = -1) -> list:
 def spot(cloud, answers: list, **settings):
     """Runs tpu_spot.sh; returns its result, what it did without looking, and its waits."""
     cloud.answer(answers)
+    (cloud.folder / "bin/git").symlink_to(FAKE)
     done = cloud.run("launch/tpu_spot.sh", **{"MAX_FAILURES": "4", **settings})
     did, waits = [], []
     for call in cloud.calls():
@@ -74,6 +76,33 @@ def test_spot_goes_on_after_a_refusal_and_after_a_failed_request(cloud):
     assert done.returncode == 0, done.stdout + done.stderr
     assert did == ["create", "create", "delete", "create", "setup", "start", "delete"]
     assert waits == [60, 60, 120, 60, 60]
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "words"),
+    [
+        (["git cat-file", 1, ""], 2, "has no COMMIT=0123456789abcdef"),
+        (["storage ls", 1, "ERROR: One or more URLs matched no objects.\n"], 2, "holds nothing"),
+        (["storage ls", 1, "ERROR: 403: does not have permission\n"], 0, "the run is done"),
+        (["git clone", 128, "fatal: Could not resolve host\n"], 75, "Could not resolve host"),
+    ],
+)
+def test_spot_looks_for_code_and_data_before_it_asks_for_machines(cloud, answer, status, words):
+    to_the_end = [ACTIVE, READY, workers("0", "0")]
+    done, did, _ = spot(cloud, [answer, NOT_FOUND, *(to_the_end if status == 0 else [])])
+    assert done.returncode == status and words in done.stdout + done.stderr, done.stdout
+    assert ("create" in did) == (status == 0)
+
+
+def test_create_takes_commits_that_the_repository_has(cloud, tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.com"]
+    for words in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    missing = "f" * len(commit)
+    for name, status in ((commit, 0), (commit[:7], 0), (missing, 2), (missing[:7], 2)):
+        done = cloud.run("launch/tpu_vm.sh create", REPOSITORY=str(tmp_path), COMMIT=name)
+        assert done.returncode == status, done.stderr
 
 
 @pytest.mark.parametrize("taken", [[DESCRIBE, 0, "SUSPENDED\n"], [NODE, 0, "PREEMPTED\t2\n"]])
