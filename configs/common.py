@@ -7,7 +7,7 @@ from convstem_jax.errors import ConfigError
 from convstem_jax.models import MODELS
 from convstem_jax.optim import OPTIMIZERS
 
-# Learning rate and weight decay of section 6, trained for the best error after 100 to 400 epochs.
+# Learning rate and weight decay of section 6, for the best error after 100 to 400 epochs.
 # The paper trains 72GF only on ImageNet-21k. (The authors' files have 7e-4 and 0.24 for 36GF.)
 PEAK = {
     ("vitp_1gf", "adamw"): (1e-3, 0.24),
@@ -149,12 +149,12 @@ def base() -> ml_collections.ConfigDict:
     config.lr = 1e-3  # base learning rate, for the whole batch
     config.wd = 0.24  # weight decay
     config.batch_size = 2048  # over all devices
-    # Micro-batches whose gradients one update averages, where memory is short. BatchNorm then uses
-    # the statistics of each micro-batch, its running ones move once for each, and devices add up
-    # their gradients after each.
+    # Micro-batches whose gradients one update averages, to save memory. BatchNorm then uses each
+    # micro-batch's statistics; its running ones are updated, and gradients summed over devices,
+    # once for each.
     config.accumulate = 1
     # "replicated" on every device, or "fsdp": parameters, optimiser and EMA are split over the
-    # devices, where memory is short.
+    # devices, to save memory.
     config.state_sharding = "replicated"
     config.epochs = 100.0
     config.warmup_epochs = 5.0
@@ -180,16 +180,16 @@ def base() -> ml_collections.ConfigDict:
     config.mean = (0.485, 0.456, 0.406)  # of the channels, in [0, 1]
     config.std = (0.229, 0.224, 0.225)
 
-    # Input speed; it changes no batch. A host holds for each worker 2 + 2 * read_ahead batches in
-    # shared memory (/dev/shm), and in the worker the larger of num_threads and read_ahead, for
-    # training and again for evaluation: with these values 2 x 16 x 5 batches, or 49 GB where one
+    # Input speed; none of these changes a batch. For each worker a host holds 2 + 2 * read_ahead
+    # batches in shared memory (/dev/shm), and max(num_threads, read_ahead) in the worker, for
+    # training and again for evaluation: with these values 2 x 16 x 5 batches, or 49 GB if one
     # host has all of 2048 x 224 x 224. The devices together hold 1.2 GB of images for the precise
     # statistics.
-    # Processes that decode, and at most as many again for evaluation, one for each of its batches:
-    # one a core at most; 0 for threads.
+    # Worker processes that decode, and up to as many again for evaluation, one per batch of it:
+    # at most one a core; 0 for threads.
     config.num_workers = 16
-    config.num_threads = 1  # batches made at the same time in each of them
-    config.read_ahead = 1  # batches ready on the host, for each of them
+    config.num_threads = 1  # batches that a worker makes at once
+    config.read_ahead = 1  # batches ready on the host, for each worker
     config.prefetch = 2  # batches ready on the devices, beside those of steps under way
 
     # Evaluation and records

@@ -5,8 +5,7 @@
     python -m convstem_jax.main --config configs/quickstart.py:regnety,sgd  the CNN
     python -m convstem_jax.main --config configs/quickstart.py:seed=1,epochs=10
 
-2 minutes on 2 CPU cores with nothing beside it, compilation included. README.md has the errors of
-each, with three seeds.
+2 minutes on 2 otherwise idle CPU cores, compilation included. README.md has the errors of each.
 """
 
 import os
@@ -30,7 +29,7 @@ def get_config(arg: str = ""):
     config.batch_size = 64
     config.epochs = 24.0
     config.warmup_epochs = 1.0
-    # The paper's 1e-5, for 128 times fewer examples: as many EMA updates fit in a run's memory.
+    # The paper's 1e-5, for 128 times fewer examples: the EMA spans the same share of a run.
     config.ema_alpha = 1.28e-3
 
     config.dataset = "fashion_mnist_10k"

@@ -6,8 +6,8 @@
     python -m convstem_jax.study --config configs/study.py:imagenet   the 4GF models
     python -m convstem_jax.study --config configs/study.py:full,colour,num_seeds=5
 
-`quick`, the first, passes through all experiments with few trials on a part of the embedded data:
-it shows that everything works, and decides little. `cpu` decides more: results/study holds
+`quick`, the first, runs all experiments with few trials on a part of the embedded data:
+it shows that everything works, but decides little. `cpu` decides more: results/study holds
 `cpu,num_seeds=6`, 68 minutes on 2 cores of an Intel Xeon. `full` and `imagenet` have not been run
 yet; the latter has the paper's optima and intervals. `colour` is the harder set of
 `convstem_jax.study.colour_set`, in place of the grey Fashion-MNIST.
@@ -40,7 +40,7 @@ def get_config(arg: str = ""):
     config.evals_of_shortest = 2  # evaluations in it; longer ones have as many an epoch
     config.num_seeds = 4  # of every comparison at one setting; fewer decide nothing
     config.num_random = 64  # settings drawn for each model and optimiser, in `lr_wd` and `depth`
-    # From intervals around each model's own optimum, as wide as the paper's, or from the paper's.
+    # "own": they lie around each model's own optimum, as wide as the paper's; or "paper".
     config.intervals = "own"
     config.optima = ()  # (model, optimiser, learning rate, weight decay) of those that are known
     # The coarse grid from which each other optimum is taken: factors to these centres.
@@ -67,13 +67,13 @@ def get_config(arg: str = ""):
     elif scale == "cpu":
         config.train_split = "train[:3000]"
         config.batch_size = 32
-        config.ema_alpha = 4.27e-3  # likewise, for 427 times fewer
+        config.ema_alpha = 4.27e-3  # the same, for 427 times fewer
         config.ema_every = 4
         config.lengths = (4.0, 8.0, 16.0)
         config.num_random = 32
     elif scale == "full":
         config.dataset = "fashion_mnist"
-        config.ema_alpha = 2.1e-4  # likewise, for 21 times fewer
+        config.ema_alpha = 2.1e-4  # the same, for 21 times fewer
         config.batch_size = 256
         config.eval_batch_size = 2000
         config.dtype = "bfloat16"

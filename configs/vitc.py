@@ -10,8 +10,8 @@
     python -m convstem_jax.main --config configs/vitc.py:4gf,ln           LayerNorm (Figure 7)
     python -m convstem_jax.main --config configs/vitc.py:4gf,deep         47 blocks (Figure 8)
 
-72GF, which the paper trains on ImageNet-21k alone, and 36GF with SGD need lr and wd. Those above
-are 36GF's with AdamW.
+72GF, in the paper only on ImageNet-21k, and 36GF with SGD need lr and wd. The example has
+36GF's with AdamW.
 
 Top-1 error in the paper's Table 2 after 100 epochs: 1GF 28.6, 4GF 20.9, 18GF 18.4, 36GF 18.3.
 Not yet run here.

@@ -9,8 +9,8 @@
     python -m convstem_jax.main --config configs/vitp.py:4gf,bn           BN and ReLU (Figure 7)
     python -m convstem_jax.main --config configs/vitp.py:4gf,deep         48 blocks (Figure 8)
 
-72GF, which the paper trains on ImageNet-21k alone, and 36GF with SGD need lr and wd. Those above
-are 36GF's with AdamW.
+72GF, in the paper only on ImageNet-21k, and 36GF with SGD need lr and wd. The example has
+36GF's with AdamW.
 
 Top-1 error in the paper's Table 2 after 100 epochs: 1GF 33.2, 4GF 23.3, 18GF 19.9, 36GF 19.9.
 Not yet run here.

@@ -12,7 +12,7 @@
 : "${RUN_NAME:=convstem}"             # of the machine, job or container, and of the run's folder
 : "${CONFIG:=configs/vitc.py:4gf}"    # as after --config
 : "${FIELDS:=}"                       # fields to override, without spaces in them: "lr=5e-4 epochs=50"
-# A folder that all machines of the run share; without a BUCKET one of this repository.
+# A folder shared by all machines of the run; without a BUCKET, one in this repository.
 : "${WORKDIR:=${BUCKET:+/mnt/bucket/runs/$RUN_NAME}}"
 : "${WORKDIR:=${launch%/*}/runs/$RUN_NAME}"
 # config.data_dir; "" for the configuration's own, where no data are copied.
@@ -26,7 +26,7 @@
 : "${PROJECT:=}"
 : "${ZONE:=}"                         # one that has the accelerator: us-west4-a
 : "${SERVICE_ACCOUNT:=}"              # e-mail address; "" for the project's default account
-: "${SPOT:=yes}"                      # yes: cheaper, and taken away at any time
+: "${SPOT:=yes}"                      # yes: cheaper, but may be preempted
 
 # --- The data: launch/data.sh copies them to each TPU VM; see docs/data_on_a_pod.md ---
 : "${DATA_SOURCE=${BUCKET:+gs://$BUCKET/data}}"  # a folder; "" where they are in DATA_DIR already
@@ -50,11 +50,11 @@
 : "${DEVICE:=gpu}"                    # what the image is for: gpu or tpu
 
 # --- GKE: launch/gke.sh ---
-: "${CLUSTER:=}"                      # for the XPK line alone; kubectl has its own context
+: "${CLUSTER:=}"                      # only for the XPK line; kubectl has its own context
 : "${GKE_ACCELERATOR:=tpu-v5-lite-podslice}"
 : "${GKE_TOPOLOGY:=4x4}"
 : "${GKE_CHIPS_PER_NODE:=4}"
-: "${GKE_DATA_FOLDER:=data}"          # of the bucket: what DATA_DIR is in the pods
+: "${GKE_DATA_FOLDER:=data}"          # in the bucket: mounted as DATA_DIR in pods
 : "${GKE_CACHE:=160Gi}"               # memory for all of it: ImageNet's two splits have 145 GiB
 : "${GKE_SERVICE_ACCOUNT:=default}"   # of Kubernetes; it needs access to the bucket
 : "${MAX_RESTARTS:=100}"              # of the whole run, on GKE and under SLURM

@@ -109,7 +109,7 @@ def test_cycles_of_the_newer_compiler():
         if name == "plain Flax, bfloat16"
     ]
     assert max(ratios) <= 0.8
-    told = f"it is {min(ratios):.2f} to {max(ratios):.2f} of plain Flax's cycles in bfloat16"
+    told = f"takes {min(ratios):.2f} to {max(ratios):.2f} of plain Flax's cycles in bfloat16"
     assert told in PERFORMANCE.read_text()
     for size, most in (("1gf", 1.12), ("4gf", 1.10), ("36gf", 1.02)):
         c, p = (cycles[f"vit{stem}_{size}", "v6e:2x2", "convstem_jax"] for stem in "cp")
