@@ -34,7 +34,7 @@ def table(headers: Sequence[str], lines: Sequence[Sequence], num_text: int = 1) 
 
 
 def made_by(argv: list[str] | None) -> dict:
-    """Fields of a result: the command, of `argv` or else of this process, and what it ran on."""
+    """Fields of a result: the command (`argv`, or else this process's), and what it ran on."""
     return {
         "command": sys.argv[1:] if argv is None else argv,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

@@ -1,14 +1,15 @@
-"""Times what a run does beside and between its training steps, on the device here.
+"""Times what a run does besides its training steps and between them, on the device here.
 
     python -m benchmarks.around_step --models vitc_1gf vitc_4gf vitc_18gf vitc_36gf
 
-For each model, on random images that wait on the device: what normalising and mixing would take
-alone, as a share of a training step (inside the step they are a part of other kernels, and take
-less); how long the host takes to ask for a step, for which the device waits only if that is longer
-than the step; images evaluated a second over images trained a second; how long a new process traces
-and compiles the training step with an empty compilation cache, and another with a full one; how
-much longer --steps training steps take after an asynchronous checkpoint of the whole state was
-asked for. Mixing and evaluation take turns with training --repeats times; medians are printed.
+For each model, on random images that wait on the device: the time that normalising and mixing would
+take by themselves, as a share of a training step (inside the step they are part of other kernels,
+and take less); how long the host takes to dispatch a step, for which the device waits only if that
+is longer than the step; images evaluated per second over images trained per second; how long a new
+process takes to trace and compile the training step with an empty compilation cache, and another
+with a full one; how much longer --steps training steps take after an asynchronous checkpoint of the
+whole state was asked for. Mixing and evaluation take turns with training --repeats times; medians
+are printed.
 """
 
 from concurrent import futures
@@ -32,11 +33,11 @@ from convstem_jax.models import MODELS
 from convstem_jax.step import eval_step, model_inputs
 from convstem_jax.terminal import positive
 
-NUM_AHEAD = 3  # steps that the host can ask for without waiting for one
+NUM_AHEAD = 3  # steps that the host can dispatch without waiting for one
 
 
 def compile_seconds(model: str, num_images: int, cache: str) -> float:
-    """How long the training step is traced and compiled; one is made, to see that it can be."""
+    """Seconds to trace and compile the training step; one step is made, to see that it can be."""
     jax.config.update("jax_compilation_cache_dir", cache)
     training = Training.of(Case(model, OURS, num_images))
     given = training.state, next(training.batches), training.hparams
@@ -48,7 +49,7 @@ def compile_seconds(model: str, num_images: int, cache: str) -> float:
 
 
 def measure(model: str, args) -> dict:
-    """The row of a model, but for compiling."""
+    """The row of a model, except for the compilation times."""
     training = Training.of(Case(model, OURS, args.batch))
     state, batches, sharding = training.state, training.batches, training.sharding
     batch = next(batches) | {"mask": jax.device_put(np.ones(args.batch, bool), sharding.batch)}
@@ -107,16 +108,16 @@ def medians(
     save: np.ndarray,
     num_steps: int,
 ) -> dict[str, float]:
-    """Of what was timed; each argument has the seconds of all repeats.
+    """Medians of what was timed; each argument has the seconds of all repeats.
 
     Args:
         train: of a training step.
         evaluate: of an evaluation step.
-        mix: of normalising and mixing alone.
-        host: until a training step is asked for.
+        mix: of normalising and mixing by themselves.
+        host: of dispatching a training step.
         call: of asking for a checkpoint.
         save: of that and the training steps after it.
-        num_steps: how many those are.
+        num_steps: how many training steps those are.
     """
     found = {
         "step_seconds": train,
@@ -146,13 +147,13 @@ def _seconds(function) -> float:
 
 
 def _in_a_new_process(function, *args):
-    """What it returns; the device is its own, and has not been used."""
+    """What `function` returns in a new process, which has the device for itself, yet unused."""
     with futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def table(rows: list[dict]) -> str:
-    """The rows for people."""
+    """The rows as a Markdown table."""
     headers = ("model", "device", "batch", "step (ms)", "host (ms)", "mixing alone (% of a step)")
     headers += ("evaluation over training rate", "compile, cold (s)", "warm (s)", "warm over cold")
     headers += ("save blocks (ms)", "in steps")
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--models", nargs="+", default=["vitc_4gf"], choices=MODELS, metavar="MODEL",
         help="as in convstem_jax.create_model (default: vitc_4gf)")  # fmt: skip
     add("--batch", type=arguments.even, default=256, help="default: %(default)s; must be even")
-    add("--steps", type=positive, default=20, help="of each turn (default: %(default)s)")
+    add("--steps", type=positive, default=20, help="in each turn (default: %(default)s)")
     add("--repeats", type=positive, default=5, help="default: %(default)s")
     args = parser.parse_args(argv)
     about = arguments.made_by(argv) | {"steps": args.steps, "repeats": args.repeats}
@@ -185,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     for model in args.models:
         try:
             rows.append(_row(model, args))
-        except Exception as error:  # of its processes; the others go on
+        except Exception as error:  # from its processes; the other models go on
             print(f"left out: {model}: {first_line(error)}", file=sys.stderr, flush=True)
         if args.json:
             files.write_json(args.json, [row | about for row in rows])

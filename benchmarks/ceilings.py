@@ -12,7 +12,7 @@ _TIMES = 10  # in one program, so that its start does not count
 
 
 def matmul_size() -> int:
-    """Of matrices whose products reach this device's peak and do not take minutes."""
+    """Size of matrices whose products reach this device's peak and do not take minutes."""
     return 1024 if jax.default_backend() == "cpu" else 8192
 
 

@@ -11,7 +11,7 @@ import time
 
 # All processes share the GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# What an earlier run compiled is not to be found.
+# What an earlier run compiled must not be reused.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import jax
@@ -28,7 +28,7 @@ TORCH = ("torchvision", "timm")
 class Contender:
     """An implementation of a model, in a process of its own.
 
-    On TPUs, which one process alone can open, it is a thread of this one.
+    On TPUs, which only one process can open, it is a thread of this one.
     """
 
     def __init__(self, case: Case):
@@ -52,12 +52,12 @@ class Contender:
         self.compile_seconds, self.peak_bytes = self._answer()
 
     def seconds(self, num_steps: int) -> float:
-        """Of that many steps, each, after one that is not counted.
+        """Seconds per step of that many steps, after one that is not counted.
 
         Raises:
             RuntimeError: a step failed, or the loss is not finite.
         """
-        with contextlib.suppress(OSError):  # `_answer` tells of a process that is gone.
+        with contextlib.suppress(OSError):  # `_answer` reports a process that is gone.
             self.pipe.send(num_steps)
         loss, seconds = self._answer()
         if not np.isfinite(loss):
@@ -76,7 +76,7 @@ class Contender:
         return said
 
     def end(self) -> None:
-        """Ends it, which gives its memory back."""
+        """Ends it, which frees its memory."""
         self.pipe.close()
         if not self._is_thread:
             self._runner.kill()
@@ -106,9 +106,9 @@ def all_compiled(cases: Sequence[Case], overlap: int, leave_out: Callable) -> li
 
     Args:
         cases: of the contenders.
-        overlap: how many of JAX's to compile at once, and as many of PyTorch's beside them; with 0
-            one at a time.
-        leave_out: is told of the case of each that fails, and why.
+        overlap: how many of JAX's to compile at once, and as many of PyTorch's at the same time; 0
+            for one at a time.
+        leave_out: called with the case of each that fails, and the reason.
     """
     found, busy = [], []
     beside = [case for case in cases if overlap and case.implementation in TORCH]
@@ -133,7 +133,7 @@ def all_compiled(cases: Sequence[Case], overlap: int, leave_out: Callable) -> li
 
 
 def missing(model: str, implementation: str) -> str | None:
-    """Why there is no such implementation of the model, if there is none."""
+    """Why there is no such implementation of the model; None if there is one."""
     if implementation in JAX:
         new = jax_contenders.new_model(implementation, model)
     elif reason := torch_contenders.unavailable(implementation):

@@ -1,12 +1,12 @@
-"""Times what this machine's processors make of images: decoded, augmented, in batches.
+"""Times how fast this machine's processors decode images, augment them and make batches.
 
     python -m benchmarks.input_speed                                 made-up photographs
     python -m benchmarks.input_speed --config configs/vitc.py        ImageNet, from where it lies
     python -m benchmarks.input_speed --workers 1 8 16 --batch 64
 
 The first lines are of one image after another, the last ones of the input pipeline, which hands
-batches to the devices as training does, from so many worker processes. Made-up photographs have
-the commonest size of ImageNet's, 500 x 375, as many bytes as those have on average, and their
+batches to the devices as training does, for each number of worker processes. Made-up photographs
+have the commonest size of ImageNet's, 500 x 375, as many bytes as those have on average, and their
 spectrum; they lie in a file that the system keeps in memory.
 """
 
@@ -48,7 +48,7 @@ def photograph(rng: np.random.Generator, height: int = 375, width: int = 500) ->
 
 
 def made_up(folder: str, num: int) -> ml_collections.ConfigDict:
-    """Writes a data set of that many photographs; the paper's configuration that reads it."""
+    """Writes a data set of `num` photographs; returns the paper's configuration for reading it."""
     rng = np.random.default_rng(0)
     records = packed.records([photograph(rng) for _ in range(num)], [0] * num)
     packed.write(os.path.join(folder, "made_up.npz"), {"train": records}, ["noise"])
@@ -56,7 +56,7 @@ def made_up(folder: str, num: int) -> ml_collections.ConfigDict:
 
 
 def one_by_one(examples: TrainExamples, num: int) -> dict[str, float]:
-    """Seconds of one image for each thing that is done to it, on one core."""
+    """Seconds that each operation on an image takes, on one core."""
     split, rng = examples.split, np.random.default_rng(0)
     crop = dataclasses.replace(examples.transform, auto_augment=False)
     seconds = {"decode": 0.0, "crop, resize, flip": 0.0}
@@ -79,7 +79,7 @@ def one_by_one(examples: TrainExamples, num: int) -> dict[str, float]:
 def batches_per_second(
     examples: TrainExamples, batch_size: int, num_workers: int, seconds: float
 ) -> float:
-    """Of the input pipeline with training's defaults, for so many seconds."""
+    """Speed of the input pipeline with training's defaults, measured for so many seconds."""
     reading = pipeline.Reading(num_workers, num_threads=1, read_ahead=1, prefetch=2)
     batches = pipeline.train_batches(
         examples,
@@ -106,13 +106,13 @@ def main(argv: list[str] | None = None) -> int:
         help="whose data and augmentation to time (default: the paper's augmentation of made-up "
         "photographs)")  # fmt: skip
     add("--workers", type=positive, nargs="+", default=sorted({1, cores}), metavar="N",
-        help="processes, one or more lines (default: 1, and one a core)")  # fmt: skip
+        help="numbers of processes, a line for each (default: 1, and one per core)")  # fmt: skip
     add("--batch", type=positive, default=128,
         help="images of one process's batch (default: %(default)s)")  # fmt: skip
     add("--images", type=positive, default=500,
-        help="to time one by one (default: %(default)s)")  # fmt: skip
+        help="how many to time one by one (default: %(default)s)")  # fmt: skip
     add("--seconds", type=float, default=20.0,
-        help="to time each number of workers (default: %(default)g)")  # fmt: skip
+        help="how long to time each number of workers (default: %(default)g)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.seconds <= 0:
         parser.error(f"--seconds {args.seconds:g} must be more than 0")
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows for people."""
+    """The rows as a Markdown table."""
     lines = [
         (row["what"], row["workers"] or "", f"{1000 / row['images_per_second']:.2f}",
          f"{row['images_per_second']:,.0f}")

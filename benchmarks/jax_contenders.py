@@ -45,7 +45,7 @@ class PlainBlock(nnx.Module):
 
 
 class PlainViT(nnx.Module):
-    """The paper's ViT of stock layers alone: separate query, key and value, defaults elsewhere."""
+    """The paper's ViT of stock layers only: separate query, key and value, defaults elsewhere."""
 
     def __init__(self, spec: ViTSpec, *, dtype, rngs: nnx.Rngs):
         kwargs = {"dtype": dtype, "rngs": rngs}
@@ -79,12 +79,12 @@ class PlainViT(nnx.Module):
 def new_model(
     implementation: str, name: str, dtype: str = "bfloat16"
 ) -> Callable[[], nnx.Module] | None:
-    """A function that makes the model; None where this implementation has none such.
+    """A function that makes the model; None where this implementation has no such model.
 
     Args:
         implementation: one of `IMPLEMENTATIONS`.
         name: a key of `MODELS`.
-        dtype: of this project's; the others' names say theirs.
+        dtype: of this project's model; the names of the others say theirs.
     """
     if implementation == OURS:
         return lambda: create_model(name, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
@@ -96,7 +96,7 @@ def new_model(
 
 
 def hparams() -> HParams:
-    """Of a run of 10,000 steps."""
+    """Hyper-parameters of a run of 10,000 steps."""
     return HParams(
         lr=jnp.float32(LR), wd=jnp.float32(WEIGHT_DECAY), seed=jnp.uint32(0),
         num_steps=jnp.int32(10_000), warmup_steps=jnp.int32(0), ema_rate=jnp.float32(EMA_RATE),
@@ -112,7 +112,7 @@ def abstract_state(
 
 
 def abstract_batch(model: str, num: int, sharding: jax.sharding.Sharding | None = None) -> dict:
-    """The shapes of so many images and labels."""
+    """The shapes of `num` images and labels."""
     size = MODELS[model].image_size
     return {
         "image": jax.ShapeDtypeStruct((num, size, size, 3), jnp.uint8, sharding=sharding),
@@ -150,16 +150,16 @@ class Training(NamedTuple):
     graphdef: nnx.GraphDef
     step: Callable
     state: TrainState
-    batches: Iterator[dict]  # without end, for a call each
+    batches: Iterator[dict]  # without end, one for each call
     hparams: HParams
 
     @classmethod
     def of(cls, case: Case):
-        """With random weights and images."""
+        """A training step with random weights and images."""
         recipe, sharding = recipe_of(case.optimizer), Sharding(jax.devices()[:1])
         new = new_model(case.implementation, case.model, case.dtype)
         graphdef, state = new_state(new, recipe, sharding)
-        # As in training: what the models do for a device hangs on the mesh.
+        # As in training: what the models do for a device depends on the mesh.
         options = {} if case.implementation == OURS else {"compiler_options": {}}  # XLA's own
         step = build.jit_train_step(sharding, graphdef, recipe, sharding.of_state(state), **options)
         batches, by = random_batches(case), sharding.batch
@@ -176,12 +176,12 @@ class JaxStep:
     """A compiled training step with its state and batches on the first device."""
 
     def __init__(self, case: Case):
-        """Compiles it, and makes the first steps, which the time of compiling has in it."""
+        """Compiles the step and makes the first ones; `compile_seconds` includes both."""
         _, _, _, step, self._state, self._batches, self._hparams = Training.of(case)
         self._in_a_call = case.in_a_call
         start = time.perf_counter()
         lowered = step.lower(self._state, next(self._batches), self._hparams)
-        # Beside those of `Sharding.jit`. JAX takes numbers as text, but not what XLA_FLAGS has.
+        # Besides those of `Sharding.jit`. JAX takes numbers as text, but not true or false.
         truths = {"true": True, "false": False}
         options = {name: truths.get(text, text) for name, text in case.xla_options}
         self._step = lowered.compile(options)
@@ -190,14 +190,14 @@ class JaxStep:
         self.peak_bytes = bytes_of_program(self._step)
 
     def run(self, num_steps: int) -> float:
-        """Makes so many steps, or a call's if it makes more, and waits; returns the last loss."""
+        """Makes so many steps (a call's, if it makes more) and waits; returns the last loss."""
         for _ in range(max(1, num_steps // self._in_a_call)):
             self._state, metrics = self._step(self._state, next(self._batches), self._hparams)
         return float(metrics["loss"])
 
 
 def _train_steps(graphdef, recipe, state, batches, hparams):
-    """`train_step` on batches that are stacked, one after the other; the last one's metrics."""
+    """`train_step` on stacked batches, one after the other; returns the last one's metrics."""
 
     def step(state, batch):
         return train_step(graphdef, recipe, state, batch, hparams)

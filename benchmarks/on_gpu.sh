@@ -46,7 +46,7 @@ if ! "$python" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")'; t
   echo "JAX finds no GPU here" >&2
   exit 2
 fi
-# Elsewhere the tests have programs that are soon compiled; here they are to be those of training.
+# Elsewhere the tests use programs that compile quickly; here they are to be those of training.
 run forms env JAX_DISABLE_MOST_OPTIMIZATIONS=0 "$python" -m pytest -q -n0 -W default -p no:cacheprovider \
   tests/test_gpu_forms.py tests/test_kernels.py
 while read -r batch models; do

@@ -1,13 +1,13 @@
-"""Tells which kernels the time of a training step goes to, on the device here, or the host's.
+"""Tells where the time of a training step goes: to kernels on the device here, or on the host.
 
     python -m benchmarks.profile_step                             ViT_C-4GF, 256 images
     python -m benchmarks.profile_step --implementation "plain Flax, bfloat16" --batch 128
     python -m benchmarks.profile_step --host                      what the host does in that time
 
 The step is that of benchmarks.train_step. JAX's profiler watches --steps of them; kernels whose
-names differ in a number at the end are one line. On CPUs the times of all threads are added up.
-With --host the lines are what JAX, XLA and the driver tell of their work and their waiting, each
-without the parts that have lines of their own.
+names differ only in a number at the end share a line. On CPUs the times of all threads are added
+up. With --host the lines are what JAX, XLA and the driver report of their work and their waiting,
+each without the parts that have lines of their own.
 """
 
 import collections
@@ -25,25 +25,25 @@ from convstem_jax.models import MODELS
 from convstem_jax.optim import OPTIMIZERS
 from convstem_jax.terminal import positive
 
-# XLA does without CUDA graphs where it is profiled, and the host would have other work.
+# XLA does without CUDA graphs when it is profiled, and the host would have other work.
 _WITH_GRAPHS = (("xla_enable_command_buffers_during_profiling", "true"),)
-# What lasts as long as others that it starts, each of which is counted.
+# These last as long as the instructions that they start, each of which is counted.
 _STARTS_OTHERS = ("while", "call", "conditional")
 
 
 def measure(
     step: jax_contenders.JaxStep, num_steps: int, host: bool = False
 ) -> tuple[list[dict], float]:
-    """Profiles steps that are compiled.
+    """Profiles compiled steps.
 
     Args:
-        step: to profile.
-        num_steps: so many of them.
-        host: tell what the host's threads do, in place of kernels.
+        step: the step to profile.
+        num_steps: how many of them.
+        host: report what the host's threads do, in place of kernels.
 
     Returns:
-        `name`, `times` and `seconds` of a step, the longest first; and the seconds of a step from
-        the first event's start to the last one's end.
+        `name`, with `times` and `seconds` per step, the longest first; and the seconds per step
+        from the first event's start to the last one's end.
     """
     step.run(2)
     options = jax.profiler.ProfileOptions()
@@ -79,7 +79,7 @@ def _kernels(plane: str, line) -> list[tuple]:
 
 
 def _host_events(plane: str, line) -> list[tuple]:
-    """What a thread of the host does but for kernels of a CPU, and the ns that are its own."""
+    """What a thread of the host does, except for a CPU's kernels, and the ns that are its own."""
     events = list(line.events) if plane == "/host:CPU" else []
     return [(x, ns) for x, ns in zip(events, _own_ns(events), strict=True) if not _is_of_xla(x)]
 
@@ -108,12 +108,12 @@ def _is_kernel(plane: str, line, event) -> bool:
 
 
 def _is_of_xla(event) -> bool:
-    """Whether a thread runs an instruction of a program there."""
+    """Whether the event is a thread running an instruction of a program."""
     return any(name == "hlo_op" for name, _ in event.stats)
 
 
 def table(rows: list[dict], num: int) -> str:
-    """The rows for people: so many of them, and the others together."""
+    """The first `num` rows as a Markdown table, and the others as one."""
     total, others = sum(row["seconds"] for row in rows), rows[num:]
     shown = rows[:num]
     if others:
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
         help="of convstem_jax (default: %(default)s)")  # fmt: skip
     add("--steps", type=positive, default=3, help="default: %(default)s")
-    add("--host", action="store_true", help="what the host does, in place of the kernels")
+    add("--host", action="store_true", help="show what the host does instead of the kernels")
     add("--top", type=positive, default=25, metavar="N",
         help="lines of the table (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)

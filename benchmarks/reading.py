@@ -142,7 +142,7 @@ def measure(folder: pathlib.Path, *, num_records, num_reads, threads, latencies)
         for latency in latencies:
             with bucket(folder, latency / 1000) as counts:
                 reader = array_record_module.ArrayRecordReader(f"gs://bucket/{path.name}", OPTIONS)
-                counts.clear()  # of the index at the file's end
+                counts.clear()  # of reading the index at the file's end
                 speed = time_reads(reader, num_reads, num_threads)
                 add(
                     f"bucket, {latency:g} ms", num_threads, speed,
@@ -178,9 +178,9 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--folder", help="where to write the file (default: one for temporary files)")
     add("--records", type=positive, default=1251,
-        help="in the file (default: %(default)s, ImageNet's)")  # fmt: skip
+        help="how many the file has (default: %(default)s, ImageNet's)")  # fmt: skip
     add("--reads", type=positive, default=2000,
-        help="of each line (default: %(default)s)")  # fmt: skip
+        help="how many for each line (default: %(default)s)")  # fmt: skip
     add("--threads", type=positive, nargs="+", default=[1, 16],
         help="default: %(default)s")  # fmt: skip
     add("--latency_ms", type=float, nargs="+", default=[0, 30], help="default: %(default)s")

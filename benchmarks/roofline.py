@@ -8,10 +8,11 @@ What is counted is this project's step in bfloat16, under ordinary XLA fusion. E
 and convolution is a kernel that reads its operands and writes its result. What is computed element
 by element between them is fused, reductions included: a kernel reads each array that it needs once
 and writes what a product or another reduction needs, and sums of two arrays that are read twice.
-Where it alone reads a product's result, it is one kernel with the product. A kernel takes the
-longer of its operations at the one ceiling and its bytes at the other; kernels do not overlap.
-On GPUs attention is counted as cuDNN's, whose weights never leave the chip, and this project's own
-kernels as what XLA would make in their place. Better fusion than that can beat the bound.
+If only this kernel reads a product's result, it is one kernel with the product. A kernel takes the
+time of its operations at the one ceiling or of its bytes at the other, whichever is longer; kernels
+do not overlap. On GPUs attention is counted as cuDNN's, whose weights never leave the chip, and
+this project's own kernels as what XLA would make in their place. Better fusion than that can beat
+the bound.
 """
 
 from collections import Counter
@@ -39,7 +40,7 @@ from convstem_jax.models.vit import ViTSpec
 from convstem_jax.step import train_step
 
 PAPER = [f"vit{stem}_{size}gf" for size in (1, 4, 18, 36) for stem in "cp"]
-# Cost nothing of their own: at best what is before them writes in that order.
+# These cost nothing: at best, what comes before them writes in their order.
 VIEWS = ("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy")
 VIEWS += ("layout_constraint",)
 # Programs inside an instruction that run once, on its operands.
@@ -144,7 +145,7 @@ def kernels(jaxpr: core.Jaxpr, *, on_chip: Callable = lambda shape: False) -> li
 
 
 def _flatten(jaxpr, arrays: list, new: Callable) -> tuple[list[_Instruction], list]:
-    """Instructions with the calls opened, and what the program returns (None for a literal).
+    """Instructions with the calls inlined, and what the program returns (None for a literal).
 
     Args:
         jaxpr: the program.
@@ -186,7 +187,7 @@ def _flatten(jaxpr, arrays: list, new: Callable) -> tuple[list[_Instruction], li
 
 
 def step_kernels(model: str, batch: int, device_kind: str) -> list[Kernel]:
-    """Of a whole training step of the paper's recipe, AdamW, as it is made for a kind of device."""
+    """The kernels of a whole training step of the paper's recipe, AdamW, for a kind of device."""
     platform = {"TPU": "tpu", "cpu": "cpu"}.get(device_kind[:3], "gpu")
     device = jax.sharding.AbstractDevice(device_kind, num_cores=None, platform=platform)
     recipe = recipe_of("adamw")
@@ -206,7 +207,7 @@ def step_kernels(model: str, batch: int, device_kind: str) -> list[Kernel]:
 
 @contextlib.contextmanager
 def _traced_for(device: jax.sharding.AbstractDevice) -> Iterator[None]:
-    """Where the models take their forms for such a device, which need not be here."""
+    """A context where the models take their forms for such a device, which need not be here."""
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((1,), ("data",), axis_types=auto, abstract_device=device)
 
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--flops", type=float, help="bfloat16 operations a second (default: measured here)")
     add("--bandwidth", type=float, help="bytes a second (default: measured here)")
     add("--measured", nargs="+", default=[], metavar="FILE",
-        help="of benchmarks.train_step: the share that it reached")  # fmt: skip
+        help="results of benchmarks.train_step, for the share that it reached")  # fmt: skip
     add("--device", metavar="KIND", help="as JAX calls it, for the models' forms (default: that of "
         "--measured, or the one here)")  # fmt: skip
     args = parser.parse_args(argv)
@@ -241,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
             with open(name) as file:
                 rows = [row for row in json.load(file) if row["implementation"] == OURS]
             kinds |= {row["device"] for row in rows}
-            # Rows of earlier versions, which had bfloat16 alone, do not say it.
+            # Rows of earlier versions, which had only bfloat16, do not name it.
             others = {(row.get("dtype", "bfloat16"), row["optimizer"]) for row in rows}
             others -= {("bfloat16", "adamw")}
             measured |= {row["model"]: row for row in rows}
@@ -296,7 +297,7 @@ def _gflop(flops: float) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows for people."""
+    """The rows as a Markdown table."""
     lines = [
         (
             row["model"], row["batch"], _gflop(row["flops"] / row["batch"]),

@@ -3,9 +3,9 @@
 torch.compile, autocast to bfloat16 unless float32 is asked for, fused attention and optimisers,
 channels last.
 
-The networks are torchvision's and timm's own. The step normalises uint8 images, lights, mixes and
-smooths on the device, updates the parameters, and the EMA at every 32nd step. Of what this
-project's does it leaves out the gradients' norm, the schedule and the lighting's components.
+The networks are torchvision's and timm's own. The step normalises uint8 images, applies lighting,
+mixing and label smoothing on the device, updates the parameters, and the EMA at every 32nd step.
+Unlike this project's step it has no gradient norm, schedule or principal components of lighting.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ from convstem_jax.models.vit import ViTSpec
 def declare_torchvision():
     """Lets torchvision for CUDA be imported beside a CPU build of PyTorch.
 
-    Its networks are Python alone, and need none of the compiled operations that are declared here.
+    Its networks are pure Python, and need none of the compiled operations that are declared here.
     """
     import torch
 
@@ -48,7 +48,7 @@ def declare_torchvision():
     if spec := importlib.util.find_spec("torchvision"):
         folder = pathlib.Path(spec.origin).parent
         for path in folder.glob("_C*.so"):
-            with contextlib.suppress(OSError):  # It asks for CUDA's.
+            with contextlib.suppress(OSError):  # It asks for CUDA's libraries.
                 torch.ops.load_library(path)
         declared = re.compile(r'(?:register_meta\("|register_fake\("torchvision::)(\w+)"')
         for name in set(declared.findall((folder / "_meta_registrations.py").read_text())):
@@ -58,11 +58,11 @@ def declare_torchvision():
 
 
 def unavailable(implementation: str) -> str | None:
-    """Why this implementation cannot be used here, if it cannot."""
+    """Why this implementation cannot be used here; None if it can."""
     try:
         declare_torchvision()
         importlib.import_module(implementation)
-    except (ImportError, OSError, RuntimeError) as error:  # of another CUDA, or of none
+    except (ImportError, OSError, RuntimeError) as error:  # built for another CUDA, or for none
         return first_line(error)
     own, jaxs = device_type(), jax.default_backend()
     if own != {"gpu": "cuda"}.get(jaxs, jaxs):
@@ -78,7 +78,7 @@ def device_type() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages here that decide the numbers."""
+    """Versions of the packages here that decide the numbers."""
     found = {}
     for name in ("torch", "torchvision", "timm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -120,7 +120,7 @@ def torchvision_network(spec, num_classes: int = NUM_CLASSES):
 
 
 def timm_network(spec: ViTSpec):
-    """timm's VisionTransformer, of which its `vit_base_patch16_224` is one, of the sizes of `spec`.
+    """timm's VisionTransformer, as in its `vit_base_patch16_224`, with the sizes of `spec`.
 
     It has no convolutional stem, and is given torchvision's.
     """
@@ -151,7 +151,7 @@ def timm_network(spec: ViTSpec):
 
 
 def new_network(implementation: str, model: str) -> Callable | None:
-    """A function that makes the network; None where this implementation has none such."""
+    """A function that makes the network; None where this implementation has no such network."""
     spec = MODELS[model]
     is_vit = isinstance(spec, ViTSpec)
     if is_vit and (spec.stem_kernels or spec.stem_norm):
@@ -165,7 +165,7 @@ class TorchStep:
     """A compiled training step with its state and batch on the GPU, or on the CPU without one."""
 
     def __init__(self, case: Case):
-        """Compiles it, and makes the first steps, which the time of compiling has in it."""
+        """Compiles the step and makes the first ones; `compile_seconds` includes both."""
         import torch
         from torch.nn import functional
 

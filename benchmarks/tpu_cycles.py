@@ -25,7 +25,7 @@ from convstem_jax.models import MODELS
 from convstem_jax.sharding import Sharding
 from convstem_jax.terminal import tell
 
-WHAT = ("model", "topology", "batch_on_device", "implementation")  # what a row is of
+WHAT = ("model", "topology", "batch_on_device", "implementation")  # what identifies a row
 
 
 def estimate(
@@ -38,7 +38,7 @@ def estimate(
         model: a key of `MODELS`.
         topology: a slice, as in preflight.
         batch: images on a device.
-        known: an earlier estimate, which is given again if program and versions are the same.
+        known: an earlier estimate, returned again if program and versions are the same.
     """
     if (new := jax_contenders.new_model(implementation, model)) is None:
         return None
@@ -61,7 +61,7 @@ def estimate(
 
 
 def table(rows: list[dict]) -> str:
-    """The rows for people: cycles, and ours over each other implementation's."""
+    """The rows as a Markdown table: cycles, and ours over each other implementation's."""
     found = {}
     for row in rows:
         if row["cycles"] is not None:
@@ -87,8 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     parser = arguments.new_parser(
         "tpu_cycles", __doc__,
-        json="keep the estimates as a list of objects too, line by line; those that it holds "
-        "already are not made again where program and versions are still the same",
+        json="keep the estimates as a list of objects too, each once it is made; those that the "
+        "file holds already are not made again where program and versions are still the same",
     )  # fmt: skip
     add = parser.add_argument
     add("--models", nargs="+", default=["vitc_4gf"], choices=MODELS, metavar="MODEL")

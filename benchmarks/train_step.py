@@ -5,12 +5,12 @@
     python -m benchmarks.train_step --models vitc_1gf vitc_18gf --batch 512 --json results.json
     python -m benchmarks.train_step --xla_options xla_gpu_graph_min_graph_size=5
 
-A step is what training makes: normalisation of uint8 images, lighting, mixing, forward, backward,
+A step is what training does: normalisation of uint8 images, lighting, mixing, forward, backward,
 optimiser, EMA; the batch waits on the device. Each implementation has a process of its own. When
-all of a model are compiled, or of --together models, they take turns --repeats times; medians are
-printed, of ratios too. What is not installed is named and left out. MFU is the share that the
-paper's network would take of what this device reaches with products of large matrices of that
-type, measured in the same run.
+all those of a model, or of --together models, are compiled, they take turns --repeats times;
+medians are printed, also of ratios. What is not installed is named and left out. MFU counts the
+operations of the paper's network, as a share of what this device reaches with products of large
+matrices of that type, measured in the same run.
 """
 
 import argparse
@@ -43,13 +43,13 @@ from convstem_jax.terminal import positive, progress_bar
 def take_turns(
     contenders: list[Contender], steps: int, repeats: int, leave_out: Callable
 ) -> dict[Contender, list[float]]:
-    """Seconds of a step in each turn of those that do not fail.
+    """Seconds per step in each turn, of those contenders that do not fail.
 
     Args:
-        contenders: compiled.
-        steps: of a turn.
+        contenders: compiled ones.
+        steps: in a turn.
         repeats: how many turns each has; each round begins with another contender.
-        leave_out: is told of the case of each that fails, and why.
+        leave_out: called with the case of each that fails, and the reason.
     """
     seconds, order = {contender: [] for contender in contenders}, deque(contenders)
     for _ in progress_bar(range(repeats), "taking turns", "round"):
@@ -94,7 +94,7 @@ def rows_of(model: str, seconds: dict[Contender, list[float]], peak: float) -> l
 
 
 def table(rows: list[dict]) -> str:
-    """The rows for people."""
+    """The rows as a Markdown table."""
     headers = ("model", "implementation", "batch", "images/s", "our speed over its", "MFU (%)")
     headers += ("peak GiB", "compile (s)")
     lines = [
@@ -111,7 +111,7 @@ def table(rows: list[dict]) -> str:
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
-    """What is to be timed; what is not installed is told, and left out."""
+    """The cases to time; what is not installed is named and left out."""
     variants = [(name, (), 1) for name in args.implementations]
     variants += [(OURS, options, 1) for options in args.xla_options]
     if args.steps_in_a_call > 1:
@@ -140,31 +140,31 @@ def main(argv: list[str] | None = None) -> int:
     add("--implementations", nargs="+", default=[*JAX, *TORCH], choices=[*JAX, *TORCH],
         metavar="NAME", help=f"of: {'; '.join([*JAX, *TORCH])} (default: all)")  # fmt: skip
     add("--skip", nargs="+", default=[], metavar="MODEL:NAME",
-        help="of these, patterns such as 'vitp_*:*float32'")  # fmt: skip
+        help="leave out some of these, by patterns such as 'vitp_*:*float32'")  # fmt: skip
     add("--xla_options", nargs="+", default=[], type=_xla_options, metavar="NAME=VALUE",
-        help="each makes one implementation more: this project's, compiled with that option of "
-        "XLA, or with several that spaces separate within quotes")  # fmt: skip
+        help="each adds an implementation: this project's, compiled with that option of XLA, or "
+        "with several, separated by spaces within quotes")  # fmt: skip
     add("--steps_in_a_call", type=positive, default=1, metavar="N",
-        help="makes one implementation more: this project's, whose program makes N steps in a "
-        "loop (default: %(default)s, none more)")  # fmt: skip
+        help="adds an implementation: this project's, whose program makes N steps in a loop "
+        "(default: %(default)s, which adds none)")  # fmt: skip
     add("--batch", type=arguments.even, nargs="+", default=[64 if on_cpu else 256],
-        help="of all models, or of each; must be even (default here: %(default)s)")  # fmt: skip
+        help="for all models, or for each; must be even (default here: %(default)s)")  # fmt: skip
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: %(default)s")
     add("--dtype", default="float32" if on_cpu else "bfloat16", choices=("bfloat16", "float32"),
-        help="of convstem_jax, of PyTorch and of the products that MFU is of; XLA is mostly faster "
-        "on CPUs with float32 (default here: %(default)s)")  # fmt: skip
-    add("--steps", type=positive, default=20, help="of each turn (default: %(default)s)")
+        help="for convstem_jax, PyTorch and the products that MFU compares with; XLA is mostly "
+        "faster on CPUs with float32 (default here: %(default)s)")  # fmt: skip
+    add("--steps", type=positive, default=20, help="in each turn (default: %(default)s)")
     add("--repeats", type=positive, default=5, help="default: %(default)s")
     add("--torch_mode", default="default" if on_cpu else "max-autotune",
         help="of torch.compile, or eager (default here: %(default)s)")  # fmt: skip
-    add("--overlap", type=positive, default=0, metavar="N", help="compile N of JAX's "
-        "at once, and N of PyTorch's beside them, which is sooner done, but disturbs what they "
-        "measure of their kernels (default: one at a time)")  # fmt: skip
+    add("--overlap", type=positive, default=0, metavar="N", help="compile N of JAX's at once, and "
+        "N of PyTorch's at the same time, which is faster but disturbs what they measure of their "
+        "kernels (default: one at a time)")  # fmt: skip
     add("--together", type=positive, default=1, metavar="N",
         help="compile N models, then let all of them take turns; the device's memory must hold "
         "them (default: %(default)s)")  # fmt: skip
     add("--matmul_size", type=positive, metavar="N",
-        help="of the matrices for the peak (default: 8192, on CPUs 1024)")  # fmt: skip
+        help="size of the matrices for the peak (default: 8192, on CPUs 1024)")  # fmt: skip
     args = parser.parse_args(argv)
     if len(args.batch) == 1:
         args.batch *= len(args.models)

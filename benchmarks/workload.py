@@ -22,8 +22,8 @@ class Case(NamedTuple):
     optimizer: str = "adamw"
     torch_mode: str = "eager"  # or of torch.compile
     dtype: str = "bfloat16"  # of this project's and of PyTorch's
-    xla_options: tuple[tuple[str, str], ...] = ()  # beside those of `xla_options.py`
-    in_a_call: int = 1  # steps, of JAX's
+    xla_options: tuple[tuple[str, str], ...] = ()  # besides those of `xla_options.py`
+    in_a_call: int = 1  # steps per call, in JAX
 
     @property
     def name(self) -> str:
@@ -45,7 +45,7 @@ def recipe_of(optimizer: str) -> Recipe:
 
 
 def random_batches(case: Case) -> list[dict[str, np.ndarray]]:
-    """Two batches, for steps in turns: in training no batch lies where the one before lay.
+    """Two batches, for alternate steps: in training no batch lies where the one before it lay.
 
     Each has `image`, uint8 `[N, H, W, 3]`, and `label`, int32 `[N]`.
     """

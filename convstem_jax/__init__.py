@@ -14,7 +14,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str):
-    """Imports what takes seconds when it is asked for: the programs begin before that."""
+    """Imports on first use, which takes seconds: the programs begin before that."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__} has no attribute '{name}'")
     return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""From a configuration to the examples, the model and what else the step is given."""
+"""Makes the examples, the model and the step's other inputs from a configuration."""
 
 from collections.abc import Callable
 
@@ -39,14 +39,14 @@ def eval_examples(config: ml_collections.ConfigDict, split: Split) -> EvalExampl
 
 
 def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
-    """Updates of a whole run: what comes nearest to the epochs, and at least one."""
+    """Number of updates in a whole run: nearest to the configured epochs, and at least one."""
     return max(1, round(config.epochs * num_examples / config.batch_size))
 
 
 def num_precise_batches(config: ml_collections.ConfigDict, num_examples: int) -> int:
-    """Training batches of the precise BatchNorm statistics: 0 for none, else at least one.
+    """Number of training batches for precise BatchNorm statistics: 0 if off, else at least one.
 
-    An epoch at most, since a small data set seen again would tell nothing new.
+    At most one epoch, since seeing a small data set again would tell nothing new.
     """
     if not config.precise_bn_examples:
         return 0
@@ -59,10 +59,10 @@ def new_model(
     """The configuration's model with random weights; `seed` may be traced.
 
     Raises:
-        ValueError: its sizes do not fit together.
+        ValueError: the model's sizes do not fit together.
     """
-    # Flax folds each parameter's number into the key, as the training step does its own number:
-    # a number that no step reaches keeps the two apart.
+    # Flax folds each parameter's number into the key, and the training step its own number: folding
+    # in a number that no step reaches keeps the two apart.
     key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
     return create_model(
         config.model,
@@ -77,7 +77,7 @@ def new_model(
 def new_state(
     config: ml_collections.ConfigDict, recipe: Recipe
 ) -> tuple[nnx.GraphDef, Callable[[jax.Array], TrainState]]:
-    """The configuration's model, and a function of the seed to jit: it makes the untrained state.
+    """The configuration's model, and a function, to be jitted, from seed to untrained state.
 
     Raises:
         ConfigError: the model's sizes do not fit together.
@@ -96,14 +96,14 @@ def new_state(
 def jit_train_step(
     sharding: Sharding, graphdef: nnx.GraphDef, recipe: Recipe, shardings: PyTree, **options
 ) -> Callable:
-    """The step that is trained with: `(state, batch, hparams)` to the new state and metrics.
+    """The jitted training step: from `(state, batch, hparams)` to the new state and metrics.
 
     Args:
         sharding: of the run.
         graphdef: from `new_state`.
         recipe: what is fixed.
         shardings: of the state, which is donated.
-        **options: of `jax.jit` beside these.
+        **options: further options of `jax.jit`.
     """
     return sharding.jit(
         train_step,
@@ -116,7 +116,7 @@ def jit_train_step(
 
 
 def check_batch(config: ml_collections.ConfigDict, num_devices: int) -> None:
-    """Checks that the batch divides over devices, micro-batches and pairs to mix.
+    """Checks that the batch divides evenly over devices, micro-batches and pairs to mix.
 
     Raises:
         ConfigError: it does not; the message names the nearest batch size that does.
@@ -128,7 +128,7 @@ def check_batch(config: ml_collections.ConfigDict, num_devices: int) -> None:
     if config.batch_size % divisor:
         nearest = max(1, round(config.batch_size / divisor)) * divisor
         raise ConfigError(
-            f"config.batch_size={config.batch_size} does not divide by {what}: "
+            f"config.batch_size={config.batch_size} is not divisible by {what}: "
             f"use {nearest}, or another multiple of {divisor}"
         )
 
@@ -155,7 +155,7 @@ def recipe(config: ml_collections.ConfigDict, num_classes: int) -> Recipe:
 
 
 def hparams(config: ml_collections.ConfigDict, num_examples: int) -> HParams:
-    """What the step takes as arrays, which a study varies without compiling it anew."""
+    """The step's array hyper-parameters, which a study varies without recompiling."""
     rate = optim.ema_rate(
         alpha=config.ema_alpha,
         batch_size=config.batch_size,

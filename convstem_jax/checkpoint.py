@@ -2,7 +2,7 @@
 
 A checkpoint is one step: the `TrainState`, and a small JSON record. Its number is also the state
 of the input, whose batches are numbered. Saving is asynchronous and atomic. Orbax restores flipped
-bits without a word, so a checksum of each array travels in the JSON record.
+bits silently, so the JSON record holds a checksum of each array.
 """
 
 from collections.abc import Callable
@@ -34,29 +34,29 @@ from convstem_jax.step import PyTree, by_name
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, which leaves requests to stop to the training loop."""
+    """Orbax's manager, made to leave requests to stop to the training loop."""
 
     def reached_preemption(self, step: int) -> bool:
-        # JAX stops processes at the number after the largest that any of them asked of. The loop
-        # asks with numbers of its own, and would never come to one after Orbax's.
+        # JAX stops processes at the number after the largest that any of them asked about. The loop
+        # asks with numbers of its own, and would never reach one after Orbax's.
         return False
 
 
 class Checkpoints:
     """The checkpoints of one folder: the latest ones and the best one are kept.
 
-    One that saves lets Python's threads take turns every 0.5 ms, in the whole process.
+    Unless `read_only`, it makes the threads of the whole Python process take turns every 0.5 ms.
 
     Args:
         directory: absolute path; made unless `read_only`.
-        keep: how many of the latest to keep, beside the one with the lowest `top1_error`.
+        keep: how many of the latest to keep, besides the one with the lowest `top1_error`.
         read_only: to look at the checkpoints of a run that may be under way. Without it, unfinished
             saves are taken for leftovers, and removed.
         room: tells at the first save how many bytes of each device are left for a copy of the
             state.
 
     Raises:
-        CheckpointError, StorageError: the folder cannot be used, or not now.
+        CheckpointError, StorageError: the folder cannot be used, or cannot be used now.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Checkpoints:
         room: Callable[[], float] = room_left,
     ):
         self.directory, self._read_only = directory, read_only
-        # Where one process of a run cannot look, all end. Who only reads does so by itself.
+        # Where one process of a run cannot look, all end. One that only reads acts by itself.
         meet = contextlib.nullcontext if read_only else processes.together
         with meet(), _opening(directory):
             if not read_only and processes.is_first():
@@ -90,7 +90,7 @@ class Checkpoints:
                 raise StorageError(f"{directory} does not show all checkpoints now: try again")
         if not read_only:
             # Orbax's threads are busy with Python for up to a second. Whenever the training loop
-            # wants the interpreter, as it often does to ask for a step, a busy thread keeps it for
+            # wants the interpreter, as it often does to start a step, a busy thread keeps it for
             # another 5 ms by default.
             sys.setswitchinterval(min(sys.getswitchinterval(), 5e-4))
         # Even an asynchronous save of Orbax's returns only when all arrays are on the host.
@@ -116,15 +116,15 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, loop: dict, metrics: dict | None = None) -> None:
         """Starts to save `state` and the JSON-serialisable `loop`.
 
-        A process alone copies the state on its devices, and a thread does the rest. Where they have
-        no room for it this returns when the state is on the host; and where there are several
-        processes, since Orbax lets their devices meet, which no thread may do beside a training
-        step.
+        A single process copies the state on its devices, and a thread does the rest. Where they
+        have no room for the copy, this returns when the state is on the host; so it does with
+        several processes, since Orbax synchronises their devices, which no thread may do during a
+        training step.
 
         Args:
             step: number of updates made.
             state: the next step may donate it when this returns.
-            loop: what to give back at resuming.
+            loop: what `restore` is to return beside the state.
             metrics: holds `top1_error`, by which the best checkpoint is chosen.
 
         Raises:
@@ -144,8 +144,8 @@ class Checkpoints:
                     flush=True,
                 )
         if self._copies:
-            # One copy of what lies whole on several devices: Orbax would share out its saving among
-            # them, by a program for each array and device. See MAX_WAITING.
+            # One copy of what lies whole on several devices: Orbax would divide the saving among
+            # them, with a program for each array and device. See checksums.MAX_WAITING.
             own = jax.tree.map(
                 lambda x: x.addressable_data(0) if _is_whole_on_several(x) else x, _copy(state)
             )
@@ -212,7 +212,7 @@ class Checkpoints:
         """
         state, _ = self._read(step, None)
         raw = {key: state[key] for key in ("params", "batch_stats")}
-        # Without a target, Orbax gives the numbers of lists back as text.
+        # Without a target, Orbax returns the indices of lists as text.
         ema, raw = (nnx.restore_int_paths(weights) for weights in (state["ema"], raw))
         return {"batch_stats": {}} | ema, {"batch_stats": {}} | raw
 
@@ -277,7 +277,7 @@ class Checkpoints:
             self._finish()
             self._wait_until_written()
         except Exception:
-            with contextlib.suppress(Exception):  # Orbax tells of a failed save twice
+            with contextlib.suppress(Exception):  # Orbax reports a failed save twice
                 self._end()
             raise
         self._end()  # not after Ctrl-C, which waits for nothing
@@ -297,7 +297,7 @@ class Checkpoints:
                 is_saved = commits.is_whole(self.directory, self._last)
             if not is_saved:
                 raise self._failed(error) from error
-            self._manager.reload()  # it has forgotten the new one
+            self._manager.reload()  # Orbax has forgotten the new one
             print(
                 f"a checkpoint before {self._last} in {self.directory} cannot be deleted, and "
                 f"stays: {first_line(error)}",
@@ -305,7 +305,7 @@ class Checkpoints:
             )
 
     def _failed(self, error: Exception) -> CheckpointError | StorageError:
-        # TensorStore's has long paths before what went wrong, and its settings after it.
+        # TensorStore's message has long paths before what went wrong, and its settings after it.
         reason = first_line(error).partition(" [tensorstore_spec=")[0][-200:]
         if is_passing(error):
             return StorageError(
@@ -350,7 +350,7 @@ def _options(keep: int, read_only: bool) -> ocp.CheckpointManagerOptions:
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """For a process that reads by itself: others may fail at it, and would be waited for."""
+    """For a process that reads by itself: it must not wait for others, which may fail to read."""
     own = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
@@ -364,7 +364,7 @@ def _opening(directory: str):
     except OSError as error:
         if processes.is_lost_peer(error):
             raise
-        vanished = isinstance(error, FileNotFoundError)  # a run deletes while it is read
+        vanished = isinstance(error, FileNotFoundError)  # the run deletes while others read
         kind = StorageError if vanished or is_passing(error) else CheckpointError
         raise kind(f"{directory} cannot be used: {first_line(error)}") from error
 

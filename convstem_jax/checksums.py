@@ -7,8 +7,9 @@ import numpy as np
 from convstem_jax import processes
 from convstem_jax.step import PyTree, by_name
 
-# Programs that wait on a CPU device while a state is inspected. It takes 32 at most: where a thread
-# fills that, and another begins a step on several devices, neither ever goes on (JAX 0.10, 0.11).
+# Programs that wait on a CPU device while a state is inspected. A device queues 32 at most: where
+# a thread fills the queue and another begins a step on several devices, both wait for ever (JAX
+# 0.10, 0.11).
 MAX_WAITING = 8
 
 

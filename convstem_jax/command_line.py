@@ -26,7 +26,7 @@ exit status:
   75 asked to stop, and saved; another process was lost; storage did not answer: run it again
   130 interrupted
 """
-# Grain's, where a signal comes before the worker can ignore it.
+# Grain's message, where a signal comes before the worker can ignore it.
 _LOST_WORKER = re.compile(r"Worker process was terminated unexpectedly with exit code -(\d+)")
 _OVERRIDE = re.compile(r"--config\.([^=]+)(=?)(.*)", re.DOTALL)
 
@@ -46,11 +46,11 @@ def run(
 
     Args:
         program: raises UserError for what the user can act on: one line, not a traceback.
-        argv: without the program's name.
-        name: of the module, after `python -m`.
-        description: for --help.
-        epilog: likewise.
-        default_config: for --config, which must be given without it.
+        argv: the arguments, without the program's name.
+        name: the module's name, as after `python -m`.
+        description: beginning of --help.
+        epilog: end of --help.
+        default_config: default of --config, which must be given if this is None.
         several_processes: whether the program may be one of several that work together.
     """
     parser = new_parser(name, description, epilog=epilog, allow_abbrev=False)
@@ -71,7 +71,7 @@ def run(
         reason = first_line(error)[:1000]
         is_lost_peer = processes.is_lost_peer(error)
         by_signal = _LOST_WORKER.search(str(error))
-        lost_worker = by_signal or isinstance(error, BrokenProcessPool)  # that of a study
+        lost_worker = by_signal or isinstance(error, BrokenProcessPool)  # as in a study
         no_memory = "RESOURCE_EXHAUSTED" in reason
         if not (no_memory or is_lost_peer or lost_worker or is_passing(error)):
             raise
@@ -90,7 +90,7 @@ def run(
             what = "a process that reads the data was ended"
             what += f" by signal {by_signal[1]}" if by_signal else ""
             if not by_signal or int(by_signal[1]) in (signal.SIGBUS, signal.SIGKILL):
-                what += ", perhaps since memory or /dev/shm is full (lower config.num_workers or "
+                what += ", perhaps because memory or /dev/shm is full (lower config.num_workers or "
                 what += "config.read_ahead, which a run may change)"
         print(
             f"{what}: the same command goes on from the last checkpoint ({reason})",
@@ -104,11 +104,11 @@ def run(
 
 
 def keep_programs(folder: str | None = None) -> None:
-    """Keeps compiled programs between runs: in `folder`, which is `--compilation_cache`."""
+    """Keeps compiled programs between runs, in `folder`: the value of `--compilation_cache`."""
     if folder is None:
         folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/convstem_jax")
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
-    # Small ones too: together they take seconds, and 0.1 MB.
+    # Small programs too: together they take seconds to compile, and 0.1 MB.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
@@ -126,8 +126,8 @@ def _add_arguments(
     )
     parser.add_argument(
         "--compilation_cache", metavar="DIR",
-        help="folder that keeps compiled programs between runs, or '' (default: what "
-        "JAX_COMPILATION_CACHE_DIR says, else ~/.cache/convstem_jax)",
+        help="folder that keeps compiled programs between runs, or '' for none (default: "
+        "$JAX_COMPILATION_CACHE_DIR, else ~/.cache/convstem_jax)",
     )  # fmt: skip
     parser.add_argument(
         "--traceback", action="store_true", help="show the whole traceback of an error"
@@ -135,11 +135,13 @@ def _add_arguments(
     if several_processes:
         group = parser.add_argument_group(
             "several processes",
-            "they find each other on Cloud TPU, in GKE too, under SLURM and Open MPI; elsewhere "
-            "give every process all three",
+            "they find each other on Cloud TPU (also in GKE), under SLURM and under Open MPI; "
+            "elsewhere give every process all three",
         )
         group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-        group.add_argument("--processes", type=int, metavar="N", help="1 looks for no others")
+        group.add_argument(
+            "--processes", type=int, metavar="N", help="how many there are; 1 looks for no others"
+        )
         group.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
 
 
@@ -172,9 +174,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def parse(
     parser: argparse.ArgumentParser, argv: list[str] | None
 ) -> tuple[argparse.Namespace, dict[str, str]]:
-    """What the parser knows of the arguments, and the fields with their values as text."""
+    """The arguments that the parser knows, and the overridden fields with their values as text."""
     argv = sys.argv[1:] if argv is None else argv
-    # argparse would take a field whose value has a space for an argument without a flag.
+    # argparse would mistake a field whose value has a space for a positional argument.
     fields = [arg for arg in argv if arg.startswith("--config.")]
     args, rest = parser.parse_known_args([arg for arg in argv if arg not in fields])
     overrides = {}
@@ -190,9 +192,9 @@ def parse(
 
 
 def default_workdir(config: str, overrides: dict[str, str]) -> str:
-    """runs/ and the configuration's name, argument and overridden fields.
+    """The default folder: runs/ and the configuration's name, argument and overridden fields.
 
-    Fields that change no result are left out: with other values the run is still the same.
+    Fields that change no result are left out: with other values of them it is the same run.
     """
     path, _, arg = config.partition(":")
     words, fields = split_argument(arg)
@@ -204,13 +206,13 @@ def default_workdir(config: str, overrides: dict[str, str]) -> str:
 
 
 def silence_libraries() -> None:
-    """Leaves the one line of an error alone on the terminal.
+    """Silences libraries, so that an error is only its one line on the terminal.
 
-    Orbax, asyncio and TensorStore's callbacks write pages about a save that failed.
+    Orbax, asyncio and TensorStore's callbacks write pages about a failed save.
     """
     logging.set_verbosity(logging.FATAL)
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
-    # Python's own process that frees shared memory, such as Grain leaves of its last batches. It is
-    # started with these options.
+    # For Python's own process that frees shared memory, which Grain leaves behind of its last
+    # batches: it is started with these options.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")

@@ -1,6 +1,6 @@
 """Which checkpoints of a folder are whole: those that hold the file that Orbax writes last.
 
-That of a checkpoint under deletion may be there a little longer than others.
+While a checkpoint is being deleted, that file may remain a little longer than others.
 """
 
 import json
@@ -16,7 +16,7 @@ def whole(folder: str) -> set[int]:
     """Numbers of the whole checkpoints.
 
     Raises:
-        OSError: the storage says anything but that a file is not there.
+        OSError: the storage reports any error other than that a file is not there.
     """
     return {step for step in _steps(folder) if is_whole(folder, step)}
 
@@ -27,7 +27,7 @@ def is_whole(folder: str, step: int) -> bool:
     Raises:
         OSError: as from `whole`.
     """
-    # Not os.path.exists, nor Orbax, for which a file is not there whatever storage answers.
+    # Not by os.path.exists or Orbax: to them a file is not there, whatever error storage reports.
     try:
         os.stat(os.path.join(folder, str(step), FILE))
     except FileNotFoundError:
@@ -36,7 +36,7 @@ def is_whole(folder: str, step: int) -> bool:
 
 
 def remove_others(folder: str) -> None:
-    """Removes what saves that were cut off have left, as far as it can. All else stays.
+    """Removes what unfinished saves have left, as far as it can. Everything else stays.
 
     Raises:
         OSError: as from `whole`.
@@ -45,12 +45,12 @@ def remove_others(folder: str) -> None:
         path = os.path.join(folder, str(step))
         try:
             shutil.rmtree(path)
-        except OSError as error:  # Orbax passes over it
+        except OSError as error:  # Orbax ignores it
             print(f"{path}, an unfinished checkpoint, stays: {first_line(error)}", flush=True)
 
 
 def check_metrics(folder: str, steps: set[int]) -> None:
-    """Checks the metrics of checkpoints: Orbax reads them all at once, and names none.
+    """Checks the metrics of checkpoints: Orbax reads all at once, and does not name a bad one.
 
     Raises:
         CheckpointError: those of one are damaged.

@@ -30,7 +30,7 @@ from convstem_jax.terminal import new_parser, tell
 
 @dataclasses.dataclass(frozen=True)
 class Complexity:
-    """Of one image through a model."""
+    """The cost of one image through a model."""
 
     flops: int
     params: int
@@ -58,22 +58,22 @@ MISPRINTS = {
 }
 COLUMNS = ("flops", "params", "acts")
 _UNITS = (1e9, 1e6, 1e6)
-# Operations whose results are still the parameter or the product that they are made of.
+# Operations whose results still count as the parameter or the product that they are applied to.
 _SAME_VALUES = (
     "reshape",
     "broadcast_in_dim",
     "convert_element_type",
     "slice",
     "squeeze",
-    "unstack",  # of a newer JAX, where 0.10 has slices
+    "unstack",  # in newer JAX, where 0.10 has slices
 )
 
 
 def complexity(model: nnx.Module) -> Complexity:
-    """Counts one image of `model.spec.image_size` through `model`, which may be of shapes only.
+    """Counts one image of `model.spec.image_size` through `model`, which may hold only shapes.
 
     The paper counts all tokens of a ViT's last block, its MLPs without the class token, and the
-    addition of the position embedding as a product's output would be; so does this.
+    addition of the position embedding like the output of a product; so does this function.
     """
     size = model.spec.image_size
     graphdef, params, batch_stats = split_model(model)

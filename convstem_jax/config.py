@@ -46,13 +46,15 @@ def load_run_config(workdir: str) -> ml_collections.ConfigDict:
     """The configuration that a run was trained with, from its folder.
 
     Raises:
-        ConfigError: it has none that can be read.
+        ConfigError: the folder has none that can be read.
     """
     workdir = os.path.expanduser(workdir)
     if not os.path.exists(workdir):
         raise ConfigError(f"{workdir} is not there")
     if not os.path.isdir(workdir):
-        raise ConfigError(f"{workdir} is no run's folder: give --config, for what the images are")
+        raise ConfigError(
+            f"{workdir} is not a run's folder: give --config to say what the images are"
+        )
     try:
         with open(os.path.join(workdir, "config.json")) as file:
             fields = json.load(file)
@@ -61,7 +63,7 @@ def load_run_config(workdir: str) -> ml_collections.ConfigDict:
         raise ConfigError(
             f"{workdir} has no config.json of this version ({first_line(error)}): give --config"
         ) from error
-    # JSON has lists alone.
+    # JSON has lists, but no tuples.
     fields = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
     config = ml_collections.ConfigDict(fields).lock()
     validate(config)
@@ -89,7 +91,7 @@ def split_argument(arg: str) -> tuple[list[str], dict[str, str]]:
 
 
 def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
-    """Sets a field from text, as the type that it has.
+    """Sets a field from text, converted to the type that the field has.
 
     Raises:
         ConfigError: there is no such field, or the text is not of its type.
@@ -117,8 +119,8 @@ def set_fields(config: ml_collections.ConfigDict, fields: dict[str, str]) -> Non
     """Sets fields from text, as `set_field` does.
 
     Raises:
-        ConfigError: as there, and where the model or the optimiser changes alone: the learning rate
-            and the weight decay belong to both, the image size to the model.
+        ConfigError: as from `set_field`; or the model or the optimiser changes without the fields
+            that belong to it: learning rate and weight decay to both, image size to the model.
     """
     for name in fields:
         if name not in config:

@@ -1,7 +1,7 @@
 """Converts weights between this project's and PyTorch's.
 
-SOURCE is a run's folder or a .safetensors file of this project, TARGET such a file. Each may be a
-PyTorch state dict too (.pt, .pth, .pyth, .bin, or .safetensors with --from or --to) in the layout
+SOURCE is a run's folder or a .safetensors file of this project, TARGET such a file. Either may also
+be a PyTorch state dict (.pt, .pth, .pyth, .bin, or .safetensors with --from or --to) in the layout
 of torchvision, pycls or timm.
 """
 
@@ -26,12 +26,12 @@ examples:
   python -m convstem_jax.convert vit_b_16.pth vitp_18gf.safetensors --from torchvision \\
       --model vitp_18gf
 
-The result of the last one starts a training with --config.init_from=vitp_18gf.safetensors, and
-convstem_jax.load_model gives a model from it. Torch files are read without running code in them.
+Training can start from the last result with --config.init_from=vitp_18gf.safetensors, and
+convstem_jax.load_model loads it as a model. Torch files are read without running code in them.
 
-pycls is written as its branch vitconfigs has it, and read from its main branch too. Of timm's
-networks with the paper's sizes vit_base_patch16_224 alone has the paper's architecture; mind the
-mean and standard deviation that its images were normalised with.
+Files for pycls are written as in its branch vitconfigs, and also read as in its main branch. Of
+timm's networks with the paper's sizes only vit_base_patch16_224 has the paper's architecture; mind
+the mean and standard deviation that its images were normalised with.
 
 exit status:
   0 done · 2 wrong arguments, or no such file · 4 weights that cannot be read or do not fit
@@ -43,12 +43,12 @@ def read_torch(path: str, *, raw: bool = False) -> dict[str, np.ndarray]:
     """Reads a state dict, from PyTorch's format or safetensors.
 
     Args:
-        path: the file. Checkpoints of pycls hold two state dicts beside other things.
+        path: the file. Checkpoints of pycls hold two state dicts besides other things.
         raw: of those two, the one of the last update in place of its moving average.
 
     Raises:
         ConfigError: it is not there, or is not PyTorch's.
-        CheckpointError: it cannot be read, or holds something else than tensors.
+        CheckpointError: it cannot be read, or holds something other than tensors.
     """
     if not os.path.exists(path):
         raise ConfigError(f"{path} is not there")
@@ -90,7 +90,7 @@ def read_torch(path: str, *, raw: bool = False) -> dict[str, np.ndarray]:
 def write_torch(path: str, state: dict[str, np.ndarray], layout: str) -> None:
     """Writes a state dict of contiguous arrays, in PyTorch's format or safetensors.
 
-    In PyTorch's format pycls has it under the key `model_state`.
+    In PyTorch's format, pycls keeps the state dict under the key `model_state`.
     """
     try:
         if path.endswith(".safetensors"):
@@ -156,14 +156,16 @@ def main(argv: list[str] | None = None) -> int:
         help=f"layout of the source: {', '.join(layouts.LAYOUTS)} (default: this project's)",
     )  # fmt: skip
     parser.add_argument(
-        "--to", dest="target_layout", **layout, help="layout of the target, likewise"
+        "--to", dest="target_layout", **layout, help="layout of the target (default as for --from)"
     )
     parser.add_argument(
         "--model", choices=MODELS, metavar="NAME",
-        help="of a source with --from; one of " + ", ".join(MODELS),
+        help="model of a source with --from; one of " + ", ".join(MODELS),
     )  # fmt: skip
-    parser.add_argument("--num_classes", type=int, help="likewise; default: 1000")
-    parser.add_argument("--image_size", type=int, help="likewise; default: the model's own")
+    parser.add_argument("--num_classes", type=int, help="of a source with --from (default: 1000)")
+    parser.add_argument(
+        "--image_size", type=int, help="of a source with --from (default: the model's own)"
+    )
     command_line.add_checkpoint(parser)
     args = parser.parse_args(argv)
     try:

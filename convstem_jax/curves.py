@@ -15,7 +15,7 @@ def plot_curves(path: str, records: list[dict], title: str) -> None:
     """
     figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
     loss_axes, error_axes = figure.subplots(1, 2)
-    # By what they hold: an evaluation may be of a split called "train".
+    # Told apart by what they hold: an evaluation may be of a split called "train".
     train = [r for r in records if "loss" in r]
     evals = [r for r in records if "loss" not in r]
     loss_axes.plot([r["epoch"] for r in train], [r["loss"] for r in train], lw=1)

@@ -26,7 +26,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 def is_passing(error: BaseException) -> bool:
     """Whether an error says that storage did not answer, so that it is worth trying again.
 
-    By its text: TensorStore gives an OSError's as a ValueError.
+    It goes by the text, since TensorStore turns an OSError into a ValueError with that text.
     """
     return any(text in str(cause) for cause in causes(error) for text in _PASSING)
 
@@ -40,7 +40,7 @@ def is_of_this_process(error: BaseException) -> bool:
 
 
 def lacking(what: str, error: Exception) -> str:
-    """What to tell of an error that `is_of_this_process`."""
+    """The message for an error for which `is_of_this_process` is true."""
     return (
         f"{what} cannot be read by this process: give it more memory or open files, or the right "
         f"to read ({first_line(error)})"
@@ -55,11 +55,11 @@ def first_line(error: Exception) -> str:
 class UserError(Exception):
     """Base of the errors that `main` prints as one line instead of a traceback."""
 
-    status = 1  # to end with
+    status = 1  # the exit status
 
     @property
     def exit_status(self) -> int:
-        """`status`, but 75 for whatever storage that did not answer caused."""
+        """`status`, but 75 if the cause is that storage did not answer."""
         return StorageError.status if is_passing(self) else self.status
 
 
@@ -106,7 +106,7 @@ class StorageError(UserError):
 
 
 class PeerError(UserError):
-    """Another process of the run failed in what all of them do together."""
+    """Another process of the run failed in something that all of them do together."""
 
     def __init__(self, process: int, status: int):
         super().__init__(f"process {process} of the run failed: see the error that it printed")
@@ -125,7 +125,7 @@ def reading(what: str, remedy: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # of ArrayRecord, zip files, NumPy
+    except Exception as error:  # from ArrayRecord, zip files, NumPy
         if is_of_this_process(error):
             raise ConfigError(lacking(what, error)) from error
         raise DataError(f"{what} cannot be read: {first_line(error)}; {remedy}") from error
@@ -137,7 +137,7 @@ def writing(path: str) -> Iterator[None]:
 
     Raises:
         StorageError: the storage does not answer.
-        CheckpointError: it is full, or the like.
+        CheckpointError: the storage is full, or the like.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """Evaluates trained weights: errors and loss on every image of a split, each counted once.
 
 WEIGHTS is a run's folder, or a file of convstem_jax.convert. A run's own configuration says which
-images are read and how they are prepared; for a file, or for other data, --config names one.
+images are read and how they are prepared; for a file, or for other data, give --config.
 """
 
 import contextlib
@@ -47,10 +47,10 @@ def evaluate_weights(
 
     Args:
         config: its fields of the data, the preprocessing, `dtype` and `eval_batch_size` are used.
-        path: as `weights.load_model`; `raw` and `step` likewise.
+        path: as for `weights.load_model`, as are `raw` and `step`.
 
     Returns:
-        What `evaluation.evaluate` does.
+        What `evaluation.evaluate` returns for one set of weights.
 
     Raises:
         UserError: weights, configuration and data do not belong together, or cannot be read.

@@ -19,7 +19,7 @@ def evaluate(
         eval_step: `step.eval_step`, jitted, with its first two arguments bound; or mapped over
             trials.
         weights: name -> {"params", "batch_stats"}.
-        batches: `pipeline.EvalBatches`, or dicts like its own; at least one example in all.
+        batches: `pipeline.EvalBatches`, or dicts like those it yields; at least one example in all.
 
     Returns:
         For each name: `top1_error` and `top5_error` in percent, the mean cross-entropy `loss`, and

@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all."""
+"""Writes files that are whole or not there at all."""
 
 from collections.abc import Iterable, Iterator
 import contextlib
@@ -9,9 +9,9 @@ from typing import IO
 
 @contextlib.contextmanager
 def replacing(path: str, mode: str) -> Iterator[IO]:
-    """Opens a file to write, which takes its place when all has been written.
+    """Opens a temporary file to write, which replaces `path` once all has been written.
 
-    An error leaves the old one, and a machine that dies the old one or the new one, and whole.
+    After an error the old file remains; if the machine dies, either the old or the new one, whole.
     """
     folder, name = os.path.split(path)
     unfinished = os.path.join(folder, f".{name}.tmp")
@@ -28,16 +28,16 @@ def replacing(path: str, mode: str) -> Iterator[IO]:
 
 
 def write(path: str, content: str | bytes) -> None:
-    """`replacing` by `content`."""
+    """Writes `content` to a file, by `replacing`."""
     with replacing(path, "w" if isinstance(content, str) else "wb") as file:
         file.write(content)
 
 
 def write_json(path: str, content: dict | list) -> None:
-    """`write` of `content`."""
+    """Writes `content` as JSON, by `replacing`."""
     write(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_jsonl(path: str, records: Iterable[dict]) -> None:
-    """`write` of records, each as a line of JSON."""
+    """Writes records, each as a line of JSON, by `replacing`."""
     write(path, "".join(json.dumps(record) + "\n" for record in records))

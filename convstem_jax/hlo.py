@@ -1,4 +1,4 @@
-"""Cycles and collectives of a program, out of the text that the TPU compiler leaves."""
+"""Cycles and collectives of a program, read from the text that the TPU compiler leaves."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ class Program:
 def read_program(hlo: str) -> Program:
     """Reads a scheduled HLO module, as `compiled.as_text()` gives it.
 
-    Loops count as often as they run, and of a branch's ways the longest.
+    Loops count as often as they run, and of a conditional's branches the longest counts.
 
     Raises:
-        ValueError: it is not one, or of a form that this function does not know.
+        ValueError: it is not one, or has a form that this function does not know.
     """
     computations, entry, name = {}, None, None
     for line in hlo.splitlines():
@@ -46,9 +46,9 @@ def read_program(hlo: str) -> Program:
         if match := re.search(rf"= (.*?) ({_COLLECTIVES})(-start)?\(", line):
             types, kind, start = match.groups()
             found = _sizes(types)
-            if start and kind != "all-reduce":  # gives its operands too, before the results
+            if start and kind != "all-reduce":  # has its operands too, before the results
                 found = found[len(found) // 2 :]
-            # An asynchronous one stands in several fusions, with the work that hides it.
+            # An asynchronous one appears in several fusions, with the work that hides it.
             channel = re.search(r"channel_id=(\d+)", line)
             collectives[channel[1] if channel else -len(collectives)] = kind, times, sum(found)
     counts, sizes = Counter(), Counter()
@@ -59,10 +59,10 @@ def read_program(hlo: str) -> Program:
 
 
 def _executed(computations: dict[str, list[str]], name: str) -> Iterator[tuple[int, str]]:
-    """Instructions of a computation with how often they run.
+    """Yields the instructions of a computation with how often they run.
 
-    Fusions count as one instruction, whose cycles are their own; of what is inside come the
-    collectives.
+    A fusion counts as one instruction with cycles of its own; of what is inside only the
+    collectives are yielded.
     """
     for line in computations[name]:
         yield 1, line

@@ -23,7 +23,7 @@ def float32_products(jaxpr) -> dict[str, int]:
 
 
 def multiply_adds(eqn) -> int:
-    """Of a matrix product or a convolution; 0 for any other instruction.
+    """Multiply-adds of a matrix product or a convolution; 0 for any other instruction.
 
     Zeros that pad a convolution's input count, zeros that dilate it do not.
     """

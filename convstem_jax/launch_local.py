@@ -4,8 +4,8 @@
         --config configs/quickstart.py --workdir runs/several
 
 The lines of process 0 are printed as they are, those of the others after their number. The exit
-status is that of `main`. Where processes end differently, an error that you have to mend comes
-before 75, which says that a process was lost: give the same command again.
+status is that of `main`. Where processes end differently, an error that you have to fix comes
+before 75, which says that a process was lost: then give the same command again.
 """
 
 import contextlib
@@ -105,7 +105,7 @@ def exit_status(statuses: list[int]) -> int:
     """The status of a run from those of its processes, negative where a signal ended one."""
     interrupted = 130
     statuses = [interrupted if status == -signal.SIGINT else status for status in statuses]
-    # The others lose the one that a person interrupted, and say so.
+    # If a person interrupted one process, the others only report that they lost it.
     for wanted in (2, 3, 4, 5, 1, interrupted):
         if wanted in statuses:
             return wanted
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--devices_per_process", type=positive, metavar="N",
         help="virtual CPU devices for each; without it each takes all devices of this machine, "
-        "which GPUs and TPUs do not allow twice",
+        "which GPUs and TPUs allow only one process to do",
     )  # fmt: skip
     parser.add_argument("flags", nargs="+", help="flags of convstem_jax.main, after --")
     args = parser.parse_args(argv)

@@ -1,8 +1,8 @@
 """Names and axes of the weights in PyTorch implementations of the same networks.
 
 A table maps the path of a module or parameter here to the beginning of the names there; `{i}` and
-`{j}` stand for numbers, which some count from one: `{i1}`, `{j1}`. pycls feeds its networks blue,
-green, red, so the first convolution's inputs are reversed.
+`{j}` stand for numbers, which some layouts count from one: `{i1}`, `{j1}`. pycls feeds its networks
+blue, green, red, so the first convolution's inputs are reversed.
 """
 
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ _VIT = {
         "head": "head.",
     },
 }
-# Where a convolutional stem ends in another name than the patchify stem.
+# Names of a convolutional stem's last layer where they differ from the patchify stem's.
 _CONV_STEM = {"torchvision": "conv_proj.conv_last.", "pycls": "stem.cstem_last_conv."}
 
 _REGNET = {
@@ -121,7 +121,7 @@ def to_torch(weights: PyTree, layout: str) -> dict[str, np.ndarray]:
 
     Args:
         weights: {"params", "batch_stats"}, nested dicts of arrays.
-        layout: one of `LAYOUTS`. `pycls` is its branch `vitconfigs`, of the paper's configurations.
+        layout: one of `LAYOUTS`; `pycls` means its branch `vitconfigs`, of the paper's configs.
 
     Returns:
         A state dict of NumPy arrays.

@@ -20,7 +20,7 @@ class Lead:
         self._under_way = collections.deque()
 
     def add(self, result: PyTree) -> None:
-        """Takes what the newest call returned, and waits for that of `AHEAD` calls before.
+        """Takes the newest call's result, and waits for that of the call `AHEAD` calls before it.
 
         Args:
             result: arrays that no later call is given to overwrite.

@@ -1,19 +1,19 @@
-"""Trains a model, or goes on with an interrupted run."""
+"""Trains a model, or continues an interrupted run."""
 
 import os
 import signal
 import sys
 import traceback
 
-# While the imports below take their seconds, Ctrl-C needs no traceback. A shell has it ignored in
-# what it starts in the background.
+# The imports below take seconds: Ctrl-C during them needs no traceback. A shell makes its
+# background jobs ignore Ctrl-C.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-# TensorFlow only writes our TensorBoard files; it need not greet.
+# TensorFlow only writes our TensorBoard files; its start-up messages are not needed.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-if __name__ != "__mp_main__":  # worker processes run this file too, and read data alone
+if __name__ != "__mp_main__":  # worker processes run this file too, and only read data
     import jax
 
     from convstem_jax import command_line, preemption, processes, train

@@ -18,8 +18,8 @@ from convstem_jax.terminal import duration
 class Records:
     """Writes metrics to `workdir` and a line of progress to the terminal; process 0 only.
 
-    Training metrics are fetched from the device when they are ready, and one log point late at the
-    latest, so that the host has always given the device more to do before it waits.
+    Training metrics are fetched from the device when they are ready, and at the latest at the next
+    log point, so that the host has always given the device more to do before it waits.
 
     Args:
         workdir: folder of the run.
@@ -56,12 +56,12 @@ class Records:
                     record
                     for record in read_jsonl(self.path)
                     if record["step"] <= first_step
-                    # The last evaluation is repeated where it was not the end.
+                    # The last step's evaluation is repeated where it was not the run's end.
                     and (record["step"] < num_steps or "loss" in record)
                 ]
                 files.write_jsonl(self.path, kept)
                 self._file = open(self.path, "a", buffering=1)  # noqa: SIM115, closed in close()
-            # Here, since it loads TensorFlow: seconds that errors need not wait.
+            # Here, since it loads TensorFlow for seconds, which errors need not wait for.
             from clu import metric_writers
             import tensorflow as tf
 
@@ -77,10 +77,10 @@ class Records:
         self._num_batches = self._num_starved = 0
 
     def flush(self, *, wait: bool = True) -> None:
-        """Writes the training metrics that wait.
+        """Writes the pending training metrics.
 
         Args:
-            wait: until the device has them; without it, only if it has.
+            wait: until the device has computed them; if False, they are written only if it has.
 
         Raises:
             NotFiniteError: the loss is NaN or infinite.
@@ -109,7 +109,7 @@ class Records:
                 f"the training loss is {metrics['loss']} at step {step}, where the learning rate "
                 f"is {metrics['lr']:.3g}: lower config.lr, with another --workdir"
             )
-            # Several processes stop at the same step: at the next that waits in all of them.
+            # Several processes must stop at the same step: the next at which all of them wait.
             if wait or jax.process_count() == 1:
                 raise self._not_finite
 
@@ -134,21 +134,21 @@ class Records:
 
         Args:
             step: updates made.
-            state: nested arrays to wait for, so that the training before is not left out too.
+            state: nested arrays to wait for, so that training before it is not left out too.
         """
         self.flush()
         if self._main:
             with writing(self.path):  # a checkpoint must not outlive the records before it
                 os.fsync(self._file.fileno())
         jax.block_until_ready(state)
-        self._paused = True  # the devices had nothing more to do, whatever the input
+        self._paused = True  # the devices ran out of work, whatever the input
         with self._clock.pause(step):
             yield
 
     def batch_arrived(self, metrics: dict[str, jax.Array] | None) -> None:
         """Counts a step as starved if its batch came after the device had finished the one before.
 
-        Of this process: where another one waits, all devices wait for it in the next collective.
+        In this process: where another one waits, all devices wait for it in the next collective.
 
         Args:
             metrics: of the step before; None for the first.
@@ -165,7 +165,7 @@ class Records:
 
     @property
     def images_per_second(self) -> float:
-        """Training speed of the whole run, likewise."""
+        """Training speed of the whole run, without compilation and pauses."""
         return self._clock.steps_per_second * self._batch_size
 
     def close(self) -> None:
@@ -244,7 +244,7 @@ class _Clock:
 
 
 def read_jsonl(path: str) -> list[dict]:
-    """Reads the records of a run; what is none, such as one that was cut off, is left out."""
+    """Reads the records of a run, leaving out what is not one, such as a line that was cut off."""
     records = []
     if os.path.exists(path):
         with open(path, errors="replace") as file:

@@ -14,7 +14,7 @@ _EIGENVECTORS = np.array(
 def lighting(key: jax.Array, num: int, std: float) -> jax.Array:
     """Draws what PCA lighting adds to the colours of each of `num` images: `[num, 3]`.
 
-    Here and not on the host, where the sum would have to be rounded and clipped to uint8.
+    Done here, not on the host, where the sum would have to be rounded and clipped to uint8.
     """
     if not std:
         return jnp.zeros((num, 3))
@@ -35,7 +35,7 @@ def draw_mask(
         height: of the images.
         width: of the images.
         mixup_alpha: of mixup; 0 for none.
-        cutmix_alpha: of CutMix, likewise.
+        cutmix_alpha: of CutMix; 0 for none.
     """
     which, beta, x, y = jax.random.split(key, 4)
     ones = jnp.ones((height, width))
@@ -64,8 +64,8 @@ def draw_mask(
 def symmetric_beta(key: jax.Array, alpha: float, shape: tuple[int, ...] = ()) -> jax.Array:
     """Draws from Beta(alpha, alpha) without the loops of `jax.random.beta`, which devices wait for.
 
-    From Student's t with 2 alpha degrees of freedom, which has a polar form as the normal
-    distribution has (Bailey 1994, Mathematics of Computation 62, 779-781).
+    From Student's t with 2 alpha degrees of freedom, which has a polar form like the normal
+    distribution (Bailey 1994, Mathematics of Computation 62, 779-781).
     """
     u, v = jax.random.uniform(key, (2, *shape))
     square = jnp.power(1 - u, -1 / alpha) - 1  # of t's radius over its degrees of freedom
@@ -76,8 +76,8 @@ def symmetric_beta(key: jax.Array, alpha: float, shape: tuple[int, ...] = ()) ->
 def mix(images: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mixes each image and target with its neighbour's in the batch, 0 with 1, 2 with 3, and so on.
 
-    Differs from the paper: it pairs the images by a random permutation. The order of a batch is
-    random already, and neighbours lie on the same device.
+    Differs from the paper, which pairs the images by a random permutation. Here the order of a
+    batch is random already, and neighbours lie on the same device.
 
     Args:
         images: `[N, H, W, 3]`, N even.

@@ -12,7 +12,7 @@ import optax
 from convstem_jax.models.target import num_devices, on_gpu
 
 WARMUP_FACTOR = 0.1  # first learning rate of the warm-up, as a fraction of the base
-FINAL_FACTOR = 0.005  # last learning rate of the cosine, likewise
+FINAL_FACTOR = 0.005  # last learning rate of the cosine, as a fraction of the base
 
 
 def decay_mask(params):
@@ -88,11 +88,11 @@ def update_ema(ema, new, step, *, rate, every: int, warmup_steps):
 
 def norm(tree) -> jax.Array:
     """Square root of the sum of all squares."""
-    # On several devices arrays may be divided (fsdp), and the one sum would gather them.
+    # On several devices arrays may be divided (fsdp), and a single sum would gather them.
     if not on_gpu() or num_devices() > 1:
         return optax.tree.norm(tree)
-    # A sum for each array would take one to three small kernels each. Without the barrier XLA would
-    # make them again of the one sum.
+    # A separate sum for each array would take one to three small kernels. Without the barrier XLA
+    # would split the single sum into them again.
     squares = [jnp.square(x).reshape(-1, x.shape[-1]) for x in jax.tree.leaves(tree)]
     rows = [x.sum(-1) if len(x) > 1 else x[0] for x in squares]
     return jnp.sqrt(jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(rows))))

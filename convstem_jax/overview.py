@@ -1,4 +1,4 @@
-"""What a run tells before its first step, and parameters.txt."""
+"""What a run prints before its first step, and its file parameters.txt."""
 
 import math
 import os
@@ -20,7 +20,7 @@ def print_overview(
     num_images: int,
     num_steps: int,
 ) -> None:
-    """Prints what is trained and for how long, with what is odd about it.
+    """Prints what is trained and for how long, and warns of unusual settings.
 
     Raises:
         CheckpointError, StorageError: parameters.txt cannot be written.
@@ -41,7 +41,7 @@ def print_overview(
             "the EMA is updated only once, after the first step, and the errors are the EMA's: "
             f"lower config.ema_every={config.ema_every} for a run of {num_steps} steps"
         )
-    # A run's updates of the EMA have this sum of rates, whatever its batches and epochs.
+    # The rates of a run's EMA updates add up to this, whatever its batch size and epochs.
     if (moved := config.ema_alpha * num_images) < 3:
         print(
             f"at the end the EMA is still {math.exp(-moved):.0%} what it was after the warm-up: "

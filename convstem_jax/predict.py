@@ -1,7 +1,7 @@
-"""Classifies images with trained weights: the most probable classes of each.
+"""Classifies images with trained weights: prints the most probable classes of each.
 
 WEIGHTS is a run's folder, or a file of convstem_jax.convert. A run's own configuration says how
-images are prepared; for a file --config names one.
+images are prepared; for a file, give --config.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,8 +33,8 @@ examples:
 exit status:
   0 done · 2 wrong arguments, or no such file · 3 a file that is no image
   4 weights that cannot be read · 75 storage did not answer: try again
-Images that cannot be read are named; the others are classified nevertheless. Of several statuses it
-is the highest.
+Images that cannot be read are named; the others are classified nevertheless. Of several
+statuses the highest is returned.
 """
 BATCH_SIZE = 64
 
@@ -43,7 +43,7 @@ def load_image(path: str, config: ml_collections.ConfigDict) -> np.ndarray:
     """Reads an image and prepares it; `config` as in `prepare`.
 
     Raises:
-        ConfigError: it is not there, or may not be read.
+        ConfigError: the file does not exist, or may not be read.
         DataError: it is not an image.
     """
     try:
@@ -57,7 +57,7 @@ def load_image(path: str, config: ml_collections.ConfigDict) -> np.ndarray:
 
 
 def prepare(image: np.ndarray, config: ml_collections.ConfigDict) -> np.ndarray:
-    """A uint8 image `[h, w, 3]` as the model takes it in evaluation: float32 `[H, W, 3]`.
+    """Prepares a uint8 image `[h, w, 3]` for the model, as in evaluation: float32 `[H, W, 3]`.
 
     `config` has `eval_resize`, `image_size`, `mean` and `std`.
     """
@@ -69,21 +69,21 @@ def predict(model: nnx.Module, images: Iterable[np.ndarray]) -> np.ndarray:
     """Probabilities of the classes, float32 `[N, num_classes]`, on this process's first device.
 
     Args:
-        model: as `weights.load_model` gives it, or in training mode; it stays as it is.
-        images: N of them, all `[H, W, 3]` as `prepare` gives them.
+        model: as `weights.load_model` returns it, or in training mode; it is not changed.
+        images: N images, all `[H, W, 3]`, as `prepare` returns them.
     """
     graphdef, state = nnx.split(model)
 
     def probabilities(state, images):
         model = nnx.merge(graphdef, state)
-        model.eval()  # whatever the caller's is: in training images would depend on each other
+        model.eval()  # whatever the caller's mode: in training, images depend on each other
         return jax.nn.softmax(model(images).astype(jnp.float32))
 
     probabilities = Sharding(jax.local_devices()[:1]).jit(probabilities)
     found, images = [], iter(images)
     with without_mesh():
         while batch := list(itertools.islice(images, BATCH_SIZE)):
-            # The last of several is filled up, for the same program.
+            # The last of several batches is filled up, so that the same program takes it.
             filled = batch + batch[-1:] * (BATCH_SIZE - len(batch) if found else 0)
             found.append(np.asarray(probabilities(state, np.stack(filled)))[: len(batch)])
     return np.concatenate(found) if found else np.empty((0, 0), np.float32)
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     command_line.add_checkpoint(parser)
     parser.add_argument(
         "--names", metavar="FILE",
-        help="names of the classes, one a line (default: those of the run, else numbers)",
+        help="names of the classes, one per line (default: those of the run, else numbers)",
     )  # fmt: skip
     parser.add_argument("--top", type=positive, default=5, metavar="K", help="default: %(default)s")
     parser.add_argument(
@@ -165,7 +165,7 @@ def _names(path: str | None, architecture: weights.Architecture) -> Sequence[str
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has none
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     command_line.silence_libraries()
     sys.exit(main())

@@ -19,7 +19,7 @@ def interrupt(signum, unused_frame):
     """What Ctrl-C does until `stop_requested` catches it: raises KeyboardInterrupt.
 
     It also tells `stop_requested`, since an exception that is raised in a callback, of a compiler
-    or a finaliser, ends there.
+    or a finaliser, does not get any further.
     """
     _interrupted.set()
     raise KeyboardInterrupt(signum)
@@ -27,15 +27,15 @@ def interrupt(signum, unused_frame):
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Catches SIGTERM, SIGHUP and Ctrl-C inside the block; yields a function that tells of them.
+    """Catches SIGTERM, SIGHUP and Ctrl-C in the block; yields a function that tells if one came.
 
     The function is called once after each step; where several processes run it becomes true at the
     same step in all of them, whichever got the signal.
 
-    A second signal of the same kind acts as if nothing caught it, but for SIGHUP: a terminal that
-    is closed and its shell send one each. A signal that the process was
-    started to ignore stays ignored, such as Ctrl-C in a shell script's background job. Outside the
-    main thread, where Python allows no handlers, the function is never true.
+    A second signal of the same kind acts as if nothing caught it, except for SIGHUP: when a
+    terminal is closed, it and its shell send one each. A signal that the process was started to
+    ignore stays ignored, such as Ctrl-C in a shell script's background job. Outside the main
+    thread, where Python allows no handlers, the function is never true.
     """
     if _interrupted.is_set():
         raise KeyboardInterrupt
@@ -48,7 +48,7 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
         words = b"stopping after the steps or evaluation under way"
         if signum != signal.SIGHUP:
             signal.signal(signum, old[signum])
-            words += b"; again: at once, unsaved"
+            words += b"; a second signal stops at once, unsaved"
         with contextlib.suppress(OSError):  # nobody may be there to read it
             os.write(2, words + b"\n")
         if distributed and is_first:
@@ -63,8 +63,9 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
                 old[signum] = signal.signal(signum, handle)
     try:
         if distributed:
-            # JAX stops all at the number after the largest that it was asked of, which is 1 for a
-            # signal that comes before: a resumed run would never ask of it if it gave its steps.
+            # JAX stops all at the number after the largest that it was asked about, which is 1 for
+            # a signal that comes before any: a resumed run that gave its steps would never ask
+            # about 1.
             yield lambda: multihost_utils.reached_preemption_sync_point(next(_asked))
         else:
             yield event.is_set

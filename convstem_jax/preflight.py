@@ -4,9 +4,9 @@
     python -m convstem_jax.preflight --config configs/vitc.py configs/vitp.py --topology v6e:8x8
     python -m convstem_jax.preflight --config configs/vitc.py --topology v5p:4x4x4 --format json
 
-The real TPU compiler runs on this machine, on the very step that training would run. What it says
-of memory is what it would allocate; times are its estimate, with the collectives' bytes at the
-published speed of the links on top, and reading the data left out.
+The real TPU compiler runs on this machine, on the very step that training would run. Its figures
+for memory are what it would allocate; times are its estimate, plus the collectives' bytes at the
+published speed of the links, and without reading the data.
 """
 
 import json
@@ -57,13 +57,13 @@ def preflight(
         config: see configs/common.py.
         topology: such as `v5e:16x16`.
         num_classes: of the data set, which need not be there.
-        num_examples: likewise, for the length of the schedule.
+        num_examples: of the data set, for the length of the schedule.
         quick: compile with the least effort: memory may be 15 % off, and no time is given.
-        known: an earlier record: the same program is not compiled again.
+        known: an earlier record; if its program is the same, it is not compiled again.
 
     Returns:
-        A JSON-serialisable record; see docs/preflight.md. `compiled` is what the
-        compiler said, all else follows from it.
+        A JSON-serialisable record; see docs/preflight.md. `compiled` is what the compiler said;
+        everything else follows from it.
 
     Raises:
         ConfigError: the topology or a field is wrong.
@@ -86,7 +86,7 @@ def preflight(
         name: bytes_on_device(getattr(state, name))
         for name in ("params", "batch_stats", "opt_state", "ema")
     }
-    # What the loop keeps on the devices beside the batch of the step.
+    # What the loop keeps on the devices besides the batch of the step.
     ahead = config.prefetch * (n + config.eval_batch_size) + AHEAD * max(n, config.eval_batch_size)
     precise = n * build.num_precise_batches(config, num_examples) if state.batch_stats else 0
     parts["input"] = math.ceil((n + ahead + precise) / num_devices) * size**2 * 3
@@ -96,7 +96,7 @@ def preflight(
     if compiled["bytes"]:
         need = compiled["bytes"] + beside
         parts["program"] = compiled["code_bytes"]
-    else:  # the compiler names the temporaries alone
+    else:  # the compiler names only the temporaries
         need = compiled["temporaries_needed"] + sum(parts.values())
     rest = need - sum(parts.values())
     parts["activations"] = max(0, min(acts, rest))
@@ -154,7 +154,7 @@ def preflight(
 
 
 def _trace(config, sharding: Sharding, num_classes: int, num_examples: int):
-    """The step that would be trained, and its state with the shardings: shapes alone."""
+    """The traced training step, and the shapes of its state, with shardings."""
     recipe = build.recipe(config, num_classes)
     graphdef, new_state = build.new_state(config, recipe)
 
@@ -176,14 +176,14 @@ def _trace(config, sharding: Sharding, num_classes: int, num_examples: int):
 def _remedy(config, num_devices: int, rest: int, free: float, parts: dict[str, int]) -> str:
     """Which fields to change where the memory is too small.
 
-    Splitting the state comes first, since it changes no number but by rounding.
+    Splitting the state comes first, since it changes results only by rounding.
 
     Args:
-        config: that does not fit.
+        config: the configuration that does not fit.
         num_devices: of the slice.
         rest: bytes of activations and temporaries on a device.
         free: bytes of a device for them and the input.
-        parts: bytes of the rest.
+        parts: bytes of each part of the memory on a device, by name.
     """
     images, together = config.batch_size // num_devices, build.images_together(config)
     state = parts["params"] + parts["opt_state"] + parts["ema"]
@@ -253,7 +253,7 @@ _HEADERS = (
 
 
 def table(records: list[dict], tablefmt: str) -> str:
-    """The records, a line each."""
+    """The records as a table, one line each."""
 
     def number(value, factor=1.0, form=",.0f"):
         return "–" if value is None else format(factor * value, form)
@@ -299,11 +299,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_classes", type=positive, default=1000, help="default: %(default)s")
     parser.add_argument(
         "--num_examples", type=positive, default=1_281_167,
-        help="of an epoch (default: %(default)s, ImageNet's)",
+        help="in an epoch (default: %(default)s, ImageNet's)",
     )  # fmt: skip
     parser.add_argument(
         "--records", type=writable, metavar="FILE",
-        help="JSON lines to keep the results in: the same program is not compiled again",
+        help="file of JSON lines that keeps the results: a program in it is not compiled again",
     )  # fmt: skip
     parser.add_argument(
         "--format", choices=("text", "markdown", "json"), default="text",
@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _records(args) -> tuple[list[dict], bool]:
-    """What is asked for, and whether the compiler failed at something."""
+    """The records asked for, and whether the compiler failed for any of them."""
     wanted = [(spec, topology) for topology in args.topology for spec in args.config]
     for spec in args.config:
         validate(load_config(spec))
@@ -355,7 +355,7 @@ def _records(args) -> tuple[list[dict], bool]:
 
 
 def _read_records(path: str | None) -> dict[tuple[str, str, bool], dict]:
-    """Records by what they are of, and whether they are quick ones."""
+    """Earlier records, by configuration, topology and whether they are quick."""
     if path is None or not os.path.exists(path):
         return {}
     with open(path) as file:

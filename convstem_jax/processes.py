@@ -31,12 +31,12 @@ MEET_SECONDS = 10  # for the others to reach the end
 def start(coordinator: str | None, num_processes: int | None, process: int | None) -> None:
     """Joins the other processes of the run, before anything else of JAX is used.
 
-    Without arguments they are found where JAX can: on Cloud TPU, in GKE too, under SLURM and
+    Without arguments JAX finds them where it can: on Cloud TPU (also in GKE), under SLURM and under
     Open MPI. Elsewhere this process is alone.
 
     Args:
         coordinator: HOST:PORT of process 0.
-        num_processes: of the run; 1 alone looks for no others.
+        num_processes: of the run; 1 without the other arguments looks for no others.
         process: number of this one.
 
     Raises:
@@ -56,7 +56,7 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
     slurm = os.environ if "SLURM_STEP_NODELIST" in os.environ else {}
     is_alone = slurm.get("SLURM_NTASKS") == "1" and "OMPI_COMM_WORLD_SIZE" not in os.environ
     if coordinator is None and is_alone:
-        return  # JAX would leave it the first of its GPUs
+        return  # JAX would leave it only the first of its GPUs
     if coordinator is not None:  # it may take minutes to find that nobody is there
         print(f"meeting the other processes at {coordinator}", file=sys.stderr, flush=True)
         if process:
@@ -69,7 +69,7 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
             flush=True,
         )
     try:
-        # Else JAX would look for a cluster nevertheless, and use one device of this machine.
+        # Otherwise JAX would still look for a cluster, and use one device of this machine.
         method = None if coordinator is None else "deactivate"
         jax.distributed.initialize(*given, cluster_detection_method=method)
     except ValueError as error:
@@ -82,13 +82,13 @@ def start(coordinator: str | None, num_processes: int | None, process: int | Non
         if coordinator is None and "must be called before" in str(error):
             return
         raise ConfigError(
-            f"the other processes cannot be reached ({first_line(error)}): see that all run and "
+            f"the other processes cannot be reached ({first_line(error)}): check that all run and "
             "that --coordinator names process 0; --processes=1 looks for no others"
         ) from error
 
 
 def _wait_for(coordinator: str) -> None:
-    """Waits until process 0 answers: JAX ends a process for which it does not by an abort.
+    """Waits until process 0 answers: JAX aborts a process that gets no answer from it.
 
     Raises:
         UnreachableError: it does not.
@@ -102,8 +102,8 @@ def _wait_for(coordinator: str) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UnreachableError(
-                    f"nothing answers at --coordinator {coordinator} ({first_line(error)}): see "
-                    "that process 0 runs there and that no firewall is between"
+                    f"nothing answers at --coordinator {coordinator} ({first_line(error)}): check "
+                    "that process 0 runs there and that no firewall is in between"
                 ) from error
         time.sleep(1)
 
@@ -116,8 +116,8 @@ def is_first() -> bool:
 def leave(exit_status: int) -> None:
     """Ends this process of several.
 
-    All together where they stop for the same reason; without the others where they are lost or
-    wait for this one, since they could wait for each other for minutes.
+    It waits for the others, to end together where they stop for the same reason; but not long,
+    since where they are lost or wait for this one they could wait for each other for minutes.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -138,14 +138,14 @@ def print_once(text: str) -> None:
 
 @contextlib.contextmanager
 def together():
-    """Checks that every process makes: an error in one ends them all, with its exit status.
+    """A context for checks that every process makes: an error in one ends all, with its status.
 
     Without it the others would wait for the one that stopped.
     """
     error = None
     try:
         yield
-    except Exception as own:  # also what nobody expects
+    except Exception as own:  # unexpected ones too
         if is_lost_peer(own):
             raise
         error = own
@@ -161,10 +161,10 @@ def together():
 
 
 def check_same(text: str, message: str) -> None:
-    """Checks that `text` is the same in every process. Never inside `together`, which gathers too.
+    """Checks that `text` is the same in every process; not inside `together`, which gathers too.
 
     Raises:
-        ConfigError: it is not; `message` says of a process that differs what is wrong and to do.
+        ConfigError: it is not; `message`, after a process's number, says what is wrong and to do.
     """
     digests = gather([int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])])[:, 0]
     if different := np.flatnonzero(digests != digests[0]).tolist():
@@ -182,8 +182,8 @@ _LOST = re.compile(
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error of JAX's or Orbax's means that another process of the run is gone.
 
-    It comes as a RuntimeError or a ValueError, whichever notices first, or as what Orbax made of
-    one: a TimeoutError.
+    It comes as a RuntimeError or a ValueError, depending on what notices first, or as the
+    TimeoutError that Orbax makes of one.
     """
     if not (jax.distributed.is_initialized() and jax.process_count() > 1):
         return False

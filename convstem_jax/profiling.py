@@ -18,11 +18,11 @@ def profiled(
 ) -> Iterator[Callable[[int, PyTree], None]]:
     """Profiles `NUM_STEPS` steps of a loop and what lies between them, on process 0's machine.
 
-    A profile that cannot be written is told, and disturbs nothing.
+    If the profile cannot be written, this says so and disturbs nothing.
 
     Args:
-        first_step: number of the first of them; 0 for none.
-        steps: those of the loop, inside the block. Where they end earlier, so does the profile.
+        first_step: number of the first step to profile; 0 for no profile.
+        steps: the steps of the loop inside the block. Where they end earlier, so does the profile.
         workdir: folder to write `plugins/profile` in.
         pause: `metrics.Records.pause`, since starting and writing are not training.
 

@@ -10,7 +10,7 @@ import jax
 
 
 def device() -> str:
-    """The number of devices and their kind, and what the CPU is that they are."""
+    """The number and kind of the devices, and the processor where they are CPUs."""
     devices = jax.devices()
     about = f" ({processor()})" if devices[0].platform == "cpu" else ""
     return f"{len(devices)} x {devices[0].device_kind}{about}"

@@ -1,4 +1,4 @@
-"""What each field of a configuration may be, and what fields must be to each other."""
+"""The values that each field of a configuration may have, and conditions between fields."""
 
 import difflib
 import math
@@ -10,7 +10,7 @@ from convstem_jax.models.stems import INITS
 from convstem_jax.optim import OPTIMIZERS
 from convstem_jax.sharding import STATES
 
-# A rule is the types that a field may have, what its value must satisfy, and the words for it.
+# A rule: the types that a field may have, a test of its value, and words that describe the test.
 
 
 def one_of(choices):
@@ -26,7 +26,7 @@ def integer(low, high=math.inf):
 
 
 def number(holds, words):
-    """A rule: a finite number that `holds`, which `words` describe."""
+    """A rule: a finite number for which `holds` is true; `words` describe it."""
     return (int, float), lambda v: math.isfinite(v) and holds(v), f"a number {words}"
 
 
@@ -127,7 +127,7 @@ def check_fields(config, rules) -> None:
 
 
 def unknown_field(name: str, known) -> ConfigError:
-    """The error of a field that is none of the `known`, with the nearest of them."""
+    """The error for a field that is not among the `known`; it suggests the nearest of them."""
     short = {"learning_rate": "lr", "weight_decay": "wd"}
     nearest = difflib.get_close_matches(name, [*known, *short], n=1, cutoff=0.5)
     nearest = [short.get(x, x) for x in nearest]

@@ -14,12 +14,12 @@ from convstem_jax.errors import ConfigError, first_line, writing
 from convstem_jax.files import write, write_json
 
 CLASSES = "classes.txt"
-_TOKEN = ".token"  # another at each start
-_OWNER = ".owner"  # another for each program that saves
-# Fields that may change when a run is resumed: no result depends on them, but for rounding on
-# `state_sharding`, whose sums have another order.
+_TOKEN = ".token"  # its content is new at each start
+_OWNER = ".owner"  # its content is new for each program that saves
+# Fields that may change when a run is resumed: no result depends on them, except that
+# `state_sharding` changes the order of sums and so their rounding.
 FREE_FIELDS = (
-    "data_dir",  # what it holds is compared
+    "data_dir",  # its content is compared
     "num_workers",
     "num_threads",
     "read_ahead",
@@ -48,11 +48,11 @@ def prepare(
     Args:
         workdir: the folder.
         config: the configuration.
-        data: what tells the data from others of the same names, such as their sizes; for JSON.
+        data: what tells the data from others of the same names, such as sizes; JSON-serialisable.
         class_names: for classes.txt, which `convstem_jax.predict` reads.
 
     Returns:
-        Its absolute path.
+        The folder's absolute path.
 
     Raises:
         ConfigError: it cannot be used, or belongs to another configuration.
@@ -64,7 +64,7 @@ def prepare(
                 f"--workdir {workdir} is not a folder: mount the bucket and name that"
             )
         workdir = os.path.abspath(os.path.expanduser(workdir))
-        # Orbax takes the first four for patterns, and writes what it could never read.
+        # Orbax takes the first four for patterns, and would write what it could never read.
         if found := {"*", "?", "[", "\\", "\0"} & set(workdir):
             raise ConfigError(
                 f"--workdir {workdir} cannot be used: its path has {min(found)!r}: name another"
@@ -74,7 +74,7 @@ def prepare(
             if processes.is_first():
                 _check_own(workdir)
                 _lock(workdir)
-            # With none of them there is nothing that could be mixed up.
+            # With none of these there is nothing that could be mixed up.
             has_result = read_result(workdir) is not None
             if has_result or has_checkpoint(workdir) or _has_populations(workdir):
                 _check_same(_read(workdir, "config.json"), described, workdir)
@@ -133,7 +133,7 @@ def _lock(workdir: str) -> None:
     """Keeps other programs out of the folder for as long as this one lives.
 
     Raises:
-        ConfigError: another has it.
+        ConfigError: another program has it.
     """
     path = os.path.join(workdir, ".lock")
     if workdir in _locks:
@@ -153,7 +153,7 @@ def _lock(workdir: str) -> None:
     except OSError:  # a file system without locks, such as a mounted bucket
         os.close(file)
         print(
-            f"the file system of --workdir {workdir} has no locks: see that no other run uses it",
+            f"the file system of --workdir {workdir} has no locks: let no other run use it",
             flush=True,
         )
         return
@@ -163,12 +163,12 @@ def _lock(workdir: str) -> None:
 
 
 def claim(workdir: str) -> None:
-    """Takes the folder at a program's first save, and checks at each other that it still has it.
+    """Takes the folder at a program's first save, and checks at later ones that it still has it.
 
-    Locks do not tell of one on another machine where they are the machine's own, as of a bucket.
+    Where locks are local to a machine, as for a bucket, they do not show a program on another one.
 
     Raises:
-        ConfigError: another has.
+        ConfigError: another program has it.
     """
     with processes.together():
         if not processes.is_first():
@@ -212,7 +212,7 @@ def _check_same(old: dict, new: dict, workdir: str) -> None:
 
 
 def read_classes(workdir: str) -> list[str]:
-    """Names of the classes; none where there are none, as of a study."""
+    """Names of the classes; an empty list where there is no such file, as in a study."""
     try:
         with open(os.path.join(workdir, CLASSES)) as file:
             return file.read().splitlines()
@@ -222,8 +222,8 @@ def read_classes(workdir: str) -> list[str]:
         raise ConfigError(f"{workdir}/{CLASSES} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{workdir}/{CLASSES} is damaged ({first_line(error)}): restore it, or delete it to go "
-            "by numbers"
+            f"{workdir}/{CLASSES} is damaged ({first_line(error)}): restore it, or delete it to "
+            "use numbers"
         ) from error
 
 

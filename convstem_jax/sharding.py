@@ -1,4 +1,4 @@
-"""Where arrays lie: the batch over all devices, the state on each of them or split likewise."""
+"""Where arrays lie: the batch is split over all devices, the state lies on each or is split too."""
 
 from collections.abc import Callable, Sequence
 import contextlib
@@ -13,13 +13,13 @@ from convstem_jax.step import PyTree
 from convstem_jax.xla_options import compiler_options
 
 STATES = ("replicated", "fsdp")
-# Smaller arrays are not split: they cost little memory, and each collective its latency.
+# Smaller arrays are not split: they take little memory, and each collective costs its latency.
 MIN_SIZE = 2**13
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """Of the arrays of a run.
+    """The sharding of a run's arrays.
 
     Args:
         devices: of all processes.
@@ -31,9 +31,9 @@ class Sharding:
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        """All devices along the axis `data`, those of a process beside each other.
+        """All devices along the axis `data`, those of one process next to each other.
 
-        So the rows of a batch that a process reads are contiguous.
+        This makes the rows of a batch that a process reads contiguous.
         """
         devices = sorted(self.devices, key=lambda d: (d.process_index, d.id))
         auto = (jax.sharding.AxisType.Auto,)
@@ -53,7 +53,7 @@ class Sharding:
         """Sharding of each array of a state, or of a part of one.
 
         One rule for "fsdp": an array of at least `MIN_SIZE` numbers is split along its longest axis
-        that divides by the devices; one without such an axis lies on every device.
+        that is divisible by the devices; one without such an axis lies on every device.
         """
         return jax.tree.map(self._of_array, state)
 
@@ -67,12 +67,12 @@ class Sharding:
     def jit(self, function: Callable, *static, **options) -> Callable:
         """`jax.jit` of `function` with its first arguments bound, on these devices.
 
-        Of its `options`, `compiler_options` are by default those of `xla_options`.
+        `options` are those of `jax.jit`; `compiler_options` default to those of `xla_options`.
         """
         options.setdefault("compiler_options", compiler_options(self.devices))
 
         def on_mesh(*args):
-            # The models choose their forms by its devices.
+            # The models choose their forms by the mesh's devices.
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 return function(*static, *args)
 
@@ -86,7 +86,7 @@ def without_mesh() -> contextlib.AbstractContextManager:
 
 
 def bytes_on_device(tree: PyTree) -> int:
-    """Bytes that arrays, or shapes with a sharding, take of each device."""
+    """Bytes that arrays, or shapes with a sharding, take on each device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
@@ -99,7 +99,7 @@ def room_left() -> float:
 
 
 def bytes_of_program(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a program takes of each device with its arguments and results, not its code."""
+    """Bytes that a program takes on each device with its arguments and results, not its code."""
     found = compiled.memory_analysis()
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
     return found.argument_size_in_bytes + outputs + found.temp_size_in_bytes

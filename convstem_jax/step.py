@@ -35,7 +35,7 @@ class HParams(NamedTuple):
     wd: jax.Array  # weight decay
     seed: jax.Array  # of lighting, mixup and CutMix, uint32
     num_steps: jax.Array  # updates of the whole schedule, int32
-    warmup_steps: jax.Array  # of which the learning rate is warmed up, int32
+    warmup_steps: jax.Array  # those of them in which the learning rate warms up, int32
     ema_rate: jax.Array  # see `optim.ema_rate`
 
 
@@ -47,8 +47,8 @@ class Recipe:
     optimizer: str  # a key of `optim.OPTIMIZERS`
     label_smoothing: float
     mixup_alpha: float  # 0 for none
-    cutmix_alpha: float  # likewise
-    lighting_std: float  # likewise
+    cutmix_alpha: float  # 0 for none
+    lighting_std: float  # 0 for none
     ema_every: int
     mean: tuple[float, float, float]  # of the images' channels, in [0, 1]
     std: tuple[float, float, float]
@@ -150,7 +150,7 @@ def train_step(
 
 
 def model_inputs(recipe: Recipe, batch: PyTree, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Images as the model takes them, and the probabilities of the classes to learn.
+    """Images as the model takes them, and the class probabilities to learn.
 
     Args:
         recipe: what is fixed.
@@ -176,14 +176,14 @@ def batch_statistics(
 ) -> PyTree:
     """BatchNorm's means and variances over one training batch, in place of the running ones.
 
-    With micro-batches they are the means of theirs, by which training normalises too.
+    With micro-batches they are the means of the micro-batches' own, which training normalises by.
 
     Args:
         graphdef: the model's structure, from `split_model`.
         recipe: what is fixed.
         params: parameters to compute them for.
-        batch_stats: any of the same shapes that are finite.
-        batch: `image` as in `train_step`. It is lit, but not mixed, as in the authors' code.
+        batch_stats: any finite ones of the same shapes.
+        batch: `image` as in `train_step`. It gets lighting but no mixing, as in the authors' code.
         key: random key of the lighting.
     """
     images = batch["image"]
@@ -238,7 +238,7 @@ def eval_step(
 def normalize(images: jax.Array, recipe: Recipe, light: jax.Array | float = 0.0) -> jax.Array:
     """uint8 `[N, H, W, 3]` to float32 with the recipe's mean and standard deviation removed.
 
-    `light`, `[N, 3]`, is added to the colours of each image first, which are in [0, 1].
+    `light`, `[N, 3]`, is first added to the colours of each image, in [0, 1].
     """
     mean, std = jnp.array(recipe.mean), jnp.array(recipe.std)
     shift = jnp.broadcast_to(light - mean, (len(images), 3))

@@ -31,12 +31,12 @@ def positive(text: str) -> int:
 
 
 def writable(path: str) -> str:
-    """The path, if a file can be written there: a `type` of argparse, checked before the work.
+    """The path, if a file can be written there: a `type` for argparse, checked before the work.
 
     Raises:
         argparse.ArgumentTypeError: it cannot.
     """
-    # A file is written beside the old one, which it then replaces: a link or a device must not be.
+    # A file is written beside the old one and then replaces it: never a link or a device.
     is_file = not os.path.islink(path) and (os.path.isfile(path) or not os.path.exists(path))
     if not is_file or not os.access(os.path.dirname(path) or ".", os.W_OK):
         raise argparse.ArgumentTypeError(f"{path} cannot be written: name a file in another folder")
@@ -74,7 +74,7 @@ class _Stream:
         try:
             function(*args)
         except OSError as error:
-            # Nobody will ever read it: else Python would try once more at its end.
+            # Nobody will ever read it. Otherwise Python would try once more when it ends.
             if error.errno in (errno.EPIPE, errno.EIO):
                 with open(os.devnull, "w") as nobody:
                     os.dup2(nobody.fileno(), self._stream.fileno())

@@ -1,4 +1,4 @@
-"""TPU slices that need not be there: their chips, and what the TPU compiler says of a program.
+"""TPU slices that need not be there: their chips, and what the TPU compiler says about a program.
 
 The compiler is in the package `libtpu` (requirements-tpu.txt) and runs on any x86 Linux machine.
 """
@@ -22,7 +22,7 @@ from convstem_jax.sharding import bytes_of_program
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """As published (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
+    """A chip as published (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
 
     Clocks follow from the flops and the size of the matrix units.
     """
@@ -33,7 +33,7 @@ class Chip:
     # 656 Gbit/s of Jouppi et al., A domain-specific supercomputer for training deep networks, 2020.
     link: float
     axes: int  # of the torus
-    ring: int  # an axis of the torus closes where its chips are a multiple of this
+    ring: int  # an axis of the torus closes to a ring where its chips are a multiple of this
     config: str = "default"  # "megacore": the two cores of a chip are one device
 
 
@@ -51,7 +51,7 @@ FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # of the environment, which the compi
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Devices of a slice, which can be compiled for and not computed on."""
+    """Devices of a slice, which can be compiled for but not computed on."""
 
     name: str
     chip: Chip
@@ -64,10 +64,10 @@ def open_slice(name: str) -> Slice:
     """Makes the slice `v5e:16x16`: a generation and its chips along each axis of the torus.
 
     Raises:
-        ConfigError: there is none such, or libtpu is not installed.
+        ConfigError: there is no such slice, or libtpu is not installed.
     """
     os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",  # ask no cloud what it is
+        "TPU_SKIP_MDS_QUERY": "1",  # do not ask a cloud what this machine is
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here owns a chip
         "TPU_STDERR_LOG_LEVEL": "3",
@@ -100,13 +100,13 @@ def open_slice(name: str) -> Slice:
 
 
 def compile_step(traced: jax.stages.Traced, slice_: Slice, quick: bool, known: dict | None) -> dict:
-    """What the compiler says of a traced program on one device.
+    """What the compiler says about a traced program on one device.
 
     Args:
         traced: the program, its arguments sharded over the slice.
         slice_: what to compile for.
         quick: with the least effort.
-        known: an earlier answer, which is given again if program, versions and flags are the same.
+        known: an earlier answer, returned again if program, versions and flags are the same.
 
     Returns:
         A JSON-serialisable dict; `bytes` is None where the memory is too small.
@@ -147,7 +147,7 @@ def compile_step(traced: jax.stages.Traced, slice_: Slice, quick: bool, known: d
 
 
 def device_bytes(slice_: Slice) -> int:
-    """Memory of a device, as the compiler has it: what it says of a program that is too large."""
+    """Memory of a device according to the compiler: from its error for a program too large."""
     sharding = jax.sharding.SingleDeviceSharding(slice_.devices[0])
     x = jax.ShapeDtypeStruct((2**42,), "uint8", sharding=sharding)
     try:
@@ -160,7 +160,7 @@ def device_bytes(slice_: Slice) -> int:
 
 
 def out_of_memory(error: Exception) -> tuple[int, int] | None:
-    """The bytes a device would need and those that it has; None where the error is another."""
+    """The bytes that a device would need and those that it has; None for any other error."""
     text, size = str(error), r"([\d.]+)([KMGT]?)"
     for pattern in (rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm"):
         if match := re.search(pattern, text):
@@ -178,12 +178,12 @@ def collective_seconds(slice_: Slice, collectives: dict[str, tuple[int, int]]) -
 
     On a ring of n devices each link carries (n - 1) / n of a gathered array, and twice that of a
     reduced one; the axes of the torus share it. A chip has two links along an axis that closes to a
-    ring, and one to send on along another.
+    ring, and one to send along any other.
     """
     n, total = len(slice_.devices), 0.0
     sizes = [int(size) for size in slice_.name.split(":")[1].split("x")]
     closed = [size % slice_.chip.ring == 0 for size in sizes]
-    if len(sizes) == 3:  # of whole cubes only
+    if len(sizes) == 3:  # they close only in slices of whole cubes
         closed = [all(closed)] * 3
     links = sum(1 + ring for size, ring in zip(sizes, closed, strict=True) if size > 1)
     speed = slice_.chip.link * max(1, links)

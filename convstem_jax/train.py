@@ -35,7 +35,7 @@ from convstem_jax.transfer import transfer
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
-    """Trains a model, or goes on with the run that `workdir` holds.
+    """Trains a model, or continues the run that `workdir` holds.
 
     Args:
         config: see configs/common.py.
@@ -103,10 +103,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         reading=reading,
     )
 
-    precise_batches = []  # of BatchNorm's statistics; read before the first evaluation
+    precise_batches = []  # for BatchNorm's statistics; read before the first evaluation
 
     def read_precise_batches():
-        # By threads: worker processes would keep their memory to the end of the run.
+        # By threads: worker processes would hold their memory until the end of the run.
         num_threads = min(num_precise, max(1, reading.num_workers))
         threads = pipeline.Reading(0, num_threads, 1, 1)
         processes.print_once(
@@ -128,7 +128,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     processes.check_same(
         str(latest_step),
         f"does not see the checkpoints of --workdir {workdir} that process 0 sees: name a folder "
-        "that shows all machines the same, or wait until it does",
+        "that looks the same from all machines, or wait until it does",
     )
     start_weights = None
     if config.init_from and latest_step is None:
@@ -216,11 +216,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         profiling.profiled(config.profile_step, steps, workdir, records.pause) as profile,
     ):
         start = time.perf_counter() - before["seconds"]
-        for step in steps:  # `step` updates made, after this one
+        for step in steps:  # after this one, `step` updates have been made
             profile(step, state)
             batch = next(batches)
             records.batch_arrived(step_metrics)
-            # Anything that went between host and devices unasked would stall every step.
+            # An implicit transfer between host and devices would stall every step.
             annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
             with annotation, jax.transfer_guard("disallow"):
                 state, step_metrics = jit_train_step(state, batch, hparams)
@@ -232,7 +232,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             is_due = build.is_due(step, config.eval_every_epochs * steps_per_epoch) or is_last
             if is_due:
                 results = evaluate_at(step)
-            stopping = stop_requested()  # perhaps during the evaluation
+            stopping = stop_requested()  # perhaps requested during the evaluation
             if is_due:
                 save(step, results)
             elif step % config.checkpoint_every_steps == 0 or stopping:
@@ -243,7 +243,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
                     "the same command goes on from there"
                 )
 
-        results = results or evaluate_at(num_steps)  # stopped after the last step
+        results = results or evaluate_at(num_steps)  # resumed after the last step
 
     # -------------------------------------------------------------------------------- result
 

@@ -1,4 +1,4 @@
-"""Weights of one model as the start of another: other image size, other classes."""
+"""Starts one model from the weights of another, with another image size or other classes."""
 
 import math
 
@@ -14,13 +14,13 @@ from convstem_jax.weights import Weights
 def transfer(old: Weights, new: Weights, *, same_classes: bool = True) -> tuple[Weights, str]:
     """Puts the weights of one model into another of the same architecture.
 
-    A position embedding for another image size is resized, bicubically and but for the class
+    A position embedding for another image size is resized bicubically, except for the class
     token's; a head for other classes stays new.
 
     Args:
         old: weights to take.
         new: weights of the new model, freshly drawn.
-        same_classes: whether as many classes are the same ones.
+        same_classes: whether the classes are the same ones where there are as many.
 
     Returns:
         The new model's weights, and a table of what was not simply taken.

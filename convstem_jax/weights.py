@@ -1,4 +1,4 @@
-"""Weights of a trained model, from a run's folder or a file, and back into a model."""
+"""Loads the weights of a trained model from a run's folder or a file, and saves them to a file."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -24,7 +24,7 @@ Weights = dict[str, PyTree]  # {"params", "batch_stats"}: nested dicts of arrays
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What it takes to build a model for weights."""
+    """What it takes to build the model that weights belong to."""
 
     model: str  # a key of `models.MODELS`
     num_classes: int
@@ -43,16 +43,16 @@ class Architecture:
         return split_model(nnx.eval_shape(lambda: self.build(**kwargs)))[0]
 
     def with_weights(self, weights: Weights, dtype: jnp.dtype) -> nnx.Module:
-        """The model that has them, in evaluation mode; `dtype` to compute in."""
+        """The model with these weights, in evaluation mode; it computes in `dtype`."""
         params, batch_stats = weights["params"], weights["batch_stats"]
         params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats))
         return nnx.merge(self.graphdef(dtype=dtype), params, batch_stats)
 
     def check(self, config: ml_collections.ConfigDict, path: str) -> None:
-        """Checks that a configuration is of this model.
+        """Checks that a configuration is for this model.
 
         Raises:
-            ConfigError: it is of another, or for images of another size than those at `path`.
+            ConfigError: it is for another model or image size than the weights at `path`.
         """
         own = f"a {self.model} for {self.image_size} pixels"
         asked = f"a {config.model} for {config.image_size} pixels"
@@ -82,7 +82,7 @@ def load_model(
         dtype: type to compute in.
 
     Raises:
-        ConfigError: there is none, or `raw` or `step` of a file are asked for.
+        ConfigError: there is no model at `path`, or `raw` or `step` is given for a file.
         CheckpointError: it is damaged, or there is no such step.
     """
     weights, architecture = load(path, raw=raw, step=step)
@@ -92,14 +92,14 @@ def load_model(
 def load(
     path: str, *, raw: bool = False, step: int | str | None = None
 ) -> tuple[Weights, Architecture]:
-    """Loads weights and what they belong to; see `load_model`."""
+    """Loads weights and the architecture that they belong to; see `load_model`."""
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         return _load_run(path, raw, step)
     if raw or step is not None:
         raise ConfigError(f"raw and step are for a run's folder: {path} is one state")
     convert = "convert it first, with python -m convstem_jax.convert"
-    import safetensors  # here, since a study does without
+    import safetensors  # here, since a study does not need it
 
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -134,10 +134,10 @@ def save(path: str, weights: Weights, architecture: Architecture) -> None:
     import safetensors.numpy
 
     try:
-        # safetensors writes memory as it lies, also of a transposed view.
+        # safetensors writes memory as it lies, even that of a transposed view.
         arrays = {name: np.ascontiguousarray(x) for name, x in by_name(weights).items()}
         metadata = {"convstem_jax": json.dumps(dataclasses.asdict(architecture))}
-        # Its own `save_file` makes files that nobody else may read.
+        # Its own `save_file` makes files that other users may not read.
         files.write(path, safetensors.numpy.save(arrays, metadata))
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
@@ -158,7 +158,7 @@ def _check_fit(path: str, found: dict[str, np.ndarray], architecture: Architectu
 
 
 def misfits(found: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> list[str]:
-    """What is missing, unknown, not finite or of a wrong shape, among arrays by name."""
+    """Lists by name the arrays that are missing, unknown, not finite or of a wrong shape."""
     wrong = [f"missing: {name}" for name in wanted.keys() - found.keys()]
     wrong += [f"unknown: {name}" for name in found.keys() - wanted.keys()]
     wrong += [
@@ -205,6 +205,6 @@ def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Ar
     if class_names and len(class_names) != num_classes:
         raise ConfigError(
             f"{path}/{run_folder.CLASSES} has {len(class_names)} lines for {num_classes} classes: "
-            "restore it, or delete it to go by numbers"
+            "restore it, or delete it to use numbers"
         )
     return weights, Architecture(model, num_classes, image_size, class_names)

@@ -76,7 +76,7 @@ def one_error(capsys):
         (["--config.lrr=1"], "unknown config field 'lrr': did you mean 'lr'"),
         (["--config.lr=nan"], "config.lr=nan: it must be a number above 0"),
         (["--config.batch_size=ten"], "config.batch_size=ten: it must be a whole number"),
-        (["--config.batch_size=100"], "config.batch_size=100 does not divide by 8 devices"),
+        (["--config.batch_size=100"], "config.batch_size=100 is not divisible by 8 devices"),
         (
             ["--config.data_dir=/nonexistent"],
             "must be there as fashion_mnist_10k/VERSION/dataset_info.json",

@@ -183,7 +183,7 @@ def apply(name: str, image: np.ndarray, magnitude: float, *, negate: bool) -> np
         name: as in `POLICY`.
         image: uint8 `[h, w, 3]`.
         magnitude: 0 to 1.
-        negate: turns the direction around, of operations that have one.
+        negate: reverses the direction of operations that have one.
     """
     operation, low, high, signed = _OPERATIONS[name]
     value = low + magnitude * (high - low)

@@ -1,7 +1,7 @@
-"""Which example comes when, and what is done to it: NumPy and OpenCV alone.
+"""The order of the examples, and what is done to each: only with NumPy and OpenCV.
 
-Every example of a run has a number from which it follows, whoever reads it: one process or many,
-Grain's workers or threads, from the start or after an interruption.
+Every example of a run follows from its number, whoever reads it: one process or many, Grain's
+workers or threads, from the start or after an interruption.
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
-"""Packs a data set into one file: own images, or for machines without tfds and ArrayRecord.
+"""Packs your own images, or a data set of tfds, into one file that needs no tfds or ArrayRecord.
 
     python -m convstem_jax.data.pack --images photos --dataset photos --output data
     python -m convstem_jax.data.pack --dataset fashion_mnist_10k --output data
 
 The first packs photos/train/CLASS/*.jpg (or .png) and photos/test/CLASS/*.jpg, the second a data
-set of tfds. `data/photos.npz` is then what `config.data_dir=data` and `config.dataset=photos` name.
-Packing holds all images in memory, and each start reads them once: this is for some gigabytes at
-most.
+set of tfds. `config.data_dir=data` and `config.dataset=photos` then select `data/photos.npz`.
+Packing holds all images in memory, and each start of a run reads them once: this is for a few
+gigabytes at most.
 
 exit status:
   0 done · 2 wrong arguments, no such data, or a folder that cannot be written · 3 damaged data
@@ -31,7 +31,7 @@ def pack(split: sources.Split) -> PackedRecords:
     """Packs a split.
 
     Raises:
-        DataError: a record cannot be used, see there.
+        DataError: a record cannot be used: see `sources.Split`.
     """
     images, labels = [], []
     for i in progress_bar(range(len(split)), split.name, "image"):
@@ -41,7 +41,7 @@ def pack(split: sources.Split) -> PackedRecords:
 
 
 def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecords], list[str]]:
-    """Packs the images of `folder/SPLIT/CLASS/`, each class by the place of its name in order.
+    """Packs the images of `folder/SPLIT/CLASS/`; classes are numbered in the order of their names.
 
     Returns:
         The splits, each shuffled, always in the same way; and the names of the classes, which are
@@ -49,7 +49,7 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
 
     Raises:
         ConfigError: a split has no images, an empty folder, other files, files beside its folders,
-            one that cannot be read, or a class that the first one has not.
+            a file that cannot be read, or a class that the first split does not have.
         DataError: files cannot be decoded; it names them all.
     """
     packed, classes, damaged = {}, [], []
@@ -71,7 +71,7 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
         if len(classes) == 1:
             raise ConfigError(f"{root} has one class, {classes[0]}: images lie in SPLIT/CLASS/")
         for name in classes:
-            if not name.isprintable():  # bytes that are no UTF-8, line breaks
+            if not name.isprintable():  # bytes that are not UTF-8, line breaks
                 raise ConfigError(f"rename {str(root / name)!r}: that is no printable name")
         for file in files:
             if file.parent.name not in classes:
@@ -88,7 +88,7 @@ def pack_folders(folder: str, splits: list[str]) -> tuple[dict[str, PackedRecord
                 raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
             if sources.decode(images[-1]) is None:
                 damaged.append(str(file))
-        # Shuffled, as tfds does it: a part such as train[:90%] has examples of all classes.
+        # Shuffled, as tfds does, so that a part such as train[:90%] has examples of all classes.
         order = np.random.default_rng(0).permutation(len(files))
         packed[split] = records([images[i] for i in order], [labels[i] for i in order])
     if damaged:
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
     add("--images", metavar="FOLDER", help="pack FOLDER/SPLIT/CLASS/*.jpg, not a data set of tfds")
     add("--data_dir", default="datasets", help="folder that holds it (default: %(default)s)")
     add("--splits", default="train,test",
-        help="folders in --images, or splits of tfds and parts: train[:1000],test "
+        help="folders in --images, or splits of tfds or parts of them: train[:1000],test "
         "(default: %(default)s)")  # fmt: skip
     add("--output", required=True, help="folder to write DATASET.npz in")
     args = parser.parse_args(argv)

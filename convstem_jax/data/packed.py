@@ -23,7 +23,7 @@ class PackedRecords:
     starts: np.ndarray  # [N], where each of them starts
     ends: np.ndarray  # [N]
     labels: np.ndarray  # [N]
-    written: int | None = None  # ns, when the file was that the content is mapped from
+    written: int | None = None  # ns, when the file that the content is mapped from was written
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,7 +95,7 @@ def read(path: str, split: str) -> tuple[PackedRecords, list[str]]:
 
 
 def _place(path: str, name: str) -> tuple[int, int]:
-    """Where the bytes of an array of an npz file lie, which is not compressed, and how many.
+    """Where the bytes of an array lie in an uncompressed npz file, and how many there are.
 
     Raises:
         zipfile.BadZipFile: they differ from their checksum.

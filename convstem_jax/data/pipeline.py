@@ -22,7 +22,7 @@ _ENDLESS = 2**62  # sys.maxsize batches of one would be more than Python can cou
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How hard the host works: none of it changes a batch."""
+    """How hard the host works; nothing here changes a batch."""
 
     num_workers: int  # processes that decode and augment; 0 for threads of this process
     num_threads: int  # batches that are made at the same time, in each worker
@@ -31,7 +31,7 @@ class Reading:
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "Reading":
-        """As the configuration has it, but no more processes than there are cores."""
+        """As configured, but with no more processes than there are cores."""
         # More would not be faster, and each holds batches in memory.
         num_workers = min(config.num_workers, len(os.sched_getaffinity(0)))
         return cls(num_workers, config.num_threads, config.read_ahead, config.prefetch)
@@ -53,24 +53,24 @@ def train_batches(
     was taken with.)
 
     Args:
-        examples: which example comes when.
+        examples: in training order, from 0 without end.
         batch_size: of all processes together.
         sharding: of the batch over the devices.
         reading: how hard the host works.
-        numbers: of the batches to yield, one after another.
+        numbers: of the batches to yield, in order.
     """
     endless = grain.MapDataset.range(_ENDLESS).map(examples.__getitem__)
     batches = iter(_to_devices(endless, batch_size, sharding, reading, numbers))
     if numbers:
-        batches.start_prefetch()  # workers take seconds to start, in which the caller can do more
+        batches.start_prefetch()  # workers take seconds to start; meanwhile the caller can go on
     return batches
 
 
 class EvalBatches:
     """Batches that hold every record exactly once, in order, each time they are iterated over.
 
-    The last batch is filled up with blank examples; `mask` bool `[N]` is False there. Without the
-    filling, the number of examples would have to divide by the batch and the devices.
+    The last batch is filled up with blank examples; `mask` bool `[N]` is False there. Without them
+    the number of examples would have to be divisible by the batch and the devices.
 
     One endless stream feeds all the passes, so that worker processes start once and the first
     batches of the next pass are ready when it begins. A pass has to be finished.
@@ -113,7 +113,7 @@ class EvalBatches:
         return itertools.islice(self._stream, self._num_batches)
 
     def close(self) -> None:
-        """Ends the worker processes, which have begun with the next pass."""
+        """Ends the worker processes, which have already begun the next pass."""
         if self._stream is not None:
             self._stream.close()
 

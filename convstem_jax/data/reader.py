@@ -1,4 +1,4 @@
-"""Batches that several trainings read one after another, on machines without Grain too.
+"""Batches that several trainings read one after another, also on machines without Grain.
 
 They are the batches of `pipeline`, and are made once as long as memory holds them.
 """
@@ -23,8 +23,8 @@ class Reader:
     Args:
         examples: what to read.
         batch_size: examples of a batch.
-        num_workers: processes that make batches, one a core at most; 0 for a thread of this one.
-            There is no more than one: small images keep Python busy, not OpenCV, and two threads
+        num_workers: processes that make batches, at most one per core; 0 for a thread of this
+            process. There is only one: small images keep Python busy, not OpenCV, and two threads
             take twice as long.
         read_ahead: batches that are made before they are asked for, for each worker.
         memory: bytes of the host to keep batches in.

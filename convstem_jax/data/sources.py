@@ -19,7 +19,7 @@ class Split:
 
     `split[i]` is `{"image": uint8 [h, w, 3], "label": int32}` and raises `DataError` where record
     i cannot be decoded or its label is outside the classes, `ConfigError` where this process lacks
-    memory, open files or permission, `IndexError` where there is none.
+    memory, open files or permission, `IndexError` where there is no record i.
     """
 
     name: str
@@ -32,12 +32,12 @@ class Split:
         return len(self.class_names)
 
     def fingerprint(self) -> str:
-        """A hash of its length, its classes' names, and 64 records from the first to the last.
+        """A hash of the split's length, its classes' names, and 64 records from first to last.
 
-        Of images as they are stored: what another decoder makes of them does not count.
+        Images are hashed as they are stored: what a decoder makes of them does not count.
 
         Raises:
-            ConfigError, DataError: one of them cannot be read.
+            ConfigError, DataError: one of the records cannot be read.
         """
         found = hashlib.sha256(repr([len(self), *self.class_names]).encode())
         for i in np.unique(np.linspace(0, len(self) - 1, 64, dtype=int)):
@@ -70,13 +70,13 @@ class Split:
 
 
 def decode(encoded: bytes) -> np.ndarray | None:
-    """The image in a file's bytes, uint8 `[h, w, 3]`; None where they are none.
+    """The image in a file's bytes, uint8 `[h, w, 3]`; None where they are not an image.
 
-    OpenCV turns it as EXIF says, as it does for the authors.
+    OpenCV rotates it as EXIF says, as it does for the authors.
     """
     try:
         return cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except cv2.error:  # of no bytes, or of more pixels than it takes
+    except cv2.error:  # no bytes, or more pixels than OpenCV takes
         return None
 
 
@@ -89,7 +89,7 @@ def open_split(data_dir: str, dataset: str, split: str) -> Split:
         split: name of one of its splits, or a part as tfds writes it: `train[:90%]`.
 
     Raises:
-        ConfigError: there is no such data set or split, or its format is another one.
+        ConfigError: there is no such data set or split, or it has another format.
         DataError: it is damaged.
     """
     if "://" in data_dir:

@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 
 from convstem_jax.errors import ConfigError, DataError, first_line, reading
 
-# Open files beside a split's own: what a process has in any case, and what it may have with another
-# split and 9 for each worker (Grain 0.2).
+# Open files besides those of a split: what a process has in any case, and what it may have with
+# another split and 9 for each worker (Grain 0.2).
 LEAST_FILES, MOST_FILES = 200, 4000
 
 
@@ -30,8 +30,8 @@ def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], list[
 
     Raises:
         ConfigError: there is no such folder or split, it is not in ArrayRecord, or this machine
-            allows too few open files or not to read one.
-        DataError: a file holds another number of records than `dataset_info.json` says.
+            allows too few open files or does not allow reading one.
+        DataError: a file does not hold the number of records that `dataset_info.json` says.
     """
     if "+" in split:
         raise ConfigError(f"'{split}' is not a split or a part of one, such as train[:90%]")
@@ -70,10 +70,10 @@ def read(data_dir: str, dataset: str, split: str) -> tuple[Sequence[dict], list[
 
 
 def _let_be_open(num_files: int, path: str) -> None:
-    """Raises this process's limit of open files, and so that of its workers.
+    """Raises this process's limit of open files, and with it that of its workers.
 
-    Random access keeps all files of a split open: ImageNet's have 1,024 and 64, and 1,024 is what
-    many machines allow at first.
+    Random access keeps all files of a split open: ImageNet's splits have 1,024 and 64, and many
+    machines allow 1,024 by default.
 
     Raises:
         ConfigError: the machine allows no more.
@@ -136,11 +136,11 @@ def _preparation(dataset: str, data_dir: str) -> str:
 def _check_counts(info: tfds.core.SplitInfo) -> None:
     # A file cut in half reads as 0 records with no error, so each file is counted.
     def count(path):
-        # What ArrayRecord may not open has 0 records too.
+        # To ArrayRecord a file that it may not open has 0 records too, so it is opened first.
         with reading(path, "copy or build it again"), open(path, "rb"):
             return array_record_module.ArrayRecordReader(str(path)).num_records()
 
-    # Together, since a mounted bucket takes its time over each.
+    # In parallel, since a mounted bucket takes its time over each file.
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         counts = pool.map(count, info.filepaths)
         for path, found, expected in zip(info.filepaths, counts, info.shard_lengths, strict=True):

@@ -11,7 +11,7 @@ from convstem_jax.models.vit import VITS, ViT, ViTSpec
 
 __all__ = ["MODELS", "create_model"]
 
-# name -> what the network's class is given
+# name -> the spec that the network's class is given
 MODELS: dict[str, ViTSpec | RegNetSpec] = VITS | REGNETS
 
 
@@ -57,10 +57,10 @@ def create_model(
 
 
 class _Keys:
-    """Gives the keys of a stream of `nnx.Rngs`, and counts for it.
+    """Gives the keys of a stream of `nnx.Rngs`, and advances its count.
 
     The stream itself counts by `count[...] = `, for which Flax asks the traced array whether it has
-    a sharding. It has none, and JAX before 0.12 goes through all that it has traced to say so
+    a sharding. It has none, and JAX before 0.12 searches all that it has traced to say so
     (https://github.com/jax-ml/jax/pull/40041): more than half of the time to trace a model.
     """
 

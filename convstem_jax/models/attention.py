@@ -1,9 +1,9 @@
 """Multi-head self-attention in the form that is fastest on the device that is traced for.
 
-The `[N, h, T, T]` tensors are what costs here: at 197 tokens and heads of 64 a pass over one of
-them takes about as long as a product with it. cuDNN and the kernel of `packed_attention` keep them
-out of the memory. Elsewhere, in `attend`, the weights are computed from the scores in one pass,
-kept in the type of the inputs, and their gradient is made in one pass too.
+The `[N, h, T, T]` tensors are what costs time: at 197 tokens and heads of 64, a pass over one takes
+about as long as a matrix product with it. cuDNN and the kernel of `packed_attention` keep them out
+of memory. Elsewhere, in `attend`, the weights are computed from the scores in one pass and kept in
+the type of the inputs, and their gradient is computed in one pass too.
 """
 
 import jax
@@ -17,8 +17,8 @@ from convstem_jax.models.target import has_fused_attention, on_tpu, pin_layout
 def choose_form(x: jax.Array, num_tokens: int, head_width: int) -> str:
     """Which form is to be used for tokens `x`, on the device that is traced for.
 
-    "packed" for `packed_attention`, "cudnn" for `attend_fused`, which cuDNN has for 16 bits, and
-    "xla" for `attend`.
+    "packed" is `packed_attention`, "cudnn" is `attend_fused`, which cuDNN has for 16-bit types, and
+    "xla" is `attend`.
     """
     if packed_attention.fits(x, num_tokens, head_width):
         return "packed"
@@ -26,7 +26,7 @@ def choose_form(x: jax.Array, num_tokens: int, head_width: int) -> str:
 
 
 def pad(x: jax.Array, num_heads: int) -> jax.Array:
-    """Tokens `[N, T, C]`; where `attend_fused` is used, with one of zeros more if T is odd."""
+    """Tokens `[N, T, C]`; where `attend_fused` is used and T is odd, a token of zeros is added."""
     _, t, c = x.shape
     if choose_form(x, t, c // num_heads) == "cudnn":
         x = jnp.pad(x, ((0, 0), (0, t % 2), (0, 0)))
@@ -40,10 +40,10 @@ def of_all_tokens(
 
     Args:
         x: tokens, `[N, T, C]`.
-        kernel: `[C, 3 * C]`: for queries, keys and values, each by heads.
-        bias: `[3 * C]`, likewise.
-        num_heads: into which C is divided.
-        num_tokens: how many of the T tokens are attended to: all but those of `pad`.
+        kernel: `[C, 3 * C]`: for queries, keys and values, each head by head.
+        bias: `[3 * C]`, in the same order.
+        num_heads: the number of heads into which C is divided.
+        num_tokens: how many of the T tokens are attended to: all but the one that `pad` adds.
 
     Returns:
         `[N, T, C]`, of the type of `x`.
@@ -62,11 +62,12 @@ def of_all_tokens(
 def of_class_token(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, num_tokens: int
 ) -> jax.Array:
-    """The same for the class token alone, the first, which attends to all: `[N, 1, C]`.
+    """`of_all_tokens` for only the class token, the first, which attends to all: `[N, 1, C]`.
 
-    Of one query no keys and values need be made. It goes through the keys' kernel, to meet the
-    tokens themselves; and their mean, not each of them, goes through the values' kernel. The keys'
-    bias would add the same to all scores, which the softmax does not see.
+    For one query, keys and values need not be computed. The query is multiplied by the keys' kernel
+    and then by the tokens themselves; the weighted mean of the tokens, not each of them, is
+    multiplied by the values' kernel. The keys' bias would shift all scores alike, which does not
+    change the softmax.
     """
     n, _, c = x.shape
     heads = num_heads, c // num_heads
@@ -88,7 +89,7 @@ def _scores_of_one(q, x):
 
 def _scores_backward(residuals, grad):
     q, x = residuals
-    grad = grad.astype(q.dtype)  # JAX's own would multiply it in float32.
+    grad = grad.astype(q.dtype)  # JAX's own gradient would multiply it in float32.
     return jnp.einsum("nht,ntc->nhc", grad, x), jnp.einsum("nht,nhc->ntc", grad, q)
 
 
@@ -112,19 +113,19 @@ def _project(x, kernel, bias, num_heads, form):
 
 
 def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int) -> jax.Array:
-    """The same as `attend`, by cuDNN, which keeps `[T, T]` out of the memory.
+    """The same as `attend`, by cuDNN, which keeps `[T, T]` out of memory.
 
     Args:
-        q: queries, `[N, T, h, d]`, T even. JAX refuses cuDNN's backward pass of an odd T
-            with a bias, and takes the empty array that stands for none for one (0.10.2, 0.11.2).
-        k: keys, likewise.
-        v: values, likewise.
+        q: queries, `[N, T, h, d]`, T even. JAX refuses cuDNN's backward pass for an odd T with a
+            bias, and mistakes the empty array that stands for no bias for one (0.10.2, 0.11.2).
+        k: keys, of the same shape.
+        v: values, of the same shape.
         num_tokens: how many of the T tokens are attended to; the rows of the others are zero.
 
     Returns:
         `[N, T, h, d]`, of the type of the inputs.
     """
-    # All alike, but made of q: JAX 0.10 cannot map cuDNN's attention over lengths that are not.
+    # All alike, but made from q: JAX 0.10 cannot map cuDNN's attention over lengths that are not.
     lengths = jnp.where(q[:, 0, 0, 0] == 0, jnp.int32(num_tokens), jnp.int32(num_tokens))
     return jax.nn.dot_product_attention(
         q,
@@ -141,8 +142,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
     Args:
         q: queries, `[N, h, d, T]`: tokens last, where the compiler for TPUs wants them.
-        k: keys, likewise.
-        v: values, likewise.
+        k: keys, of the same shape.
+        v: values, of the same shape.
 
     Returns:
         `[N, h, d, T]`, of the type of the inputs.
@@ -159,7 +160,7 @@ def _attend(q, k, v):
 def _forward(q, k, v):
     scores = jnp.einsum("nhdt,nhds->nhst", q, k, preferred_element_type=jnp.float32)
     weights = jnp.exp(scores - scores.max(axis=2, keepdims=True))
-    # Divided by their sum only after the product, on d rows in place of T.
+    # They are divided by their sum only after the product, on d rows instead of T.
     total = weights.sum(axis=2, keepdims=True)  # [N, h, 1, T]
     weights = weights.astype(q.dtype)  # [N, h, S, T]
     out = jnp.einsum("nhst,nhds->nhdt", weights, v, preferred_element_type=jnp.float32)
@@ -184,9 +185,9 @@ _attend.defvjp(_forward, _backward)
 
 
 def _inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Of two `[N, h, d, T]` over d: `[N, h, 1, T]`, summed in float32.
+    """Inner product of two `[N, h, d, T]` over d: `[N, h, 1, T]`, summed in float32.
 
-    On TPUs the numbers that are summed are rounded to the inputs' type first.
+    On TPUs the summands are rounded to the inputs' type first.
     """
     if not on_tpu():
         return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=2, keepdims=True)

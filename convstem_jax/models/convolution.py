@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from convstem_jax.models.linear import spread
 from convstem_jax.models.target import on_cpu, on_gpu, on_tpu
 
-# Numbers of a layer's patches, 256 MiB in float32, which it keeps for its kernel's gradient.
+# Most numbers in a layer's patches, which are kept for its kernel's gradient: 256 MiB in float32.
 MAX_PATCHES = 2**26
 
 
@@ -17,12 +17,12 @@ def convolve(conv: nnx.Conv, x: jax.Array) -> jax.Array:
     On CPUs it is a product of the kernel with the patches that it covers: see `is_product`.
 
     On GPUs the first convolution of a network has a form of its own. For 3 channels cuDNN takes as
-    long as for 8, after a pass that adds the others. A 3x3 convolution of stride 2 is also a 2x2
-    one over squares of 2x2 pixels (space to depth), of 12 channels, which XLA writes in one pass
-    with what normalises and mixes the images.
+    long as for 8, after a pass that adds the missing ones. A 3x3 convolution of stride 2 equals a
+    2x2 one over squares of 2x2 pixels (space to depth) with 12 channels; XLA writes these squares
+    in the same pass that normalises and mixes the images.
 
     Args:
-        conv: with one stride and one padding for H and W, the padding "VALID" or pairs.
+        conv: has the same stride and padding for H and W; the padding is "VALID" or pairs.
         x: of any floating type.
     """
     x, kernel = x.astype(conv.dtype), conv.kernel[...].astype(conv.dtype)
@@ -39,7 +39,7 @@ def convolve(conv: nnx.Conv, x: jax.Array) -> jax.Array:
 def by_xla(
     x: jax.Array, kernel: jax.Array, stride: int = 1, padding="VALID", num_groups: int = 1
 ) -> jax.Array:
-    """`x` of `[N, H, W, C]` with `kernel` of `[height, width, C / num_groups, D]`."""
+    """Convolves `x` of `[N, H, W, C]` with `kernel` of `[height, width, C / num_groups, D]`."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -53,10 +53,10 @@ def by_xla(
 def is_product(conv: nnx.Conv, x: jax.Array) -> bool:
     """Whether `convolve` multiplies the patches that the kernel covers.
 
-    For the gradients of convolutions XLA copies the images into other layouts on CPUs, by one
-    thread, and in groups these gradients are 30 times slower (jax-ml/jax#13800). Left to XLA are
-    kernels larger than 3x3, whose patches do not overlap, bfloat16, of whose gradient a sum of nine
-    would be rounded nine times, and what would take too much memory.
+    On CPUs XLA copies the images into other layouts for the gradients of convolutions, with one
+    thread, and for grouped convolutions these gradients are 30 times slower (jax-ml/jax#13800).
+    Left to XLA are kernels larger than 3x3, whose patches do not overlap; bfloat16, in whose
+    gradient a sum of nine would be rounded nine times; and what would take too much memory.
     """
     if on_gpu() or on_tpu():
         return False
@@ -100,7 +100,7 @@ def _multiply_patches(x, kernel, size, stride, pad):
 
 def _over_squares(x, kernel):
     x = _space_to_depth(x)
-    # The first row and column of the squares' kernel are of pixels that the 3x3 does not reach.
+    # The first row and column of the squares' kernel are for pixels that the 3x3 does not reach.
     kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0)))
     kernel = jnp.moveaxis(_space_to_depth(jnp.moveaxis(kernel, 3, 0)), 0, 3)
     return by_xla(

@@ -1,4 +1,4 @@
-"""The exact (erf) GELU, and a kernel of it for NVIDIA's Hopper GPUs."""
+"""The exact (erf) GELU, and a kernel for it on NVIDIA's Hopper GPUs."""
 
 import math
 
@@ -9,19 +9,19 @@ import jax.numpy as jnp
 from convstem_jax.models import kernels
 from convstem_jax.models.target import on_gpu
 
-_BLOCK = 4096  # numbers of a program
+_BLOCK = 4096  # numbers that a program of the kernel computes
 
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact (erf) GELU of `[N, ...]`, computed in float32; its gradient from `x` anew."""
+    """Exact (erf) GELU of `[N, ...]`, computed in float32; the gradient recomputes all from `x`."""
     if kernels.are_used(x):
         return kernels.by_device(_by_kernel)(x)
     return _gelu_and_slope(x)[0]
 
 
 def _backward(x, grad):
-    if on_gpu():  # Else XLA would keep the forward pass's float32 numbers to save their arithmetic.
+    if on_gpu():  # Else XLA would keep the forward pass's float32 numbers to save arithmetic.
         x = jax.lax.optimization_barrier(x)
     return (grad * _gelu_and_slope(x)[1],)
 
@@ -37,11 +37,11 @@ def _gelu_and_slope(x):
 
 
 def _cdf_and_exponential(y):
-    """Of the normal distribution, and `exp(-y**2 / 2)`."""
+    """The normal distribution's CDF at `y`, and `exp(-y**2 / 2)`."""
     if not on_gpu():
         return 0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5))), jnp.exp(-0.5 * y**2)
-    # Abramowitz and Stegun's 7.1.26, as near as float32: less arithmetic than erf and an
-    # exponential. To base 2 it is one instruction.
+    # Abramowitz and Stegun's 7.1.26, as accurate as float32: less arithmetic than erf and an
+    # exponential. An exponential to base 2 is one instruction.
     exponential = jnp.exp2(-0.5 * math.log2(math.e) * y**2)
     t = 1 / (1 + 0.3275911 * math.sqrt(0.5) * jnp.abs(y))
     polynomial = 0.0
@@ -52,7 +52,7 @@ def _cdf_and_exponential(y):
 
 
 def _by_kernel(x):
-    """The same by a kernel. XLA's has 8 bytes in flight a thread, which are too few."""
+    """`gelu` by a kernel. XLA's has 8 bytes in flight per thread, which are too few."""
 
     def kernel(x_ref, y_ref):
         exists = pl.program_id(0) * _BLOCK + jnp.arange(_BLOCK) < x.size

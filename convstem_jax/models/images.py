@@ -1,4 +1,4 @@
-"""What every network takes."""
+"""The images that every network takes."""
 
 import jax
 import jax.numpy as jnp

@@ -11,18 +11,18 @@ from convstem_jax.models import target
 
 try:
     from jax.experimental.pallas import triton
-except ImportError:  # JAX announces its end. What XLA and cuDNN have takes their place then.
+except ImportError:  # JAX announces its removal. XLA and cuDNN take their place then.
     triton = None
 
-INTERPRET = False  # for tests, where no GPU is
+INTERPRET = False  # for tests where there is no GPU
 
 
 def are_used(x: jax.Array) -> bool:
-    """Whether they are to be used for such an array, which has the batch first.
+    """Whether the kernels are to be used for an array like `x`, whose first axis is the batch.
 
-    They are for 16 bits and one generation of GPUs. XLA cannot divide them: `by_device` must, which
-    it does along the axis `data`, if there is one. They count the numbers of a device's array in 32
-    bits: the largest, queries, keys and values, has three times those of `x`.
+    They are for 16-bit types and one generation of GPUs. XLA cannot partition them: `by_device`
+    must, and does it along the axis `data`, if there is one. They index a device's array with 32
+    bits: the largest array, of queries, keys and values, has three times the numbers of `x`.
     """
     if x.dtype != jnp.bfloat16 or not target.on_hopper() or triton is None:
         return False
@@ -34,19 +34,19 @@ def are_used(x: jax.Array) -> bool:
     return is_divided and len(x) % num_devices == 0 and 3 * x.size // num_devices < 2**31
 
 
-# What a kernel returns does not say along which axes it differs, which would be checked.
+# What a kernel returns does not say along which mesh axes it differs, which JAX would check.
 by_device = functools.partial(target.by_device, check_vma=False)
 
 
 def call(
     kernel: Callable[..., None], *, num_warps: int, num_stages: int = 1, **options
 ) -> Callable:
-    """`pl.pallas_call` of Triton.
+    """`pl.pallas_call` for Triton.
 
     Args:
         kernel: takes references to the blocks of inputs and outputs.
         num_warps: of a program.
-        num_stages: how many rounds of a loop are under way at once, for their loads.
+        num_stages: how many iterations of a loop are under way at once, to overlap their loads.
         **options: of `pl.pallas_call`.
     """
     params = triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
@@ -57,8 +57,8 @@ def load(ref, exists: jax.Array) -> jax.Array:
     """Reads a block: what exists of it, and zeros elsewhere.
 
     Args:
-        ref: of a block.
-        exists: bool, to be broadcast to it.
+        ref: reference to the block.
+        exists: bool, to be broadcast to the block.
     """
     return triton.load(ref, mask=exists, other=0.0)
 

@@ -1,7 +1,7 @@
 """Kernels of LayerNorm without gain and bias, for NVIDIA's Hopper GPUs.
 
 The residual stream passes through, so that its gradient is added in the same kernel. XLA's own
-kernels have one row at a time, and another one writes the standard deviations between the passes.
+kernels take one row at a time, and another one writes the standard deviations between the passes.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from convstem_jax.models import kernels
 
-_ROWS = 4  # of a program, which has whole ones: one for each warp
+_ROWS = 4  # whole rows of a program: one for each warp
 
 
 def fits(x: jax.Array) -> bool:
@@ -22,11 +22,11 @@ def fits(x: jax.Array) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def normalize(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """`x`, and `x` less its mean, divided by its standard deviation, over the last axis.
+    """`x` itself, and `x` minus its mean, divided by its standard deviation, over the last axis.
 
     Args:
         x: `[N, T, C]`.
-        epsilon: is added to the variance.
+        epsilon: added to the variance.
     """
     return x, kernels.by_device(functools.partial(_values, epsilon))(x)
 
@@ -60,7 +60,7 @@ def _gradient(epsilon, x_and_grads):
 
 
 def _normalized(x, num_columns, epsilon):
-    """Of rows whose last columns may not exist."""
+    """Normalised rows, whose last columns may not exist, and their inverse standard deviations."""
     x = x.astype(jnp.float32)
     x -= x.sum(1, keepdims=True) / num_columns
     x = jnp.where(jnp.arange(x.shape[1]) < num_columns, x, 0)
@@ -69,7 +69,7 @@ def _normalized(x, num_columns, epsilon):
 
 
 def _call(kernel, inputs, name):
-    """Of arrays of one shape, one more."""
+    """Runs `kernel` on arrays of one shape; returns another of that shape."""
     shape = inputs[0].shape
     inputs = [x.reshape(-1, shape[-1]) for x in inputs]
     num_rows, num_columns = inputs[0].shape

@@ -1,4 +1,4 @@
-"""The linear layer, and parameters that many numbers share."""
+"""The linear layer, and how parameters are broadcast to the numbers that share them."""
 
 from flax import nnx
 import jax
@@ -22,8 +22,9 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 def spread(parameter: jax.Array, like: jax.Array) -> jax.Array:
     """`parameter` in the shape, type and (where a mesh has explicit axes) sharding of `like`.
 
-    Its gradient is a sum over all that share it. Flax rounds a parameter first, so that in bfloat16
-    each partial sum of its gradient is rounded; here it is rounded last, and the sums are float32.
+    Its gradient is a sum over all numbers that share it. Flax rounds a parameter before spreading
+    it, so that in bfloat16 each partial sum of the gradient is rounded; here it is rounded last,
+    and the sums are float32.
     """
     parameter = parameter.astype(jnp.promote_types(parameter.dtype, jnp.float32))
     sharding = jax.typeof(like).sharding

@@ -1,4 +1,4 @@
-"""BatchNorm and LayerNorm, and how they are computed beside what follows them."""
+"""BatchNorm and LayerNorm, and how they are computed together with what follows them."""
 
 import functools
 
@@ -40,11 +40,11 @@ def _at_least_float32(arrays, dtype):
 def before_linear(
     norm: nnx.LayerNorm, linear: nnx.Linear, x: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Takes `linear(norm(x))` apart, up to the product `y @ kernel + bias`.
+    """Splits `linear(norm(x))` before the product, which is `y @ kernel + bias`.
 
-    On GPUs the norm's gain and bias are made a part of the layer's. Their gradients are then sums
-    over the layer's, which are small, and in place of four passes over the tokens and their
-    gradients two are left: one kernel makes the normalisation and one its gradient.
+    On GPUs the norm's gain and bias become part of the layer's kernel and bias. Their gradients are
+    then sums over the layer's gradients, which are small, and of four passes over the tokens and
+    their gradients two are left: one kernel for the normalisation and one for its gradient.
 
     Args:
         norm: over the channels.
@@ -53,7 +53,7 @@ def before_linear(
 
     Returns:
         x, for what else reads it, so that one kernel can sum the gradients; y in the type of `x`;
-        kernel and bias in their own.
+        kernel and bias in their own types.
     """
     kernel, bias = linear.kernel[...], linear.bias[...]
     if not on_gpu():

@@ -1,10 +1,10 @@
 """Attention from one product for queries, keys and values: a kernel for NVIDIA's Hopper GPUs.
 
-cuDNN's attention takes queries, keys and values as arrays of their own, which takes three products,
-or copies. Here they are one array, as the product leaves it, and so is their gradient. All keys and
-values of an image's head fit on a multiprocessor, so that a program of the kernel has a head for
-itself: the softmax needs no running maximum, and the gradient's kernel has each query before it
-once, with no sums in the memory and with the bias's gradient beside it.
+cuDNN's attention takes queries, keys and values as separate arrays, which takes three products, or
+copies. Here they are one array, as the product leaves it, and so is their gradient. All keys and
+values of an image's head fit on a multiprocessor, so that a program of the kernel handles a whole
+head: the softmax needs no running maximum, and the gradient's kernel visits each query once, keeps
+no sums in memory, and computes the bias's gradient on the way.
 """
 
 import functools
@@ -20,9 +20,9 @@ from convstem_jax.models import kernels
 from convstem_jax.models.kernels import load, store, triton
 from convstem_jax.models.linear import linear
 
-# Pallas' interpreter takes no Python numbers as indices beside slices.
+# Pallas' interpreter does not take Python numbers as indices next to slices.
 _Q, _K, _V = map(np.int32, range(3))
-# How many queries a program has at once. Other numbers, and other ones of warps, were slower.
+# How many queries a program handles at once. Other numbers of them, or of warps, were slower.
 _QUERIES, _QUERIES_OF_GRADIENT = 64, 32
 
 
@@ -37,14 +37,14 @@ def project_and_attend(
 ) -> jax.Array:
     """Multi-head self-attention up to its output layer.
 
-    A program has all T keys and values of a head, filled up to a power of 2: above 256 they would
+    A program holds all T keys and values of a head, padded to a power of 2: above 256 they would
     not fit in its registers.
 
     Args:
         x: tokens, `[N, T, C]`.
-        kernel: `[C, 3 * width]`: for queries, keys and values, each by heads.
-        bias: `[3 * width]`, likewise.
-        num_heads: whose width is a power of 2, 16 or more.
+        kernel: `[C, 3 * width]`: for queries, keys and values, each head by head.
+        bias: `[3 * width]`, in the same order.
+        num_heads: number of heads; a head's width is a power of 2, 16 or more.
 
     Returns:
         `[N, T, width]`, of the type of `x`.
@@ -72,7 +72,7 @@ project_and_attend.defvjp(_forward, _backward)
 
 
 def _attend(qkv):
-    """`[N, T, h, d]`, and the logarithm to base 2 of the sums of exponentials, `[N, h, T]`."""
+    """Attention `[N, T, h, d]`, and the base-2 logarithm of sums of exponentials, `[N, h, T]`."""
     n, t, _, h, d = qkv.shape
     blocks = _blocks(t, d)
     call = kernels.call(
@@ -92,7 +92,7 @@ def _attend(qkv):
 
 
 def _gradients(qkv_out_lse_grad):
-    """Of the packed array, and of the bias for each image: `[N, 3, h, d]` in float32."""
+    """Gradients of the packed array, and of the bias for each image: `[N, 3, h, d]` in float32."""
     qkv, out, lse, grad = qkv_out_lse_grad
     n, t, _, h, d = qkv.shape
     blocks = _blocks(t, d)
@@ -113,10 +113,10 @@ def _gradients(qkv_out_lse_grad):
 
 
 def _blocks(t, d):
-    """What a program has of each array: head h of image n."""
+    """The blocks of the arrays that a program handles: those of head h of image n."""
     t = pl.next_power_of_2(t)
     return types.SimpleNamespace(
-        of_qkv=[  # queries, keys and values apart
+        of_qkv=[  # queries, keys and values separately
             pl.BlockSpec((None, t, None, None, d), lambda n, h, i=i: (n, 0, i, h, 0))
             for i in range(3)
         ],
@@ -158,8 +158,8 @@ def _gradient_kernel(
     grad_qkv_ref,
     grad_bias_ref,
 ):
-    # What does not exist is loaded as zeros. Such queries have gradients of zero; those of such
-    # keys and values are not stored, and add zeros to the queries'.
+    # Tokens that do not exist are loaded as zeros. Such queries have zero gradients; gradients of
+    # such keys and values are not stored, and add zeros to those of the queries.
     exists = (jnp.arange(len(k_ref)) < num_tokens)[:, None]
     k, v = load(k_ref, exists), load(v_ref, exists)
     scale = 1 / math.sqrt(k.shape[1])
@@ -171,9 +171,9 @@ def _gradient_kernel(
         lse = load(lse_ref.at[rows], row_exists[:, 0])
         grad_32 = grad.astype(jnp.float32)
         shift = (out.astype(jnp.float32) * grad_32).sum(1)
-        # Keys first: of all tokens there are enough for the tensor cores' large tiles.
+        # Keys first: being those of all tokens, they fill the tensor cores' large tiles.
         scores = scale * math.log2(math.e) * triton.dot(k, q.T)
-        # None is above 1, but for keys that do not exist, where infinity times zero would be NaN.
+        # None is above 1 except for keys that do not exist, where infinity times zero would be NaN.
         weights = jnp.exp2(jnp.minimum(scores - lse, 0))
         grad_v += triton.dot(weights.astype(v.dtype), grad)
         grad_scores = weights * (triton.dot(v, grad.T) - shift)

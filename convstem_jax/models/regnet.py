@@ -15,7 +15,7 @@ from convstem_jax.models.linear import Linear, spread
 from convstem_jax.models.norms import apply_norm, batch_norm
 from convstem_jax.models.target import by_device, on_tpu
 
-# The authors' "fan out" counts all output channels, of grouped convolutions too.
+# The authors' "fan out" counts all output channels, even of grouped convolutions.
 _kernel_init = initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -73,11 +73,11 @@ def _conv(
 class GroupedConv(nnx.Module):
     """3x3 convolution in groups, on `[N, H, W, width]`.
 
-    TPUs multiply 128 channels by 128 at once, however narrow a group. So there narrow groups are
-    merged into wider ones, whose kernels are zero between the old ones.
+    TPUs multiply 128 channels by 128 at once, however narrow a group is. So on TPUs narrow groups
+    are merged into wider ones, whose kernels are zero between the old ones.
 
     XLA gathers a batch that is sharded over devices on each of them (openxla/xla#47945). So each
-    device is given its part of the batch where the mesh in use has an axis `data`.
+    device is given only its part of the batch where the mesh in use has an axis `data`.
     """
 
     def __init__(
@@ -109,9 +109,9 @@ def _groups_to_merge(num_groups: int, group_width: int) -> int:
 
 
 def _merge_groups(kernel: jax.Array, num: int) -> jax.Array:
-    """Kernel `[3, 3, w, width]` of a convolution in groups as `[3, 3, num w, width]`.
+    """Kernel `[3, 3, w, width]` of a grouped convolution, as `[3, 3, num w, width]`.
 
-    Each `num` groups become one; zeros keep them apart.
+    Every `num` groups become one; zeros keep them apart.
     """
     if num == 1:
         return kernel
@@ -126,7 +126,7 @@ class SqueezeExcite(nnx.Module):
 
     def __init__(self, width: int, squeezed: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         def linear(num_in, num_out):
-            bound = 1 / math.sqrt(num_in)  # of torch's default for biases
+            bound = 1 / math.sqrt(num_in)  # as in torch's default for biases
             return Linear(
                 num_in,
                 num_out,

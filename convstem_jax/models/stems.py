@@ -26,7 +26,7 @@ class PatchifyStem(nnx.Module):
     Maps `[N, H, W, 3]` to `[N, H / patch_size, W / patch_size, width]`.
 
     Args:
-        patch_size: of the convolution.
+        patch_size: size and stride of the convolution.
         width: output channels.
         norm: a key of `NORMS`, followed by ReLU (Figure 7); None for neither, as in ViT_P.
         dtype: type to compute in; parameters and statistics are float32.
@@ -73,7 +73,7 @@ class ConvStem(nnx.Module):
         strides: stride of each.
         width: output channels of the last 1x1 convolution.
         norm: a key of `NORMS`: batch in ViT_C, layer in Figure 7.
-        init: "paper" for the authors' code of mid-2021, "later" for theirs of 2022.
+        init: "paper" as in the authors' code of mid-2021, "later" as in that of 2022.
         dtype: type to compute in; parameters and statistics are float32.
         rngs: random keys of the initialisation.
 
@@ -98,13 +98,13 @@ class ConvStem(nnx.Module):
                 f"the stem has kernels {tuple(kernels)}, channels {tuple(channels)} and strides "
                 f"{tuple(strides)}: give one of each for every convolution before the last"
             )
-        # Both codes call the number of output channels alone the fan-out.
+        # In both codes the fan-out is only the number of output channels.
         last_std = math.sqrt({"paper": 2, "later": 1}[init] / width)
         convs, norms = [], []
         for kernel, num_in, num_out, stride in zip(
             kernels, (3, *channels), channels, strides, strict=False
         ):
-            # Not "SAME": at stride 2 that pads (0, 1): equal shapes, other values.
+            # Not "SAME", which at stride 2 pads (0, 1): equal shapes, other values.
             pad = 1 if kernel == 3 else 0
             convs.append(
                 nnx.Conv(
@@ -153,9 +153,9 @@ class ConvStem(nnx.Module):
 
 @jax.custom_vjp
 def _fuse_gradient_apart(x: jax.Array) -> jax.Array:
-    """Keeps what computes the gradient of `x` and what uses it in kernels of their own.
+    """Keeps what computes the gradient of `x` and what uses it in separate kernels.
 
-    Where the compiler can fuse them, that saves up to a quarter of the stem's time.
+    Where the compiler can fuse the two, fusing saves up to a quarter of the stem's time.
     """
     return x
 

@@ -1,9 +1,9 @@
-"""A stem's first layers on TPUs that have few images each: on strips of the images.
+"""A stem's first layers on strips of the images, for TPUs that have few images each.
 
 Where layers have few channels, TPUs lay either these or the images along their 128 lanes. With 24
 channels and 32 images most lanes stay empty. So each image is cut into four or eight strips, which
-count as images: a convolution is given the column to the left of each besides, and BatchNorm sums
-over the strips what it would sum over the images.
+count as images: a convolution is also given the column to the left of each strip, and BatchNorm
+sums over the strips what it would sum over the images.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def plan(convs: Sequence[nnx.Conv], images: jax.Array) -> tuple[int, int]:
         images: `[N, H, W, C]`.
 
     Returns:
-        Two numbers; (1, 0) where it does not pay, by docs/performance_trials.md.
+        Two numbers; (1, 0) where it does not pay, according to docs/performance_trials.md.
     """
     whole = 1, 0
     if not on_tpu() or not num_devices() or convs[0].out_features >= LANES // 2:
@@ -44,7 +44,7 @@ def plan(convs: Sequence[nnx.Conv], images: jax.Array) -> tuple[int, int]:
 
 
 def cut(images: jax.Array, num: int) -> jax.Array:
-    """`[N, H, W, C]` to `[num N, H, W / num, C]`, on a device the leftmost strips of all first."""
+    """`[N, H, W, C]` to `[num N, H, W / num, C]`: on each device all leftmost strips come first."""
 
     def cut_own(x):
         n, h, w, c = x.shape

@@ -1,4 +1,4 @@
-"""What a model is being traced for, and what it asks of that compiler."""
+"""The devices that a model is being traced for, and what it asks of their compiler."""
 
 from collections.abc import Callable
 import functools
@@ -10,34 +10,34 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def device() -> jax.sharding.AbstractDevice:
-    """What the mesh in use tells of its devices: platform and kind, both empty where it does not.
+    """Platform and kind of the devices of the mesh in use, both empty where it does not tell.
 
-    Not of the devices that are there: a program can be compiled for others.
+    Not of the devices of this machine: a program can be compiled for others.
     """
     found = jax.sharding.get_abstract_mesh().abstract_device
     return found or jax.sharding.AbstractDevice(device_kind="", num_cores=None, platform="")
 
 
 def on_cpu() -> bool:
-    """Whether they are CPUs."""
+    """Whether the devices of the mesh in use are CPUs."""
     return device().platform == "cpu"
 
 
 def on_gpu() -> bool:
-    """Whether they are GPUs."""
+    """Whether the devices of the mesh in use are GPUs."""
     return device().platform == "gpu"
 
 
 def on_tpu() -> bool:
-    """Whether they are TPUs."""
+    """Whether the devices of the mesh in use are TPUs."""
     return device().platform == "tpu"
 
 
 def overflows_in_fused_gradients() -> bool:
-    """Whether they are TPUs for which the compiler dies of the stem's fused gradients.
+    """Whether the compiler would crash on the stem's fused gradients for the TPUs in use.
 
-    So libtpu 0.0.42 does for v6e: it fuses them into something that overflows its own stack. 0.0.50
-    does not; those between have not been tried.
+    libtpu 0.0.42 does for v6e: it fuses them into something that overflows its own stack. 0.0.50
+    does not; versions between have not been tried.
     """
     return device().device_kind == "TPU v6 lite" and _libtpu() < (0, 0, 50)
 
@@ -52,21 +52,22 @@ def _libtpu() -> tuple[int, ...]:
 
 
 def num_devices() -> int:
-    """How many share the batch: the axis `data` of the mesh in use; 0 where it has no such axis.
+    """How many devices share the batch: the axis `data` of the mesh in use, or 0 without one.
 
-    Only where XLA's partitioner is to divide it ("Auto"): an explicit axis says of each array
-    whether it lies along it, and inside `jax.shard_map` an array is one device's part already.
+    The axis counts only where XLA's partitioner is to divide arrays along it ("Auto"): for an
+    explicit axis each array says whether it lies along it, and inside `jax.shard_map` an array is
+    already one device's part.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape["data"] if "data" in mesh.auto_axes else 0
 
 
 def by_device(function: Callable, *, check_vma: bool = True) -> Callable:
-    """`function` of each device's part of its first argument, and of the others as they are.
+    """Makes `function` take each device's part of its first argument, and the others as they are.
 
-    To be used where XLA's partitioner would else gather the batch on every device. The batch must
-    divide by the devices. Where `num_devices` is 0, it is `function`. With `check_vma` JAX checks
-    what results say of the devices on which they differ.
+    To be used where XLA's partitioner would otherwise gather the batch on every device. The batch
+    must be divisible by the devices. Where `num_devices` is 0, this returns `function` itself. With
+    `check_vma` JAX checks what results say about the devices on which they differ.
     """
     if not num_devices():
         return function
@@ -83,7 +84,7 @@ def by_device(function: Callable, *, check_vma: bool = True) -> Callable:
 def pin_layout(x: jax.Array) -> jax.Array:
     """Keeps the compiler for TPUs from permuting the axes, which ends in copies of large arrays.
 
-    `x` has the batch first.
+    The first axis of `x` is the batch.
     """
     if not on_tpu():
         return x
@@ -92,17 +93,17 @@ def pin_layout(x: jax.Array) -> jax.Array:
 
 
 def on_hopper() -> bool:
-    """Whether they are GPUs of the generation of H100 and H200."""
+    """Whether the devices of the mesh in use are GPUs of the generation of H100 and H200."""
     return re.match(r"NVIDIA G?H\d", device().device_kind) is not None
 
 
 def has_fused_attention() -> bool:
-    """Whether they are GPUs for which cuDNN has fused attention: NVIDIA's, Ampere or later.
+    """Whether cuDNN has fused attention for the devices in use: NVIDIA's GPUs, Ampere or later.
 
-    Only where such a GPU is here can its age be told; another is taken for a new one.
+    The generation can be told only of a kind of GPU that is here; another is taken for a new one.
     """
     kind = device().device_kind
-    # The oldest have names such as "Tesla T4". Asking for devices would take hold of them.
+    # The oldest GPUs have names such as "Tesla T4". Asking for devices would take hold of them.
     if not kind.startswith("NVIDIA"):
         return False
     here = [found for found in jax.local_devices() if found.device_kind == kind]

@@ -59,7 +59,7 @@ VITS = {
 }
 
 
-# Stems that downsample later and later, at equal flops (Table 3; S1's printed 42 is 52).
+# Stems that downsample later and later, at equal flops (Table 3; its 42 for S1 should be 52).
 for name, kernels, channels, strides in (
     ("s1", (3, 3, 3, 2), (52, 104, 208, 416), (2, 2, 2, 2)),
     ("s2", (3, 3, 3, 4), (32, 64, 128, 256), (2, 2, 1, 4)),
@@ -76,7 +76,7 @@ for name, kernels, channels, strides in (
     VITS[f"vitc_tiny_{name}"] = dataclasses.replace(
         VITS["vitc_tiny"], stem_channels=channels, stem_strides=strides, stem_kernels=kernels
     )
-# The other norm (Figure 7), and four times as deep (Figure 8).
+# Models with the other norm (Figure 7), and four times as deep ones (Figure 8).
 for size in ("4gf", "tiny"):
     p, c = VITS[f"vitp_{size}"], VITS[f"vitc_{size}"]
     VITS[f"vitp_{size}_bn"] = dataclasses.replace(p, stem_norm="batch")
@@ -89,8 +89,8 @@ class Attention(nnx.Module):
     """Multi-head self-attention; query, key and value share a parameter.
 
     Takes tokens `[N, T, width]`, how many of the T are attended to, and kernel and bias of `qkv` as
-    `before_linear` gives them. Gives `[N, T, width]`, or `[N, 1, width]` if only the class token,
-    the first, is to attend.
+    `before_linear` returns them. Returns `[N, T, width]`, or `[N, 1, width]` if only the class
+    token, the first, is to attend.
     """
 
     def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -116,7 +116,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Two layers, with the exact (erf) GELU between them.
 
-    Takes tokens `[N, T, width]`, and kernel and bias of `fc1` as `before_linear` gives them.
+    Takes tokens `[N, T, width]`, and kernel and bias of `fc1` as `before_linear` returns them.
     """
 
     def __init__(self, width: int, mlp_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -134,7 +134,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm transformer block on `[N, T, width]`.
 
-    With `class_token_only` it gives the first token alone, `[N, 1, width]`.
+    With `class_token_only` it returns only the first token, `[N, 1, width]`.
     """
 
     def __init__(
@@ -156,9 +156,9 @@ class Block(nnx.Module):
 class ViT(nnx.Module):
     """Vision transformer: `[N, H, W, 3]` normalised images to `[N, num_classes]` float32 logits.
 
-    The head reads the class token alone, so that the last block is computed for it alone, which
-    saves nearly all of that block. `all_tokens=True` computes it for all, as the paper counts it,
-    and gives the same logits.
+    The head reads only the class token, so the last block is computed only for this token, which
+    saves nearly all of that block. `all_tokens=True` computes the block for all tokens, as the
+    paper counts it, and gives the same logits.
 
     Args:
         spec: shape of the network.
@@ -216,7 +216,7 @@ class ViT(nnx.Module):
         for i, block in enumerate(self.blocks, 1):
             is_last = i == len(self.blocks)
             x = block(x, num_tokens, class_token_only=is_last and not all_tokens)
-        # The norm acts on each token alone.
+        # The norm acts on each token separately.
         return self.head(self.norm(x[:, 0]))
 
 

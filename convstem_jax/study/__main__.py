@@ -1,4 +1,4 @@
-"""Runs the stability study, or goes on with an interrupted one, and writes its report."""
+"""Runs the stability study, or continues an interrupted one, and writes its report."""
 
 import contextlib
 import functools
@@ -9,7 +9,7 @@ import time
 import jax
 
 if __name__ == "__main__" and not os.environ.get("JAX_NUM_CPU_DEVICES"):
-    # One trial on each core of a CPU; this says nothing to other devices.
+    # One trial on each core of a CPU; this does not affect other devices.
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
 from flax import nnx
@@ -33,7 +33,7 @@ examples:
   python -m convstem_jax.study --config configs/study.py:full --workdir runs/study
   python -m convstem_jax.study --config configs/study.py:full,num_seeds=5
 
-configs/study.py lists the fields. The same command run again goes on where it was interrupted.
+configs/study.py lists the fields. The same command run again continues where it was interrupted.
 
 {command_line.EXIT_STATUS}"""
 
@@ -46,7 +46,7 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
         workdir: folder of the study; made if it is not there.
 
     Raises:
-        UserError: as `train.train`.
+        UserError: as from `train.train`.
     """
     if jax.process_count() > 1:
         raise ConfigError(
@@ -80,7 +80,7 @@ def study(config: ml_collections.ConfigDict, workdir: str) -> None:
 
         @functools.cache
         def readers(image_size, eval_resize):
-            # Each size has its own, so they share the memory.
+            # Each image size has its own readers, so they share the memory.
             sizes = {(run.image_size, run.eval_resize): run for run in runs.values()}
             memory = config.host_memory_gb * 2**30 / len(sizes)
             return stack.enter_context(open_readers(sizes[image_size, eval_resize], memory))
@@ -191,7 +191,7 @@ class _Progress:
     def show(
         self, num_done: int, num_trials: int, first_share: float, share: float, losses: np.ndarray
     ) -> None:
-        """A line of `population.train_population`, which describes the arguments."""
+        """Prints a line; `population.train_population` calls this and describes the arguments."""
         p = self._population
         each = self._work(p) / len(p.trials)
         if not self._is_trained:

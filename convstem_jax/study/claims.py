@@ -1,4 +1,4 @@
-"""The paper's claims as numbers of the trials, each with an interval and a verdict (section 5)."""
+"""The paper's claims, measured on the trials, each with an interval and a verdict (section 5)."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -41,12 +41,12 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Trials that count with one number: `summary`, given errors and the axis to work along."""
+    """Trials that count as one number: `summary` of their errors, along the axis it is given."""
 
     label: str
     errors: np.ndarray
     num_diverged: int = 0
-    on_edge: bool = False  # of the coarse grid: the setting that the trials have or are around
+    on_edge: bool = False  # whether the setting that trials have or surround is on its grid's edge
     summary: Callable[..., np.ndarray] = np.mean
 
 
@@ -183,11 +183,11 @@ def _edf(study, name, better, worse, optimizer, figure, drawing) -> Claim:
 
 
 def _area(errors: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Area under the EDF of what each error is above the lowest, as a share of `EDF_RANGE`.
+    """Area under the EDF of how far errors are above the lowest, as a share of `EDF_RANGE`.
 
-    A trial adds what lies to its right; one that failed adds nothing, also where all did.
+    A trial adds the area to its right; one that failed adds nothing, even where all failed.
     """
-    # The lowest of a bootstrap sample is its own. If it were fixed, noise alone would decide a
+    # Each bootstrap sample has its own lowest error. If it were fixed, noise alone would decide a
     # third of the claims on models whose settings are all good.
     above = errors - errors.min(axis=axis, keepdims=True)
     shares = np.where(errors < FAILED, np.clip(1 - above / EDF_RANGE, 0, 1), 0)
@@ -230,7 +230,7 @@ def _claim(name, sentence, figure, drawing, groups, advantage, minimum=MIN_SEEDS
 def _interval(groups: list[Group], advantage: Callable) -> tuple[float, float] | None:
     """95 % bootstrap interval of the advantage; groups are resampled independently.
 
-    None where no group has errors that differ, which would be certain of whatever it is.
+    None where no group has errors that differ: the interval would be certain of any advantage.
 
     The percentile interval is expanded for small groups (Hesterberg 2015, "What teachers should
     know about the bootstrap", section 5.3): plain percentiles of 4 seeds cover 82 %, not 95 %.

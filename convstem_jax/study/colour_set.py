@@ -4,8 +4,8 @@
     python -m convstem_jax.study.colour_set --garments fashion_mnist_10k
 
 It is constructed, not photographed: each grey image of Fashion-MNIST gets a random hue, size and
-place on a random crop of a photograph, 32x32 RGB. Every fourth photograph is for test images alone.
-The result is one file that `config.data_dir` finds, WebP inside, and the same in every run. The
+place on a random crop of a photograph, 32x32 RGB. Every fourth photograph is only for test images.
+The result is one file of WebP images that `config.data_dir` finds, the same in every run. The
 photographs keep their licences, some of which are copyleft.
 """
 
@@ -21,7 +21,7 @@ from convstem_jax.errors import ConfigError, DataError, UserError
 from convstem_jax.terminal import new_parser, progress_bar, tell
 
 SIZE = 32
-# Photographs in colour that the package scikit-image has; its other pictures are none.
+# All photographs in colour that the package scikit-image has.
 SKIMAGE = (
     *("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg"),
     *("ihc.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
@@ -62,10 +62,10 @@ def place(garment: np.ndarray, photograph: np.ndarray, rng: np.random.Generator)
 
 
 def read_photographs(paths: list[str]) -> dict[str, list[np.ndarray]]:
-    """Reads photographs, and parts them: `{"train": [...], "test": [...]}`, uint8 RGB.
+    """Reads and splits photographs: `{"train": [...], "test": [...]}`, uint8 RGB.
 
     Raises:
-        ConfigError: one is missing or cannot be read, or they are fewer than 4.
+        ConfigError: one is missing or cannot be read, or there are fewer than 4.
     """
     files = []
     for path in paths:

@@ -47,7 +47,7 @@ def _is_setting(values) -> bool:
 
 
 _CENTER = (tuple, _is_setting, "a learning rate and a weight decay, above 0")
-# Fields of a study beside those of a run; rules as in `rules.RULES`.
+# Fields of a study besides those of a run; rules as in `rules.RULES`.
 RULES = {
     "experiments": (
         tuple,
@@ -85,17 +85,17 @@ class Population:
     optimizer: str
     epochs: float
     trials: tuple[Trial, ...]
-    widened: int = 0  # how many populations of the same grid were before
+    widened: int = 0  # how many populations of the same grid came before
 
     @property
     def name(self) -> str:
-        """Also of its folder."""
+        """Name of the population and of its folder."""
         widened = f"-{self.widened}" if self.widened else ""
         return f"{self.model}-{self.optimizer}-{self.epochs:g}ep-{self.kind}{widened}"
 
 
 def grids(config: ml_collections.ConfigDict) -> list[Population]:
-    """The coarse grid around the configuration's centre, for each optimum needed and not known.
+    """The coarse grid around the configuration's centre, for each optimum needed but not known.
 
     Raises:
         ConfigError: a field of the study is wrong.
@@ -130,8 +130,8 @@ def widen(grid: Population, tried: list[dict]) -> Population | None:
     """The points one step beyond the edges of a grid on which its best point lies: see `beyond`.
 
     Args:
-        grid: its newest population.
-        tried: records of the trials of all its populations.
+        grid: the grid's newest population.
+        tried: records of the trials of all the grid's populations.
 
     Returns:
         None where the best point lies inside.
@@ -153,7 +153,7 @@ def populations(config: ml_collections.ConfigDict, optima: Optima) -> list[Popul
     Args:
         config: the study's.
         optima: best setting of each model that the configuration names, if needed; a variant takes
-            that of the model that it is one of.
+            that of the model that it is a variant of.
     """
     seeds, random = set(), set()  # (model, optimiser, epochs)
     first, second = config.lengths[0], config.lengths[:2][-1]
@@ -208,7 +208,7 @@ def families(config: ml_collections.ConfigDict) -> tuple[str, str, str]:
 
 
 def usual_optimizer(model: str) -> str:
-    """What the model is usually trained with (Figure 2)."""
+    """The optimiser that the model is usually trained with (Figure 2)."""
     return "adamw" if model.startswith("vit") else "sgd"
 
 
@@ -242,7 +242,7 @@ def run_config(
     run.lr, run.wd, run.seed = population.trials[0]
     run.init_from, run.state_sharding, run.profile_step = "", "replicated", 0
     run.num_threads = run.prefetch = run.keep_checkpoints = 1
-    # In epochs they are the same for all lengths, as in the paper.
+    # The same number of epochs for all lengths, as in the paper.
     run.warmup_epochs = config.warmup_share * config.lengths[0]
     run.eval_every_epochs = config.lengths[0] / config.evals_of_shortest
     if population.model.startswith(config.cnn):

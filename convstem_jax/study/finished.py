@@ -1,4 +1,4 @@
-"""A finished study, as its folder holds it."""
+"""Finished studies, read from their folders."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ _OUTCOME = ("top1_error", "diverged_at")
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Finished studies of the same models on the same data: what they hold together."""
+    """Finished studies of the same models on the same data, taken together."""
 
     config: dict  # of the first, with the experiments of all
     results: list[dict]  # result.json of each
@@ -34,7 +34,7 @@ class Study:
 
     @property
     def second_length(self) -> float:
-        """Epochs of the experiment with norms: 100, the second of the paper's."""
+        """Epochs of the experiment with norms: the second length, the paper's 100."""
         return self.lengths[:2][-1]
 
     def seeds(self, model: str, optimizer: str, epochs: float) -> list[dict]:
@@ -53,14 +53,14 @@ class Study:
     def best(self, model: str, optimizer: str) -> float:
         """The lowest error of a model's random settings.
 
-        Where all diverged it is 0, which none of them is near.
+        Where all diverged it is 0, so that none of them is near it.
         """
         tried = self.random(model, optimizer)
         survived = (trial["top1_error"] for trial in tried if trial["diverged_at"] is None)
         return min(survived, default=0.0)
 
     def optimum(self, model: str, optimizer: str) -> tuple[float, float] | None:
-        """Best setting of the model, or of the one that it is a variant of, if searched: lr, wd."""
+        """Best lr, wd of the model, or of the one that it is a variant of; None if not known."""
         known = known_optima(self.config).get((family_of(model, self.families), optimizer))
         grid = self.grid(model, optimizer)
         return known or (choose(grid) if grid else None)
@@ -82,7 +82,7 @@ class Study:
 
 
 def read(folders: list[str]) -> Study:
-    """Reads studies of the same configuration, but for `MAY_DIFFER`, as one.
+    """Reads studies whose configurations differ in no more than `MAY_DIFFER`, as one study.
 
     A trial that several of them hold counts once.
 

@@ -15,7 +15,7 @@ def family_of(model: str, families: Sequence[str]) -> str:
 
 
 def known_optima(config: Mapping) -> Optima:
-    """Those that a study's configuration gives, so that no grid is searched."""
+    """Optima that a study's configuration gives, for which no grid is searched."""
     return {(model, optimizer): (lr, wd) for model, optimizer, lr, wd in config["optima"]}
 
 
@@ -28,18 +28,18 @@ def settings_of(grid: list[dict]) -> dict[tuple[float, float], list[dict]]:
 
 
 def choose(grid: list[dict]) -> tuple[float, float]:
-    """The learning rate and weight decay of which the fewest seeds diverged.
+    """The learning rate and weight decay with which the fewest seeds diverged.
 
-    Of several that with the lowest mean error.
+    If there are several, the setting with the lowest mean error.
     """
     settings = settings_of(grid)
     return list(settings)[_badness(*_results(settings)).argmin()]
 
 
 def chosen_again(grid: list[dict]) -> float | None:
-    """How often `choose` would take the same setting, were the seeds others: by the bootstrap.
+    """How often `choose` would take the same setting with other seeds, by the bootstrap.
 
-    None of one seed, which says nothing of others.
+    None where there is one seed, which says nothing about others.
     """
     settings = settings_of(grid)
     results = _results(settings)
@@ -59,15 +59,15 @@ def _results(settings: dict[tuple, list[dict]]) -> tuple[np.ndarray, np.ndarray]
 
 
 def _badness(found: np.ndarray, diverged: np.ndarray) -> np.ndarray:
-    """Of each setting, by `[..., settings, seeds]`: one more that diverged outweighs any error."""
+    """Per setting, from `[..., settings, seeds]`: one more that diverged outweighs any error."""
     return found.mean(axis=-1) + (1 + FAILED) * diverged.sum(axis=-1)
 
 
 def beyond(grid: list[dict]) -> tuple[list[float], list[float]]:
     """Learning rates and weight decays one step beyond an edge that the best point lies on.
 
-    There is one at most of each. There is none where the next value inside is as good but for the
-    seeds: where nothing depends on a value, the best lies on an edge in two of three grids.
+    There is at most one of each. There is none where the next value inside is as good within the
+    seeds' noise: where nothing depends on a value, the best lies on an edge in two of three grids.
     """
     best, settings, found = choose(grid), settings_of(grid), []
     for i, name in enumerate(("lr", "wd")):

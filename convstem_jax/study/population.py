@@ -71,18 +71,18 @@ def train_population(
     progress: Callable[[int, int, float, float, np.ndarray], None],
     stop_requested: Callable[[], bool],
 ) -> list[dict]:
-    """Trains all trials, or those that `folder` does not hold the results of.
+    """Trains all trials whose results `folder` does not hold.
 
     Args:
-        config: what the trials have in common; its lr, wd and seed are not used, but `data_seed`.
+        config: what the trials share; its lr, wd and seed are not used, but its `data_seed` is.
         trials: the trials.
         folder: absolute path, for results and checkpoints.
         readers: of training and of evaluation.
         new_programs: gives `Programs` for a number of trials; called only if some are missing.
-        progress: called at log points with the number of trials done, of those in training, the
+        progress: called at log points with the number of trials done, the number in training, the
             share of their steps that an earlier session made, the share that is made by now, and
             the losses of those that have not diverged.
-        stop_requested: whether the machine asks to stop after the step made.
+        stop_requested: tells, after each step, whether the machine asks to stop.
 
     Returns:
         For each trial: `lr`, `wd`, `seed`, `top1_error` in percent (EMA weights), `diverged_at`,
@@ -139,7 +139,7 @@ def _read_results(folder: str) -> dict[Trial, dict]:
 
 
 def _begun(folder: str, missing: list[Trial]) -> tuple[list[Trial], int]:
-    """Trials of a part that was interrupted, and for how many its state is; or none, and 0."""
+    """Trials of an interrupted part, and how many trials its state is for; or none, and 0."""
     for path in glob.glob(os.path.join(glob.escape(folder), "*", _PART)):
         folder_of_part = os.path.dirname(path)
         with reading(path, f"delete {folder_of_part}, and its trials begin again"):
@@ -155,7 +155,7 @@ def _begun(folder: str, missing: list[Trial]) -> tuple[list[Trial], int]:
 def _train_part(
     config, trials, folder, programs, readers, progress, stop_requested, start
 ) -> list[dict]:
-    """Trains as many trials as `programs` takes; `train.train` for a population."""
+    """Trains as many trials as `programs` takes: `train.train` for a population."""
     train_reader, eval_reader = readers
     num_examples = len(train_reader.examples.split)
     padded = [*trials, *[trials[-1]] * (programs.num_trials - len(trials))]

@@ -54,7 +54,7 @@ def population_step(
     """One step of every trial on the same batch.
 
     A trial whose loss, parameters or statistics would not be finite has diverged: from then on it
-    keeps the state that it had before, and with it the last error that it could be given.
+    keeps the state that it had before, and with it the last error that could be measured.
 
     Args:
         graphdef: the model's structure, from `step.split_model`.
@@ -69,7 +69,7 @@ def population_step(
 
     def step(old, updates, hparams):
         new, metrics = train_step(graphdef, recipe, old, batch, hparams)
-        # A gradient whose square is infinite leaves AdamW's moments so.
+        # A gradient whose square is infinite makes AdamW's moments infinite.
         size = optax.tree.norm((new.params, new.batch_stats))
         size += metrics["loss"] + metrics["grad_norm"]
         is_alive = (updates == state.step) & jnp.isfinite(size)
@@ -101,13 +101,13 @@ class Programs:
 
     Attributes:
         num_trials: trained at the same time by all devices.
-        need: bytes that they take of each device.
+        need: bytes that they take on each device.
         init, step, eval_step, batch_statistics: compiled, as the functions of `step.py` for each
             trial; the last only where the model has BatchNorm.
-        by_trial, replicated: shardings of what each trial has its own of, and of what all share.
+        by_trial, replicated: shardings of what is split by trial, and of what all trials share.
 
     Raises:
-        ConfigError: the model's sizes do not fit together, or one trial needs more memory.
+        ConfigError: the model's sizes do not fit together, or even one trial needs more memory.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Programs:
             zeros = jnp.zeros(seeds.shape, jnp.int32)
             return PopulationState(jnp.zeros((), jnp.int32), jax.vmap(new_state)(seeds), zeros)
 
-        # Runs once, and compiles as long as a step where LLVM optimises it.
+        # It runs once, and takes as long to compile as a step where LLVM optimises it.
         fast = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else {}
         self.init = jit(init, (trials,), state, compiler_options=fast)
         evaluate = jit(vmap(eval_step, 0, 0, None), (trials, trials, all_devices))
@@ -162,7 +162,7 @@ class Programs:
         memory = memory or 0.9 * _memory(self._device)
 
         def compile_for(per_device):
-            """Compiles for so many trials of a device, and returns the bytes that they need."""
+            """Compiles for that many trials per device; returns the bytes that they need."""
             self.num_trials = per_device * len(devices)
             shapes, eval_batch = self._shapes(config)
             ema = shapes[0].trials.ema
@@ -177,7 +177,7 @@ class Programs:
                 arguments = ema["params"], ema["batch_stats"], shapes[1], key
                 self.batch_statistics = statistics.lower(*arguments).compile()
                 need = max(need, bytes_of_program(self.batch_statistics) + state_bytes)
-                # They stay there, at least one batch.
+                # The batches for them stay on the device, at least one.
                 need += max(config.precise_bn_examples, config.batch_size) * bytes_of_image
             return need
 
@@ -192,11 +192,11 @@ class Programs:
         self.need = need
 
     def room(self) -> float:
-        """Bytes that each device has beside what the trials need."""
+        """Bytes that each device has besides what the trials need."""
         return _memory(self._device) - self.need
 
     def _shapes(self, config):
-        """Of the step's arguments, and of an evaluation's batch."""
+        """Shapes of the step's arguments, and of an evaluation's batch."""
 
         def batch(num, **more):
             image = jax.ShapeDtypeStruct((num, config.image_size, config.image_size, 3), jnp.uint8)
