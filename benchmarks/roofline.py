@@ -79,7 +79,7 @@ class _Instruction:
 
     @property
     def is_of_arrays(self) -> bool:
-        """Whether there are two operands, each as large as the result or nearly."""
+        """Whether there are two operands, each at least half as large as the result."""
         sizes = [x.bytes for x in self.inputs]
         return len(sizes) == 2 and 2 * min(sizes) >= self.outputs[0].bytes
 

@@ -55,8 +55,9 @@ def is_product(conv: nnx.Conv, x: jax.Array) -> bool:
 
     On CPUs XLA copies the images into other layouts for the gradients of convolutions, with one
     thread, and for grouped convolutions these gradients are 30 times slower (jax-ml/jax#13800).
-    Left to XLA are kernels larger than 3x3, whose patches do not overlap; bfloat16, in whose
-    gradient a sum of nine would be rounded nine times; and what would take too much memory.
+    Left to XLA are kernels larger than 3x3, whose patches do not overlap; ungrouped convolutions in
+    bfloat16, in whose gradient a sum of nine would be rounded nine times; and what would take too
+    much memory.
     """
     if on_gpu() or on_tpu():
         return False

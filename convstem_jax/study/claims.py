@@ -115,7 +115,8 @@ def _norms(study: Study) -> Iterator[Claim]:
     p, c, _ = study.families
     for name, patchify, sentence in (
         ("norm", p, "With LayerNorm too the convolutional stem has a lower error than patchify."),
-        # What BatchNorm and ReLU do to both stems cancels out: it is the stem's effect less theirs.
+        # Where the norm does the same to both stems, their errors differ by the stem's effect less
+        # the norm's.
         (
             "norm of patchify",
             f"{p}_bn",

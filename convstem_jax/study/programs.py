@@ -103,7 +103,7 @@ class Programs:
         num_trials: trained at the same time by all devices.
         need: bytes that they take on each device.
         init, step, eval_step, batch_statistics: compiled, as the functions of `step.py` for each
-            trial; the last only where the model has BatchNorm.
+            trial; the last only where precise statistics of BatchNorm are computed.
         by_trial, replicated: shardings of what is split by trial, and of what all trials share.
 
     Raises:
