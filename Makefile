@@ -1,7 +1,7 @@
 # Everything runs in .venv, which these targets make and refresh by themselves.
 
 PY  := .venv/bin/python
-# Modules are compiled when they are first imported: most never are. Once, and not by every process.
+# Most modules are never imported: each is compiled at its first import, once, and not by every process.
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # can hold it. On Linux the default index gives the CUDA build, several GB with the CUDA packages that it cannot be
 # imported without (hence no --no-deps). With a CPU wheel at hand: make test TORCH=path/to/torch-2.13.0+cpu-….whl
 TORCH ?= torch==2.13.0
-# Likewise; of it the tests use only networks, which are Python (tests/conftest.py).
+# The same holds for torchvision, of which the tests use only networks, which are Python (tests/conftest.py).
 TORCHVISION ?= torchvision==0.28.0
 
 # The first of these that runs and is 3.11, 3.12 or 3.13 makes .venv. TensorFlow has no wheels for 3.14 yet.
@@ -35,7 +35,7 @@ study: .venv/.runtime  ## Run the short stability study and write its report
 test: .venv/.test  ## Run the tests (ARGS="-k …")
 	$(PY) -m pytest $(ARGS)
 
-drill: .venv/.test  ## Run the long form of the tests of several processes, of saves and of TPUs (more than half an hour on 2 cores)
+drill: .venv/.test  ## Run the long tests of several processes, saves and TPUs (more than half an hour on 2 cores)
 	DRILL=1 $(PY) -m pytest -n0 --timeout=1200 tests/test_processes.py tests/test_checkpoint.py tests/test_preflight.py \
 		tests/test_tpu_forms.py $(ARGS)
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PY) -m pytest -n0 --timeout=1200 tests/test_train.py -k "evaluated or interrupted"
@@ -89,7 +89,7 @@ clean:  ## Remove .venv and caches; runs/ stays
 .venv/.test: requirements-test.lock requirements-tpu.lock .venv/.runtime
 	@echo 'Installing requirements-test.lock and $(TORCH) (about 1 minute, longer for a CUDA build) ...'
 	@$(PIP) --require-hashes -r requirements-test.lock
-	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(PIP) --require-hashes -r requirements-tpu.lock; fi  # its compiler
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(PIP) --require-hashes -r requirements-tpu.lock; fi  # the TPU compiler
 	@$(PIP) $(TORCH)
 	@$(PIP) --no-deps $(TORCHVISION)
 	@touch $@

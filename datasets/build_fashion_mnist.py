@@ -70,7 +70,7 @@ class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {name: self._generate_examples(*split) for name, split in self.splits.items()}
 
     def _generate_examples(self, images, labels):
-        # tfds stores records in the order of a hash of the key: shuffled, the same in each run.
+        # tfds stores records in the order of a hash of the key: shuffled, but the same in each run.
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
             png = cv2.imencode(".png", image, PNG_FLAGS)[1].tobytes()
             yield i, {"image": png, "label": label}
@@ -91,7 +91,7 @@ def main() -> None:
     source = "/usr/share/datasets/fashion-mnist"
     here = pathlib.Path(__file__).resolve().parent
     source_help = "folder of the four idx files (default: %(default)s)"
-    output_help = "folder to write the data set's folder in (default: the script's)"
+    output_help = "where to make the data set's folder (default: the script's folder)"
     add = parser.add_argument
     add("--source", type=pathlib.Path, default=source, help=source_help)
     add("--output", type=pathlib.Path, default=here, help=output_help)

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A container image of the code for GPUs or TPUs (DEVICE in launch/settings.sh), and a run in it.
+# Builds a container image of the code for GPUs or TPUs (DEVICE in launch/settings.sh); trains in it.
 #
-#     launch/docker.sh build           of this folder's committed and uncommitted files
-#     launch/docker.sh run [FLAGS]     train here, with more flags of convstem_jax.main
+#     launch/docker.sh build           from the repository's files, committed or not
+#     launch/docker.sh run [FLAGS]     train on this machine, with more FLAGS of convstem_jax.main
 #     launch/docker.sh push            to the registry that IMAGE names
 #
-# Add --dry-run to see the command alone. DATA_DIR and WORKDIR are folders of this machine, and have
-# the same names inside.
+# Add --dry-run to only print the command. DATA_DIR and WORKDIR are folders of this machine, mounted
+# in the container under the same names.
 
 # shellcheck source=launch/shared.sh
 . "$(dirname "$0")/shared.sh"
 
 do_build() {
   cd "$launch/.."
-  # Uncommitted files are built too, and the image has to say so.
+  # The image holds uncommitted files too, and has to say so.
   if [[ -n $COMMIT && $COMMIT == "$(git rev-parse HEAD 2>/dev/null)" ]]; then
     [[ -z $(git status --porcelain) ]] || COMMIT+=-dirty # new files too
   fi
@@ -22,7 +22,7 @@ do_build() {
     --tag "$IMAGE" .
 }
 
-# Runs that were stopped, `docker stop` included, save first if they are given the time.
+# A run that is stopped, also by `docker stop`, saves first if it is given the time.
 do_run() {
   local devices=(--gpus all)
   [[ $DEVICE == gpu ]] || devices=(--privileged --network host)

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# A run on a TPU slice in Google Kubernetes Engine, by launch/gke/jobset.yaml.
+# Trains on a TPU slice in Google Kubernetes Engine, with the JobSet of launch/gke/jobset.yaml.
 #
-#     launch/gke.sh apply              start it, in kubectl's current context, also after its end
+#     launch/gke.sh apply              start it in kubectl's current context, or again after its end
 #     launch/gke.sh status             the JobSet and its pods
 #     launch/gke.sh logs [--follow]    of worker 0
-#     launch/gke.sh delete             pods save first; apply goes on from there. The node pool stays,
-#                                      and costs money while it has machines
-#     launch/gke.sh xpk                the line that starts the run with XPK, on $ACCELERATOR
+#     launch/gke.sh delete             end it: pods save first, apply continues from there. The node
+#                                      pool stays, and costs money while it has machines
+#     launch/gke.sh xpk                print the command that starts the run with XPK
 #
-# The slice is $GKE_ACCELERATOR of $GKE_TOPOLOGY, in XPK's own words $ACCELERATOR.
+# The slice is $GKE_ACCELERATOR with topology $GKE_TOPOLOGY; for XPK it is $ACCELERATOR.
 #
-# Add --dry-run to see the commands alone, and the filled template. Build and push the image first:
-# DEVICE=tpu launch/docker.sh build, launch/docker.sh push. The data are read from the bucket too, the
-# folder GKE_DATA_FOLDER.
+# Add --dry-run to only print the commands and the filled-in template. Build and push the image
+# first: DEVICE=tpu launch/docker.sh build, then launch/docker.sh push. The data are read from the
+# bucket's folder $GKE_DATA_FOLDER.
 
 # shellcheck source=launch/shared.sh
 . "$(dirname "$0")/shared.sh"
@@ -60,10 +60,10 @@ do_apply() {
     echo "$text"
     echo END
   else
-    # One that has ended would stay as it is.
+    # A JobSet that has ended would stay as it is.
     ended=$(kubectl get jobset "$RUN_NAME" --ignore-not-found -o 'jsonpath={.status.terminalState}')
     if [[ -n $ended ]]; then
-      say "the JobSet of before has ended ($ended): another goes on from the last checkpoint"
+      say "the previous JobSet has ended ($ended): a new one continues from the last checkpoint"
       kubectl delete jobset "$RUN_NAME"
     fi
     kubectl apply -f - <<<"$text"
@@ -88,8 +88,8 @@ do_logs() {
 
 do_delete() { run kubectl delete jobset "$RUN_NAME" --ignore-not-found; }
 
-# XPK makes a JobSet of its own, with Kueue. It restarts after 42 and 127 to 255 by itself. Storage
-# comes from `xpk storage attach … --type=gcsfuse --mount-point=/mnt/bucket`.
+# XPK makes a JobSet of its own, with Kueue, and by itself restarts it after 42 and 127 to 255.
+# Storage comes from `xpk storage attach … --type=gcsfuse --mount-point=/mnt/bucket`.
 do_xpk() {
   need PROJECT ZONE CLUSTER BUCKET
   need_image

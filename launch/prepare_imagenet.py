@@ -1,9 +1,9 @@
-"""Prepares ImageNet-1k for training: the two official tar files into an ArrayRecord directory.
+"""Prepares ImageNet-1k for training: makes an ArrayRecord directory of the two official tar files.
 
     python launch/prepare_imagenet.py --manual_dir FOLDER_WITH_THE_TWO_TARS
 
-The folder holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as image-net.org gives them.
-Takes hours and another 155 GB.
+The folder holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as downloaded from
+image-net.org. Takes hours and another 155 GB.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import re
 import sys
 import tarfile
 
-# name -> MD5, what its members are called, how many images there are in the end
+# name -> MD5, pattern of its members' names, number of images in the end
 TARS = {
     "ILSVRC2012_img_train.tar": ("1d675b47d978889d74fa0da5fadfb00e", r"n\d{8}\.tar", 1_281_167),
     "ILSVRC2012_img_val.tar": (
@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--manual_dir", required=True, help="folder of the two tar files")
-    parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="default: %(default)s")
+    parser.add_argument(
+        "--data_dir", default="~/tensorflow_datasets", help="where to build (default: %(default)s)"
+    )
     parser.add_argument(
         "--any_content",
         action="store_true",
@@ -98,7 +100,7 @@ def check_tar(path: str, member: str, md5: str | None) -> None:
         with tarfile.open(path) as tar:
             members = list(tar)
     except tarfile.TarError as error:
-        raise ValueError(f"{path} is cut off or no tar file ({error}): copy it again") from error
+        raise ValueError(f"{path} is cut off or not a tar file ({error}): copy it again") from error
     numbers = set()
     for info in members:
         if not (info.isfile() and re.fullmatch(member, info.name)):

@@ -5,7 +5,7 @@
 #
 # shellcheck shell=bash disable=SC2034  # the scripts that source this file use the values
 
-# Cloud Storage bucket, mounted at /mnt/bucket on machines of the cloud.
+# Cloud Storage bucket, mounted at /mnt/bucket on cloud machines.
 : "${BUCKET:=}"
 
 # --- The run ---
@@ -15,7 +15,7 @@
 # A folder shared by all machines of the run; without a BUCKET, one in this repository.
 : "${WORKDIR:=${BUCKET:+/mnt/bucket/runs/$RUN_NAME}}"
 : "${WORKDIR:=${launch%/*}/runs/$RUN_NAME}"
-# config.data_dir; "" for the configuration's own, where no data are copied.
+# config.data_dir; "" for the configuration's own, if no data are copied.
 : "${DATA_DIR=${BUCKET:+/mnt/data}}"
 
 # --- The code: each machine clones it. No password in the address: it would end up in logs. ---
@@ -29,8 +29,8 @@
 : "${SPOT:=yes}"                      # yes: cheaper, but may be preempted
 
 # --- The data: launch/data.sh copies them to each TPU VM; see docs/data_on_a_pod.md ---
-: "${DATA_SOURCE=${BUCKET:+gs://$BUCKET/data}}"  # a folder; "" where they are in DATA_DIR already
-: "${MEMORY_RESERVE_GB:=32}"          # for the program, where the data go into memory
+: "${DATA_SOURCE=${BUCKET:+gs://$BUCKET/data}}"  # a folder; "" if DATA_DIR has them already
+: "${MEMORY_RESERVE_GB:=32}"          # left for the program if the data go into memory
 
 # --- Cloud TPU VMs: launch/tpu_vm.sh, launch/tpu_spot.sh ---
 : "${ACCELERATOR:=v5litepod-16}"
@@ -39,11 +39,11 @@
 : "${RUNTIME:=v2-alpha-tpuv5-lite}"
 : "${CREATE_FLAGS:=}"                 # more flags of `queued-resources create`: --internal-ips
 : "${SSH_FLAGS:=}"                    # more flags of `tpu-vm ssh`: --internal-ip, --tunnel-through-iap
-: "${POLL_SECONDS:=60}"               # between two looks at the machine
+: "${POLL_SECONDS:=60}"               # between two checks of the machine
 : "${BACKOFF_SECONDS:=60}"            # wait after the first failure; doubles with each further one
 : "${BACKOFF_MAX_SECONDS:=1800}"
 : "${MAX_FAILURES:=20}"               # in a row, without a new checkpoint, before giving up; SLURM too
-: "${DELETE_AT_END:=yes}"             # whether tpu_spot.sh deletes the machine however the run ends
+: "${DELETE_AT_END:=yes}"             # yes: tpu_spot.sh deletes the machine, however the run ends
 
 # --- Containers: launch/docker.sh, launch/gke.sh ---
 : "${IMAGE:=convstem_jax}"            # REGION-docker.pkg.dev/PROJECT/REPOSITORY/convstem_jax to push
@@ -54,7 +54,7 @@
 : "${GKE_ACCELERATOR:=tpu-v5-lite-podslice}"
 : "${GKE_TOPOLOGY:=4x4}"
 : "${GKE_CHIPS_PER_NODE:=4}"
-: "${GKE_DATA_FOLDER:=data}"          # in the bucket: mounted as DATA_DIR in pods
-: "${GKE_CACHE:=160Gi}"               # memory for all of it: ImageNet's two splits have 145 GiB
-: "${GKE_SERVICE_ACCOUNT:=default}"   # of Kubernetes; it needs access to the bucket
+: "${GKE_DATA_FOLDER:=data}"          # of the bucket; pods mount it as DATA_DIR
+: "${GKE_CACHE:=160Gi}"               # memory for all of that; ImageNet's two splits have 145 GiB
+: "${GKE_SERVICE_ACCOUNT:=default}"   # a Kubernetes one, with access to the bucket
 : "${MAX_RESTARTS:=100}"              # of the whole run, on GKE and under SLURM

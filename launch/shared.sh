@@ -1,12 +1,12 @@
-# What the scripts of this folder share: checked settings, commands that --dry-run only prints, and
-# what a run's exit status is. Sourced, never run.
+# Shared by the scripts of this folder: checks of the settings, commands that --dry-run only prints,
+# and the exit status of a run. Sourced, never run.
 # shellcheck shell=bash
 
 set -euo pipefail
-# macOS has 3.2.
+# macOS comes with 3.2.
 ((BASH_VERSINFO[0] >= 5)) || { echo "error: bash 5 is needed, this is $BASH_VERSION" >&2 && exit 2; }
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-set -a # what one script calls has its settings, whatever is committed or edited meanwhile
+set -a # what a script calls gets its settings, whatever is committed or edited meanwhile
 # shellcheck source=launch/settings.sh
 . "$launch/settings.sh"
 set +a
@@ -22,7 +22,7 @@ die() {
   exit 2
 }
 
-# Words as a shell would need them.
+# Prints words as a shell would need them.
 quote() {
   local word text=""
   for word; do
@@ -36,7 +36,7 @@ run() {
   if [[ $dry_run == yes ]]; then quote "$@"; else "$@"; fi
 }
 
-# read_arguments COMMANDS "$@": sets dry_run and args, and where there are COMMANDS, command.
+# read_arguments COMMANDS "$@": sets dry_run, args and, if there are COMMANDS, command.
 read_arguments() {
   local known=$1 arg
   shift
@@ -57,7 +57,7 @@ no_arguments() {
   ((${#args[@]} == 0)) || die "unexpected argument '${args[0]}': see $0 --help"
 }
 
-# For machines of the cloud, which do not have this one's folders.
+# For cloud machines, which do not have this machine's folders.
 need_shared_workdir() {
   [[ -n $BUCKET || $WORKDIR/ != "${launch%/*}"/* ]] ||
     die "BUCKET is not set, and WORKDIR=$WORKDIR is on this machine: export BUCKET=…"
@@ -80,7 +80,7 @@ check_settings() {
   local name field fields
   # Before anything else is printed: this address may hold a password.
   [[ ! $REPOSITORY =~ ://[^/]*@ ]] ||
-    die "REPOSITORY holds a user name or password: take it out, machines read it without"
+    die "REPOSITORY holds a user name or password: remove it; machines read it without"
   must_match RUN_NAME '[a-z][-a-z0-9]{0,38}[a-z0-9]' "2 to 40 of a-z, 0-9 and -, as in vitc-4gf"
   must_match CONFIG '[^ ]+\.py(:.*)?' "a configuration, as in configs/vitc.py:18gf,sgd"
   must_match WORKDIR '/.+' "an absolute path that all machines share"
@@ -96,7 +96,7 @@ check_settings() {
   for name in SPOT DELETE_AT_END; do must_match "$name" 'yes|no' "yes or no"; done
   for name in POLL_SECONDS BACKOFF_SECONDS BACKOFF_MAX_SECONDS MAX_FAILURES MAX_RESTARTS \
     GKE_CHIPS_PER_NODE MEMORY_RESERVE_GB; do
-    must_match "$name" '[1-9][0-9]*' "a whole number from 1"
+    must_match "$name" '[1-9][0-9]*' "a whole number of 1 or more"
   done
   read -ra fields <<<"$FIELDS"
   for field in "${fields[@]}"; do
@@ -107,7 +107,7 @@ check_settings() {
   fi
 }
 
-# Flags of convstem_jax.main, in the array `flags`.
+# Puts the flags of convstem_jax.main into the array `flags`.
 set_flags() {
   local field fields
   flags=(--config "$CONFIG" --workdir "$WORKDIR")
@@ -116,9 +116,9 @@ set_flags() {
   for field in "${fields[@]}"; do flags+=("--config.$field"); done
 }
 
-# Prints the exit status of a run from what became of its processes: each an exit status, "running",
-# or "lost" with its machine. What a person must mend comes first. "running" where all is well,
-# "leaving" where some wait for others that are gone; 75 means the same command again.
+# Prints the state of a run, given its processes' states: each an exit status, "running", or "lost"
+# with its machine. Errors that a person must fix come first. "running" means that all is well,
+# "leaving" that some wait for others that are gone, 75 that the same command must be run again.
 run_status() {
   local wanted state again=no running=no
   for wanted in 2 3 4 5 1; do

@@ -3,27 +3,27 @@
 # whenever they are taken away.
 #
 #     launch/tpu_spot.sh
-#     launch/tpu_spot.sh --dry-run   the commands of a run that nothing disturbs
+#     launch/tpu_spot.sh --dry-run   only print the commands of an undisturbed run
 #
-# It looks at the machine and at every worker's exit status once in $POLL_SECONDS, and does the next
-# thing; so it can itself be stopped and started again at any time. After a preemption, a refused
-# request or a lost worker the same command goes on from the last checkpoint. The waits in between
-# double up to $BACKOFF_MAX_SECONDS, start anew with each new checkpoint, and end after
-# $MAX_FAILURES without one. What a person must mend (configuration, data, checkpoint, not finite, a
-# bug) ends it at once. Where Google does not answer, as for want of a network or a login here, it
-# waits. Exit status: the run's; 75 when it gave up; 10 if the machine could not be deleted and costs
+# Every $POLL_SECONDS it checks the machine and every worker's exit status, and does what is next;
+# so it can itself be stopped and started again at any time. After a preemption, a refused request or
+# a lost worker, the run continues from the last checkpoint. The waits in between double up to
+# $BACKOFF_MAX_SECONDS until a new checkpoint resets them; after $MAX_FAILURES failures without one
+# the script gives up. An error that a person must fix (configuration, data, checkpoint, not finite,
+# a bug) ends it at once. If Google does not answer, for want of a network or a login here, say, it
+# waits. Exit status: the run's; 75 if it gave up; 10 if the machine could not be deleted and costs
 # money; 130 for Ctrl-C.
 
 # shellcheck source=launch/shared.sh
 . "$(dirname "$0")/shared.sh"
 
-STUCK_POLLS=5    # without an answer of some workers, or with some gone and others waiting for them
-UNREADY_POLLS=30 # of machines that are there and not ready, as when they are repaired, or all silent
-MAX_SETUPS=5     # that fail in a row while the machines cost money
-MAX_ENDS=3       # of a run on the same machines without a new checkpoint: one may be broken
-MAX_DELETES=10   # at the end, DELETE_SECONDS apart
+STUCK_POLLS=5    # checks with some workers silent, or with some gone and others waiting for them
+UNREADY_POLLS=30 # checks of machines that are there but not ready (in repair, say) or all silent
+MAX_SETUPS=5     # failures of set-up in a row, while the machines cost money
+MAX_ENDS=3       # interruptions on the same machines without a new checkpoint: one may be broken
+MAX_DELETES=10   # attempts at the end, DELETE_SECONDS apart
 DELETE_SECONDS=30
-QUIET_POLLS=60   # of a run without a new checkpoint, before it says so
+QUIET_POLLS=60   # checks of a run without a new checkpoint, before it says so
 
 # In the background, since bash acts on Ctrl-C only between commands.
 job=''
@@ -35,8 +35,8 @@ wait_for() {
 
 pause() { wait_for sleep "$1"; }
 
-# Looking takes seconds, and 200 where gcloud tries ten times to reach a silent worker. The longest of
-# the others is set-up, which copies the data in some minutes.
+# A check takes seconds, or 200 if gcloud tries ten times to reach a silent worker. Of the other
+# commands, set-up takes longest: it copies the data in some minutes.
 vm() {
   local limit=3600
   case $1 in status | logs) limit=300 ;; esac
@@ -45,10 +45,10 @@ vm() {
 
 interrupted() {
   trap - INT TERM
-  exec >&3 # while it looks, this script's own output goes to a file
+  exec >&3 # during a check, this script's own output goes to a file
   kill "$job" 2>/dev/null || true
-  say "stopped watching $RUN_NAME ($machine): what runs there or was asked of Google goes on"
-  say "to go on watching: launch/tpu_spot.sh; to delete it: launch/tpu_vm.sh delete"
+  say "stopped watching $RUN_NAME ($machine): what runs there and what was requested goes on"
+  say "to watch again: launch/tpu_spot.sh; to delete it: launch/tpu_vm.sh delete"
   exit 130
 }
 
@@ -72,14 +72,14 @@ delete() {
   for ((tries = 1; tries <= MAX_DELETES; tries++)); do
     if [[ $machine != NONE ]] && vm delete; then machine=NONE; fi
     [[ $machine != NONE ]] || return 0
-    say "$RUN_NAME could NOT be deleted ($tries of $MAX_DELETES)"
+    say "$RUN_NAME could NOT be deleted (attempt $tries of $MAX_DELETES)"
     pause "$DELETE_SECONDS"
     look || true # it may be gone all the same
   done
   [[ $machine == NONE ]]
 }
 
-# Counts a failure and waits; the next look at the machine decides what to do.
+# Counts a failure and waits; the next check of the machine decides what to do.
 failed() {
   failures=$((failures + 1))
   if ((failures >= MAX_FAILURES)); then
@@ -90,27 +90,27 @@ failed() {
   delay=$((delay * 2 < BACKOFF_MAX_SECONDS ? delay * 2 : BACKOFF_MAX_SECONDS))
 }
 
-# attempt WORDS COMMAND...: 2 to 5 mean that it would fail again.
+# attempt WORDS COMMAND...: status 2 to 5 means that it would fail again.
 attempt() {
   local words=$1 status=0
   say "$words"
   vm "${@:2}" || status=$?
   case $status in
     0) return 0 ;;
-    [2-5]) finish "$status" "that failed with status $status, and would again" ;;
+    [2-5]) finish "$status" "that failed with status $status, and would fail again" ;;
     *) failed "that failed with status $status" && return 1 ;;
   esac
 }
 
 replace() {
   say "deleting $RUN_NAME: $1"
-  vm delete || say "that failed; it is tried again"
+  vm delete || say "that failed; it will be tried again"
   machine=UNKNOWN
   failed "$1"
 }
 
 # Reads `tpu_vm.sh status` into machine, node, num_workers, states and step; machine stays UNKNOWN
-# where the API did not answer. Fails if something did not, and shows its message once.
+# if the API did not answer. Fails if anything did not, and shows the same message only once.
 look() {
   local status=0 kind first second third
   vm status >"$notes/output" 2>"$notes/errors" || status=$?
@@ -138,18 +138,18 @@ look() {
   return "$status"
 }
 
-# A machine that was restarted has lost what was mounted: set-up comes before every start.
+# A restarted machine has lost what was mounted: set-up comes before every start.
 begin() {
   if ! attempt "setting up $num_workers workers" setup; then
     setups=$((setups + 1))
-    ((setups < MAX_SETUPS)) || finish 1 "set-up failed $setups times, and would again"
+    ((setups < MAX_SETUPS)) || finish 1 "set-up failed $setups times, and would fail again"
     return 1
   fi
   setups=0
   attempt "starting the run" run
 }
 
-# Every worker is up and has told its state.
+# Every worker is up and has reported its state.
 consider() {
   local status
   if ((best_step == -2)); then
@@ -160,7 +160,7 @@ consider() {
   fi
   if [[ " ${states[*]} " == *" others "* ]]; then
     DELETE_AT_END=no
-    finish 2 "another user trains there: watch it under the name that began it, or take another RUN_NAME"
+    finish 2 "another user trains there: watch the run as that user, or choose another RUN_NAME"
   elif [[ " ${states[*]} " == *" none "* ]]; then
     if begin; then pause "$POLL_SECONDS"; fi
     return
@@ -169,7 +169,7 @@ consider() {
   case $status in
     running)
       leaving=0 quiet=$((quiet + 1))
-      ((quiet % QUIET_POLLS)) || say "no new checkpoint in $quiet looks: launch/tpu_vm.sh logs"
+      ((quiet % QUIET_POLLS)) || say "no new checkpoint in $quiet checks: see launch/tpu_vm.sh logs"
       pause "$POLL_SECONDS"
       ;;
     leaving)
@@ -192,13 +192,13 @@ consider() {
         begin || true
       fi
       ;;
-    *) finish "$status" "the run failed with status $status, and would again (${states[*]})" ;;
+    *) finish "$status" "the run failed with status $status, and would fail again (${states[*]})" ;;
   esac
 }
 
-# The machines are there, and not every worker has answered.
+# The machines are there, but not every worker has answered.
 unheard() {
-  # Of all workers it may be ssh from here that fails.
+  # If none answered, it may be ssh from here that fails.
   local limit=$STUCK_POLLS
   ((${#states[@]})) || limit=$UNREADY_POLLS
   silent=$((silent + 1))
@@ -232,13 +232,13 @@ while true; do
   status=0
   look || status=$?
   if ((status == 2)); then
-    # Nothing runs on machines that this session requested and never reached; on others it may.
+    # Nothing runs on machines that this session requested and never reached; others may have a run.
     [[ $fresh == yes ]] || DELETE_AT_END=no
     finish 2 "gcloud refused the command itself: see SSH_FLAGS in launch/settings.sh"
   fi
   if [[ $machine == UNKNOWN && $errors == *PERMISSION_DENIED* ]]; then
     DELETE_AT_END=no
-    finish 2 "Google refuses to tell of it: see PROJECT, and what your account may do"
+    finish 2 "Google denies access to it: check PROJECT, and your account's permissions"
   fi
   if [[ $seen != "$machine $node" ]]; then
     seen="$machine $node"

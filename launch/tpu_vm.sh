@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# A slice of Cloud TPU VMs, one machine or a pod of many: makes it, trains on it, deletes it.
+# Creates a slice of Cloud TPU VMs (one machine, or a pod of many), trains on it and deletes it.
 #
-#     launch/tpu_vm.sh create            request it; it may stand in the queue for a while
-#     launch/tpu_vm.sh setup             on every worker: clone $COMMIT, install, mount, data
-#     launch/tpu_vm.sh run               start training on every worker; it needs no connection
-#     launch/tpu_vm.sh status            the request's state, the slice's, and each worker's
+#     launch/tpu_vm.sh create            request it; it may wait in a queue for a while
+#     launch/tpu_vm.sh setup             on every worker: clone $COMMIT, install, mount the bucket,
+#                                        copy the data
+#     launch/tpu_vm.sh run               start training on every worker; no connection is needed
+#     launch/tpu_vm.sh status            the states of the request, the slice and each worker
 #     launch/tpu_vm.sh logs [--follow]   of worker 0; --all for the last lines of each
-#     launch/tpu_vm.sh stop              save and end; `run` goes on from there
+#     launch/tpu_vm.sh stop              save and end; `run` continues from there
 #     launch/tpu_vm.sh delete            the slice and its request
 #
-# Add --dry-run to see the commands alone. launch/settings.sh says what, where and how;
-# launch/tpu_spot.sh does all of this in a loop, for machines that are taken away.
+# Add --dry-run to only print the commands. launch/settings.sh says what to train, where and how;
+# launch/tpu_spot.sh does all of this in a loop, for machines that may be taken away.
 #
-# Google has frozen the Cloud TPU API that these commands use: TPU v6e is the last that it serves.
+# Google has frozen the Cloud TPU API that these commands use: TPU v6e is the last it serves.
 # TPU7x and later need GKE (launch/gke.sh) or Compute Engine; see "Migrate from the Cloud TPU API" in
 # https://docs.cloud.google.com/compute/docs/tpus/tpu-resources-in-compute-engine
 
@@ -27,16 +28,16 @@ queued_resource() {
 # on_workers WHICH COMMAND
 on_workers() {
   local track=()
-  # Only this track's ssh knows the flag.
+  # Only the alpha track's ssh knows this flag.
   [[ $SSH_FLAGS != *--tunnel-through-iap* ]] || track=(alpha)
-  # Without these a machine that is silent is waited for two hours.
+  # Without these --ssh-flags, ssh waits two hours for a machine that is silent.
   # shellcheck disable=SC2086  # several words
   run gcloud "${track[@]}" compute tpus tpu-vm ssh "$RUN_NAME" --project="$PROJECT" --zone="$ZONE" \
     --worker="$1" $SSH_FLAGS --ssh-flag=-oConnectTimeout=15 --ssh-flag=-oServerAliveInterval=15 \
     --ssh-flag=-oServerAliveCountMax=4 --command="$2"
 }
 
-# describe queued-resources|tpu-vm FORMAT: what the API says of it, NONE where there is none.
+# describe queued-resources|tpu-vm FORMAT: prints what the API says of it, NONE if there is none.
 describe() {
   local error status=0
   { error=$(
@@ -51,7 +52,7 @@ describe() {
   fi
 }
 
-# Finds here what set-up would miss on machines that cost money, perhaps after days in the queue.
+# Finds out now what set-up would lack on machines that cost money, perhaps after days in the queue.
 check_sources() (
   clone=$(mktemp -d)
   trap 'rm -rf "$clone"' EXIT
@@ -98,7 +99,7 @@ do_run() {
   )"
 }
 
-# Lines for tpu_spot.sh to read: "machine STATE", "node STATE WORKERS", "worker HOST STATE STEP".
+# Prints lines for tpu_spot.sh: "machine STATE", "node STATE WORKERS", "worker HOST STATE STEP".
 do_status() {
   local state look
   state=$(describe queued-resources state.state) || return
@@ -117,7 +118,7 @@ do_status() {
     [[ $state == READY* ]] || return 0
   fi
   look="if cd convstem_jax 2>/dev/null; then launch/worker.sh state $(quote "$WORKDIR"); "
-  # A bucket that this user has not mounted: another watches the run under another name.
+  # A bucket that this user has not mounted: another user trains there.
   look+="elif grep -q ' /mnt/bucket ' /proc/mounts; then echo worker \$HOSTNAME others -1; "
   look+="else echo worker \$HOSTNAME none -1; fi"
   on_workers all "$look"

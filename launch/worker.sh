@@ -1,29 +1,30 @@
 #!/usr/bin/env bash
-# On a TPU VM, one of the machines of a slice: what launch/tpu_vm.sh asks for over ssh.
+# Runs on each TPU VM of a slice, where launch/tpu_vm.sh calls it over ssh.
 #
 #     launch/worker.sh setup              install the code, mount $BUCKET, run data.sh
 #     launch/worker.sh start COMMAND...   start it so that it outlives the ssh connection
-#     launch/worker.sh state WORKDIR      "worker HOST STATE STEP": running, lost, none, or its exit
-#                                         status; the latest checkpoint's step, -1 for none
+#     launch/worker.sh state WORKDIR      print "worker HOST STATE STEP": STATE is running, lost, none
+#                                         or an exit status, STEP the latest checkpoint's, or -1
 #     launch/worker.sh log [--follow] [LINES]
-#     launch/worker.sh stop               SIGTERM, so that it saves; SIGKILL after two minutes
+#     launch/worker.sh stop               send SIGTERM, so that it saves; SIGKILL after two minutes
 #
-# With --dry-run in front the commands are printed and not run. Its files are in ~/run: log, status
-# (the exit status, once there is one), pid, and lock, which is held for as long as COMMAND runs.
+# With --dry-run as the first word, commands are only printed. The files are in ~/run: log, status
+# (the exit status, once there is one), pid, and lock, which is held while COMMAND runs.
 
 # shellcheck source=launch/shared.sh
 . "$(dirname "$0")/shared.sh"
 
 cd "$launch/.."
 files=$HOME/run
-: "${ANSWER_SECONDS:=20}" # that a mounted bucket has; who waits for one that hangs cannot be killed
+: "${ANSWER_SECONDS:=20}" # for the bucket to answer; a process that waits for it cannot be killed
 
-# Done twice it does no harm.
+# Running it twice does no harm.
 setup() {
-  # For want of a network, say: try again. The commands' own 2 and 3 would mean settings and data.
+  # A failed command (no network, say) must mean "try again": its own 2 or 3 would be taken for wrong
+  # settings or data.
   set -E
   trap 'exit 1' ERR
-  # These images' own Python is 3.10, which is too old; uv brings its own.
+  # The machine's Python is 3.10, which is too old; uv brings another.
   run python3 -m pip install --quiet --user uv
   local uv=$HOME/.local/bin/uv
   run "$uv" venv --quiet --allow-existing --python 3.11 .venv
@@ -37,7 +38,7 @@ setup() {
 # https://docs.cloud.google.com/storage/docs/cloud-storage-fuse/install
 mount_bucket() {
   local answer='' url=https://packages.cloud.google.com/apt
-  # Of a gcsfuse that is gone; no answer at all is one that hangs.
+  # "not connected" means that gcsfuse is gone, no answer at all that it hangs.
   read -r -d '' -t "$ANSWER_SECONDS" answer < <(exec 2>&1 && LC_ALL=C stat /mnt/bucket) || true
   if [[ -z $answer || $answer == *"not connected"* ]]; then
     run sudo umount --lazy /mnt/bucket
@@ -48,25 +49,25 @@ mount_bucket() {
     local key=/usr/share/keyrings/cloud.google.asc list=/etc/apt/sources.list.d/gcsfuse.list
     run sudo curl -fsSL $url/doc/apt-key.gpg -o "$key"
     run sudo sh -c "echo 'deb [signed-by=$key] $url gcsfuse-$(lsb_release -cs) main' >$list"
-    # A new machine updates itself, and holds apt's locks. `update` does not wait for its own.
+    # A new machine updates itself, and holds apt's locks; `update` does not wait for its own.
     for _ in {1..30}; do
       if run sudo apt-get -qq update; then break; fi
       sleep 10
     done
     run sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y gcsfuse
   fi
-  # It stays root's: where nothing is mounted, nothing can be written.
+  # The folder stays root's: while nothing is mounted there, nothing can be written.
   run sudo mkdir -p /mnt/bucket
-  # In a service, since at a shutdown all processes of an ssh session are ended at once, and the
-  # program has to save: Before= stops it after the sessions. Forking: it is up when it is mounted.
+  # As a service, since a shutdown ends all processes of an ssh session at once, and the program has
+  # to save: Before= stops gcsfuse after the sessions. Forking: it is up once the bucket is mounted.
   local service=(sudo systemd-run --quiet --collect --service-type=forking
     --property=Before=systemd-user-sessions.service --property=After=network-online.target)
   # No cached metadata: each machine must see at once what the first one writes. What is written as a
-  # stream comes to the bucket when the file is closed, and not by fsync.
+  # stream reaches the bucket when the file is closed, not at fsync.
   run "${service[@]}" gcsfuse -o allow_other --uid="$(id -u)" --gid="$(id -g)" --implicit-dirs \
     --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 --enable-streaming-writes=false \
     "$BUCKET" /mnt/bucket || {
-    sudo journalctl --quiet --no-pager --identifier=gcsfuse --lines=20 >&2 # its own words
+    sudo journalctl --quiet --no-pager --identifier=gcsfuse --lines=20 >&2 # gcsfuse's messages
     exit 1
   }
 }
@@ -77,7 +78,7 @@ start() {
     return
   fi
   if [[ " $* " == *" /mnt/bucket/"* ]] && ! mountpoint --quiet /mnt/bucket; then
-    echo "error: /mnt/bucket is not mounted, since a restart perhaps: worker.sh setup" >&2
+    echo "error: /mnt/bucket is not mounted, perhaps since a restart: run worker.sh setup" >&2
     exit 1
   fi
   exec 9>"$files/lock"
@@ -86,7 +87,7 @@ start() {
     return
   fi
   rm -f "$files/status"
-  # The lock goes on to the shell that waits for COMMAND, and not to COMMAND's own processes. At a
+  # The shell that waits for COMMAND inherits the lock; COMMAND's own processes do not. At a
   # shutdown SIGHUP follows SIGTERM at once, and must not end COMMAND while it saves.
   # shellcheck disable=SC2016  # expanded by that shell
   setsid bash -c '
@@ -109,7 +110,7 @@ state() {
     state=lost
   fi
   read -r -t "$ANSWER_SECONDS" step < <(
-    exec 2>/dev/null # which would keep the ssh connection open
+    exec 2>/dev/null # a `find` that hangs would keep the ssh connection open
     find "$1/checkpoints" -maxdepth 2 -regex '.*/[0-9]+/commit_success\.txt' -printf '%P\n' | sort -n | tail -1
   ) || true
   step=${step%/*}

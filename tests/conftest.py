@@ -1,4 +1,4 @@
-"""Gives every test 8 CPU devices and torchvision beside a CPU build of PyTorch; orders them."""
+"""Gives all tests 8 CPU devices and torchvision beside a CPU build of PyTorch; orders the tests."""
 
 import contextlib
 import dataclasses
@@ -10,13 +10,13 @@ import tempfile
 # fewer threads (XLA makes one for each core) and several steps under way they would wait for ever.
 os.environ["NPROC"] = "16"
 # Small models for few steps: the tests, and the programs that they start, spend their time in the
-# compiler. With 0 the programs are those of users.
+# compiler. With 0 the programs are those that users get.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0" and jax.__version_info__ < (0, 11):
-    # Half of what is left; later versions have no other emitters.
+    # Halves the rest of that time; later versions have no other emitters.
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
     )
@@ -37,7 +37,7 @@ for name, value in (
     os.environ[name.upper()] = str(value)
 
 torch_contenders.declare_torchvision()
-# PyTorch's CUDA build loads it late, and after TensorFlow that is a segmentation fault.
+# PyTorch's CUDA build loads it late, and after TensorFlow that ends in a segmentation fault.
 with contextlib.suppress(ImportError):
     importlib.import_module("triton")
 
@@ -51,7 +51,7 @@ SLOWEST = (
 
 @pytest.fixture
 def train_on(monkeypatch):
-    """A function that gives `train` so many of the devices."""
+    """A function that gives `train` only the first `num` devices."""
 
     def use(num):
         from convstem_jax.sharding import Sharding
@@ -72,7 +72,7 @@ def shallow(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Sorts them, with files whole."""
+    """Puts the slowest files first, and keeps files whole."""
     place = {f"tests/{name}.py": i for i, name in enumerate(SLOWEST)}
 
     def place_of(item):

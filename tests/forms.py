@@ -1,4 +1,4 @@
-"""Which form of the models is taken, whatever device is here, and what it computes."""
+"""Chooses the form of the models, whatever device is here, and computes with it."""
 
 from flax import nnx
 import jax
@@ -8,12 +8,12 @@ from convstem_jax import sharding
 from convstem_jax.models import create_model, kernels, target
 
 NUM_CLASSES = 5
-# Two blocks, one of which is the last, and a block a stage.
+# Two blocks, since the last one differs; in a RegNet one block a stage.
 FEW_BLOCKS = {"vit": {"depth": 2}, "reg": {"depths": (1, 1, 1)}}
 
 
 def logits_gradients_and_statistics(name, num_devices=1, dtype=jnp.float32):
-    """Of a model with random parameters."""
+    """Those of a model with random parameters."""
     mesh = sharding.Sharding(jax.devices()[:num_devices])
     model = create_model(
         name, num_classes=NUM_CLASSES, dtype=dtype, rngs=nnx.Rngs(0), **FEW_BLOCKS[name[:3]]
@@ -37,12 +37,12 @@ def logits_gradients_and_statistics(name, num_devices=1, dtype=jnp.float32):
 
 
 def device_of(kind, platform="gpu"):
-    """As a mesh tells it."""
+    """A device as a mesh describes it."""
     return jax.sharding.AbstractDevice(kind, num_cores=None, platform=platform)
 
 
 def choose(monkeypatch, gpu):
-    """Which forms are taken, whatever device is here."""
+    """Makes models take the forms of GPUs or those of no known device, whatever device is here."""
     device = device_of("NVIDIA H200") if gpu else device_of("", "")
     monkeypatch.setattr(target, "device", lambda: device)
     monkeypatch.setattr(kernels, "INTERPRET", jax.default_backend() == "cpu")
@@ -52,6 +52,6 @@ def assert_the_same(found, expected):
     for (path, x), y in zip(
         jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
     ):
-        # Zero, but for rounding, of a bias before BatchNorm and of the keys' bias.
+        # But for rounding, the gradient of a bias before BatchNorm and of the keys' bias is zero.
         floor = 1e-4 if "bias" in jax.tree_util.keystr(path) else 0
         assert jnp.abs(x - y).max() <= 2e-5 * jnp.abs(y).max() + floor, path

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-# Where everything must be there, they fail.
+# With CI set, where everything must be there, they fail instead.
 needs_libtpu = pytest.mark.skipif(
     not importlib.util.find_spec("libtpu") and not os.environ.get("CI"),
     reason="there is no libtpu for this machine",

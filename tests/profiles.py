@@ -1,4 +1,4 @@
-"""What a profile that a run has written says."""
+"""Reads the profile that a run has written."""
 
 import jax
 

@@ -23,7 +23,7 @@ from convstem_jax.errors import CheckpointError, NotFiniteError, StorageError
 from convstem_jax.sharding import Sharding
 from convstem_jax.step import TrainState
 
-# Reads of damaged files that Orbax has given up would be told at the end, in pages.
+# Reads of damaged files that Orbax has given up would be reported at the end, over pages.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
@@ -101,7 +101,7 @@ def test_few_programs_of_a_save_wait_on_a_device_at_once(monkeypatch):
 
 
 def test_a_thread_saves_one_copy_of_what_lies_on_several_devices(tmp_path, monkeypatch):
-    """Of several Orbax would take a part from each, by many programs at once."""
+    """From several, Orbax would take a part from each, by many programs at once."""
     saved = []
     monkeypatch.setattr(Checkpoints, "_save", lambda self, step, state, *_: saved.append(state))
     sharding = Sharding(jax.devices()[:2])
@@ -152,8 +152,8 @@ def test_steps_on_several_devices_do_not_hang_beside_a_save():
 def test_saving_does_not_see_later_updates(tmp_path, monkeypatch, room):
     """The step donates the state at once, and the loop changes its record.
 
-    Without room for a copy the arrays are on the host when `save` returns. With it nothing is read
-    before: even an asynchronous save of Orbax's returns only when all arrays are on the host.
+    Without room for a copy the arrays are on the host when `save` returns. With room nothing is
+    read before; even an asynchronous save of Orbax's would return only with all arrays on the host.
     """
     go_on, inspect = threading.Event(), checksums.inspect
 
@@ -210,7 +210,7 @@ def test_without_room_for_a_copy_a_save_waits_for_the_arrays(
 
 
 def test_the_loop_gets_the_interpreter_back_from_a_save(tmp_path):
-    """By default a thread that is busy keeps it for 5 ms, and to ask for a step takes it often."""
+    """By default a busy thread keeps it for 5 ms, and requesting a step needs it often."""
     before = sys.getswitchinterval()
     try:
         for interval in 5e-3, 1e-4:
@@ -251,7 +251,7 @@ def test_what_cannot_be_deleted_stays_and_ends_no_run(tmp_path, monkeypatch, cap
     for step in range(1, 4):
         checkpoints.save(step, make_state(step), {})
     checkpoints.close()
-    assert failed and commits.whole(str(tmp_path / "c")) == {3}, "it is deleted another time"
+    assert failed and commits.whole(str(tmp_path / "c")) == {3}, "it is to be deleted later"
     assert "a checkpoint before 2 in" in capsys.readouterr().out
 
 
@@ -302,7 +302,7 @@ def test_cut_off_files_are_noticed(tmp_path):
     ],
 )
 def test_what_is_no_damage_is_told_from_it(tmp_path, monkeypatch, reason, kind, message):
-    """As TensorStore words it; a loop that starts runs again goes by the exit status."""
+    """In TensorStore's words; a loop that restarts runs relies on the exit status."""
 
     def fail(*unused_args, **unused_kwargs):
         spec = "[tensorstore_spec='" + "y" * 300 + "'] [os_error_code='N']"
@@ -338,7 +338,7 @@ def test_another_type_or_shape_is_refused(tmp_path):
 
 
 def test_no_folder_is_renamed(tmp_path, monkeypatch):
-    """A bucket may rename it file by file: a machine that dies meanwhile leaves half of one."""
+    """A bucket may rename it file by file: a machine that dies meanwhile leaves half a folder."""
     rename, renamed = os.rename, []
     monkeypatch.setattr(
         os, "rename", lambda *paths: renamed.append(os.path.isdir(paths[0])) or rename(*paths)
@@ -381,7 +381,7 @@ def test_an_unfinished_save_that_cannot_be_removed_ends_no_run(tmp_path, monkeyp
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("asks", ["stat", "exists"])
 def test_storage_that_does_not_answer_costs_no_checkpoint(tmp_path, monkeypatch, asks, step):
-    """We ask by the first, and Orbax by the second, for which such a file is not there."""
+    """We ask by os.stat; Orbax asks by os.path.exists, which says that such a file is not there."""
     write(tmp_path / "c", {1: 1.0, 2: 2.0})
     ask = {"stat": os.stat, "exists": os.path.exists}[asks]
     fails = str(tmp_path / "c" / str(step) / commits.FILE)

@@ -27,7 +27,7 @@ def garments(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Eight plain ones: those that are for the test split, every fourth, are of a brighter blue."""
+    """Eight plain ones; those for the test split, every fourth, are of a brighter blue."""
     folder = tmp_path_factory.mktemp("photographs")
     for i in range(8):
         bgr = np.full((100, 120, 3), (220 if i % 4 == 3 else 40, 0, 0), np.uint8)

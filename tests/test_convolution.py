@@ -1,4 +1,4 @@
-"""Convolutions on CPUs as products of matrices: the same function, and where it is taken."""
+"""Convolutions on CPUs as products of matrices: the same function, and where they are used."""
 
 import functools
 import re
@@ -15,7 +15,7 @@ from convstem_jax.sharding import Sharding
 
 
 def told(function, num_devices=1):
-    """`function` where the mesh in use tells of CPUs."""
+    """`function` under a mesh of CPUs."""
     return Sharding(jax.devices("cpu")[:num_devices]).jit(lambda *args: function(*args))
 
 

@@ -1,4 +1,4 @@
-"""What the documentation says of files and results is there, and its notebooks run."""
+"""Files and results are as the documentation says, and its notebooks run."""
 
 import itertools
 import json
@@ -195,7 +195,7 @@ def test_a_notebook_runs(path, tmp_path):
         assert whole in code
         code = code.replace(whole, less)
     code = code.replace('"runs/', f'"{tmp_path}/')
-    # It would show windows, where there is a screen.
+    # On a screen it would show windows.
     environment = os.environ | {"MPLBACKEND": "agg", "JAX_NUM_CPU_DEVICES": "1"}
     done = subprocess.run(
         # Jupyter starts in the notebook's folder.

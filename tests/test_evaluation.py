@@ -44,7 +44,7 @@ def test_every_example_weighs_the_same():
 
 
 def test_precise_statistics_are_means_over_batches():
-    """Mean of the batches' means and variances, of what the running statistics never saw."""
+    """Means of the batches' means and variances; the running statistics play no part."""
     recipe = Recipe(
         num_classes=10,
         optimizer="sgd",

@@ -1,4 +1,4 @@
-"""What the models and the step do in another form on GPUs: the same."""
+"""On GPUs the models and the step take other forms, which compute the same."""
 
 import re
 
@@ -51,7 +51,7 @@ def test_regnet(monkeypatch):
 
 @pytest.fixture
 def cudnns_numbers_of_tokens(monkeypatch):
-    """XLA stands in for cuDNN, of which JAX refuses odd numbers of tokens."""
+    """XLA stands in for cuDNN, for which JAX refuses odd numbers of tokens."""
     numbers = []
 
     def cudnn(q, *args, implementation, **kwargs):
@@ -65,7 +65,7 @@ def cudnns_numbers_of_tokens(monkeypatch):
 
 
 def test_fused_attention_of_an_odd_number_of_tokens(monkeypatch, cudnns_numbers_of_tokens):
-    """17 tokens are filled up to 18."""
+    """17 tokens are padded to 18."""
     choose(monkeypatch, gpu=False)
     elsewhere = logits_gradients_and_statistics("vitp_tiny")
     choose(monkeypatch, gpu=True)
@@ -106,7 +106,7 @@ def test_flags_of_the_environment_come_first(monkeypatch):
 
 
 def test_the_step_is_compiled_with_options_that_xla_knows():
-    """JAX refuses what this version of XLA, which is the same for all devices, does not know."""
+    """JAX refuses options that this version of XLA, the same for all devices, does not know."""
     options = xla_options.compiler_options([device_of("NVIDIA H200")])
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
     # A run that starts with a filled cache could fail; see xla_options.py.
@@ -135,12 +135,12 @@ def test_the_forms_are_chosen_by_the_device_that_is_traced_for(
     monkeypatch, platform, kind, expected
 ):
     monkeypatch.setattr(target, "device", lambda: device_of(kind, platform))
-    if not kind.startswith("NVIDIA"):  # A program for other devices takes hold of none.
+    if not kind.startswith("NVIDIA"):  # A program for other devices must not open any here.
         monkeypatch.delattr(jax, "local_devices")
     assert [target.on_cpu(), target.on_gpu(), target.on_tpu()] == [
         platform == name for name in ("cpu", "gpu", "tpu")
     ]
-    # On GPUs cuDNN, and its like, convolve; on others a group is a matrix's product or all are one.
+    # On GPUs cuDNN and its like convolve; elsewhere each group is a product, or all are merged.
     conv = GroupedConv(32, 8, 1, dtype=jnp.float32, rngs=nnx.Rngs(0))
     program = jax.make_jaxpr(conv)(jnp.zeros((2, 8, 8, 32)))
     assert ("feature_group_count=4" in str(program)) == (platform == "gpu")

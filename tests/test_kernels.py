@@ -32,13 +32,13 @@ def test_kernels(monkeypatch):
     monkeypatch.setattr(kernels, "are_used", lambda _: True)
     monkeypatch.setattr(kernels, "call", call)
     assert_the_same(logits_gradients_and_statistics("vitc_tiny", num_devices=2), elsewhere)
-    # Two norms, GELU and attention, but the last block has attention for the class token alone.
+    # Two norms, GELU and attention, but the last block has attention only for the class token.
     depth = FEW_BLOCKS["vit"]["depth"]
     assert len(calls) == 4 * depth - 1 + 3 * depth - 1, "forward, and gradients"
 
 
 def attention_and_gradients(attend, num_tokens, shift, dtype=jnp.float32):
-    """Of random tokens and weights, with biases of `-shift` for queries and `shift` for keys."""
+    """For random tokens and weights, with biases of `-shift` for queries and `shift` for keys."""
     width = 64
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = (2, num_tokens, width), (width, 3 * width), (3 * width,), (2, num_tokens, width)
@@ -69,9 +69,9 @@ def attend_by_kernel(*args):
     [(129, 0, 2e-5), (150, 0, 2e-5), (256, 0, 2e-5), (150, 7, 1e-3)],
 )
 def test_packed_attention_over_several_blocks(monkeypatch, num_tokens, shift, tolerance):
-    """Of 32 queries each: the last block may have fewer. The keys are filled up to 256.
+    """Blocks have 32 queries, the last one perhaps fewer. The keys are padded to 256.
 
-    With the shift all scores are near -277, and the exponential of minus their sum's logarithm, the
+    With the shift all scores are near -277, and the exponential of minus their logsumexp, the
     weight of a key that does not exist, is infinite.
     """
     choose(monkeypatch, gpu=True)
@@ -146,7 +146,7 @@ def test_gelus_kernel_counts_what_one_device_has(monkeypatch):
 
 @pytest.mark.parametrize(("gpu", "by_kernel"), [(False, False), (True, False), (True, True)])
 def test_gelu(monkeypatch, gpu, by_kernel):
-    """Of numbers that fill no whole number of the kernel's programs."""
+    """The numbers do not fill the last of the kernel's programs."""
     if by_kernel and jax.default_backend() == "gpu":
         pytest.skip("only the interpreter has the kernel in float32")
     choose(monkeypatch, gpu=gpu)
@@ -186,7 +186,7 @@ needs_hopper = pytest.mark.skipif(
 
 
 def assert_near(found, exact):
-    """bfloat16 and float32."""
+    """What is found in bfloat16 is near what is exact, in float32."""
     for x, y in zip(found, exact, strict=True):
         assert jnp.linalg.norm(x - y) < 0.01 * jnp.linalg.norm(y)
 
@@ -221,7 +221,7 @@ def test_attention_on_a_gpu_is_near_that_in_float32(form):
     with jax.default_matmul_precision("highest"):
         exact, exact_vjp = jax.vjp(reference, qkv.astype(jnp.float32))
         exact_grad = exact_vjp(grad.astype(jnp.float32))[0]
-    # Of queries, keys and values one by one: they differ in size.
+    # Those of queries, keys and values one by one, since they differ in size.
     grads = (jnp.moveaxis(x, 2, 0) for x in (vjp(grad)[0], exact_grad))
     assert_near([found, *next(grads)], [exact, *next(grads)])
 

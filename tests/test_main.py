@@ -39,7 +39,7 @@ QUICK = ["--config", "configs/quickstart.py"]
 
 
 def test_a_program_begins_before_the_imports_that_take_seconds():
-    """It is a module of the package, which is imported first."""
+    """A program is a module of the package, so the package is imported first."""
     code = "import sys, convstem_jax; assert 'jax' not in sys.modules; convstem_jax.create_model"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -63,7 +63,7 @@ def no_compilation(monkeypatch):
 def one_error(capsys):
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "Traceback" not in error
-    # Only what prepares a data set, and the quick-start, are commands on lines of their own.
+    # Only the commands that prepare a data set, and the quick-start, have lines of their own.
     assert all(
         line.startswith("  python ") or "quick-start" in line for line in error.split("\n")[1:]
     )
@@ -180,7 +180,7 @@ def test_a_field_may_have_spaces_and_stand_anywhere():
 
 
 def test_the_commit_is_of_this_project_alone(monkeypatch, tmp_path):
-    """A package installed in a folder of another repository is no part of that one."""
+    """A package installed inside another repository is no part of it."""
     monkeypatch.setenv("CONVSTEM_COMMIT", "of the image")
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
     (tmp_path / "other.txt").write_text("")
@@ -222,7 +222,7 @@ def test_help_shows_examples_and_exit_status(capsys):
 
 
 def test_a_traceback_is_shown_when_asked_for(no_compilation, capsys, tmp_path):
-    """And the exit status, which launch scripts go by, stays what it is."""
+    """The exit status, on which launch scripts rely, stays the same."""
     flags = ["--config.lr=nan", "--traceback", f"--workdir={tmp_path}/run"]
     assert main([*QUICK, *flags]) == 2
     assert "Traceback" in capsys.readouterr().err

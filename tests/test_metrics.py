@@ -36,7 +36,7 @@ def test_speed_leaves_out_compilation_and_pauses(clock_at):
     clock_at(142.5)
     clock.tick(26)
     assert clock.steps_per_second == 2.0
-    # 25 steps in 12.5 s of training and 30 s of evaluation, which goes on to happen.
+    # 25 steps took 12.5 s of training and 30 s of evaluation, which will recur.
     assert clock.time_left(50) == "1 min 25 s"
     assert clock.time_left(25 * 200) == "2 h 21 min"
     resumed = metrics._Clock(clock.steps, clock.seconds, clock.paused)
@@ -56,7 +56,7 @@ def step_metrics(loss):
 def test_training_metrics_are_written_one_log_point_late(tmp_path, capsys, clock_at):
     records = records_of(tmp_path)
     records.train(1, step_metrics(2.5))
-    assert not metrics.read_jsonl(records.path), "this would wait for a step that still runs"
+    assert not metrics.read_jsonl(records.path), "writing it would wait for a step that still runs"
     clock_at(10)
     records.train(21, step_metrics(2.25))
     (record,) = metrics.read_jsonl(records.path)
@@ -73,7 +73,7 @@ def test_training_metrics_are_written_one_log_point_late(tmp_path, capsys, clock
 
 
 def test_records_reach_the_disk_before_a_checkpoint(tmp_path, monkeypatch):
-    """A machine that is lost after it must not leave a gap in metrics.jsonl."""
+    """A machine that is lost after a checkpoint must not leave a gap in metrics.jsonl."""
     synced = []
     records = records_of(tmp_path)
     text = tmp_path / "metrics.jsonl"

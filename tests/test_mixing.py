@@ -22,7 +22,7 @@ def masks(num, mixup_alpha, cutmix_alpha):
 
 
 def reference(images, targets, mask):
-    """Each with its neighbour, one by one."""
+    """Mixes each image with its neighbour, one by one."""
     images, targets = np.array(images, np.float64), np.array(targets, np.float64)
     mixed_images, mixed_targets = images.copy(), targets.copy()
     share = mask.mean(dtype=np.float64)
@@ -115,7 +115,7 @@ def test_symmetric_beta(alpha):
 
 
 def test_drawing_a_mask_takes_no_loop():
-    """A GPU's host would wait for the outcome of each of its rounds."""
+    """For each round of a loop, a GPU's host would wait for the outcome."""
     draw = functools.partial(mixing.draw_mask, mixup_alpha=0.8, cutmix_alpha=1.0)
     program = str(jax.make_jaxpr(draw, static_argnums=(1, 2))(jax.random.key(0), H, W))
     assert not re.search("random_gamma|while|cond", program)

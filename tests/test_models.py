@@ -78,7 +78,7 @@ def test_both_stems_reach_the_same_grid(size):
 
 @pytest.mark.parametrize("size", ["1gf", "4gf", "18gf", "tiny"])
 def test_the_convolutional_stem_replaces_one_block_of_about_its_cost(size):
-    """Not so 36GF, whose stem is 18GF's, and 72GF, which keeps its 22 blocks."""
+    """Except in 36GF, whose stem is 18GF's, and 72GF, which keeps its 22 blocks."""
     spec = VITS[f"vitc_{size}"]
     d, side = spec.width, spec.image_size
     stem = 0  # multiply-adds
@@ -109,7 +109,7 @@ def test_other_image_and_patch_sizes():
 
 
 def test_keys_are_those_of_flax():
-    """`_Keys` counts otherwise: the keys, and what the stream gives next, must be the same."""
+    """`_Keys` counts differently; the keys, and what the stream gives next, must be the same."""
     rngs = nnx.Rngs(3, params=4), nnx.Rngs(3, params=4)
     for _ in range(2):
         ours = create_model("vitc_tiny", depth=1, rngs=rngs[0])
@@ -122,7 +122,7 @@ def test_keys_are_those_of_flax():
 
 
 def test_a_new_model_is_for_evaluation():
-    """Whoever calls `model(images)` in a notebook must not move the statistics."""
+    """Calling `model(images)` in a notebook must not move the statistics."""
     model, images = random_model("vitc_tiny", depth=0), jnp.array(images_of(4, 32))
     together = model(images)
     np.testing.assert_allclose(model(images[:1]), together[:1], atol=1e-5)
@@ -138,12 +138,12 @@ NETWORKS = {
     "vitc_tiny": {"depth": 2, "num_heads": 4},
     "regnety_tiny": {"depths": (1, 2, 2)},
 }
-# Blocks are alike, and pixels too: some of them take much less time.
+# Blocks are alike, and so are pixels: fewer of them take much less time.
 SMALLER = {"regnety_1gf": {"image_size": 96}, "vitp_18gf": {"depth": 3}, "vitc_4gf": {"depth": 3}}
 
 
 # torchvision's networks in widths of the paper, with its conv_stem_configs. The last in double
-# precision: with two images, rounding alone puts 6 % into torch's own float32 gradients.
+# precision: with two images, rounding alone changes torch's own float32 gradients by 6 %.
 REAL_WIDTHS = [
     ("vitp_18gf", "eval", "float32"),
     ("vitc_4gf", "train", "float32"),
@@ -182,7 +182,7 @@ def test_logits_gradients_and_statistics_are_torchvisions(name, mode, dtype):
     network = torchvision_network(model).to(getattr(torch, dtype))
     getattr(network, mode)()
     old_state = {key: x.numpy().copy() for key, x in network.state_dict().items()}
-    num_values = {}  # that each BatchNorm's statistics are over
+    num_values = {}  # over which each BatchNorm computes its statistics
     for key, module in network.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.register_forward_hook(
@@ -228,7 +228,7 @@ def test_logits_gradients_and_statistics_are_torchvisions(name, mode, dtype):
 
 @pytest.mark.parametrize("name", ["vitp_18gf", "vitc_4gf"])
 def test_all_blocks_are_torchvisions(name):
-    """The tenth and the second are not mixed up: numbers tell them apart."""
+    """The tenth is not taken for the second, say: numbers tell them apart."""
     model = abstract(name, num_classes=10)
     _, params, batch_stats = split_model(model)
     state = {key: x.numpy() for key, x in torchvision_network(model).state_dict().items()}
@@ -270,7 +270,7 @@ def test_the_last_block_is_computed_for_the_class_token_alone(depth):
 
 
 def test_norms_have_the_papers_epsilons():
-    """Tokens and pixels of ordinary size do not show them."""
+    """With tokens and pixels of ordinary size a wrong one would not show."""
     modules = [m for name in NETWORKS for _, m in nnx.iter_modules(abstract(name))]
     assert {m.epsilon for m in modules if isinstance(m, nnx.LayerNorm)} == {1e-6}
     assert {m.epsilon for m in modules if isinstance(m, nnx.BatchNorm)} == {1e-5}
@@ -418,7 +418,7 @@ def test_patchify_stem_with_norm_ends_in_relu():
 
 
 def test_patchify_initialisation_is_cut_at_2_absolute():
-    # A 1x1 patch, where 2 is 3.5 standard deviations: at 16x16 it is 55, and no draw comes there.
+    # A 1x1 patch, where 2 is 3.5 standard deviations: at 16x16 it is 55, and no draw gets there.
     stem = stems.PatchifyStem(1, 100_000, dtype=jnp.float32, rngs=nnx.Rngs(0))
     kernel = np.array(stem.projection.kernel[...])
     assert 1.97 < np.abs(kernel).max() <= 2
@@ -499,7 +499,7 @@ def test_models_in_a_mesh_of_the_users(name, axis_type):
 
 
 def test_the_class_token_alone_attends_as_among_all():
-    """Also where tokens are filled up, which nobody attends to."""
+    """Also with padding tokens, which no token attends to."""
     rng = np.random.default_rng(0)
     x, kernel, bias = (rng.normal(size=shape) for shape in ((2, 9, 32), (32, 96), (96,)))
 

@@ -165,7 +165,7 @@ def test_an_interrupted_population_goes_on(tmp_path):
 
 
 def test_a_part_begins_again_where_another_number_is_trained_together(tmp_path, capsys):
-    """Two before, also where one only fills up the devices, and one at a time afterwards."""
+    """First two together, even if one only fills up the devices; afterwards one at a time."""
     c, trials, asked = config(epochs=0.03), [Trial(0.1, 1e-4, 5), Trial(0.1, 1e-4, 6)], []
     one = new_programs(1, 1)
 

@@ -1,4 +1,4 @@
-"""The first signal is a request, the second one is not."""
+"""The first signal is a request to stop; the second acts at once."""
 
 import os
 import signal

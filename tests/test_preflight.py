@@ -1,6 +1,6 @@
-"""The TPU compiler runs on the step that would be trained, and what it says is read rightly.
+"""The TPU compiler runs on the step that would be trained, and what it says is read correctly.
 
-`make drill` compiles for all generations, and more; without it a short form stands for them.
+`make drill` compiles for all generations, and more; without it a short form stands in for them.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ DRILL = "DRILL" in os.environ
 
 
 def run(*flags):
-    """In a process of its own, which has no devices of the tests' kind."""
+    """In a process of its own, without the tests' devices."""
     command = [sys.executable, "-m", "convstem_jax.preflight", *flags]
     env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -173,7 +173,7 @@ def too_large():
 def test_what_does_not_fit_comes_with_the_remedy(too_large):
     assert not too_large["fits"] and too_large["bytes_per_chip"] > too_large["chip_bytes"]
     assert too_large["remedy"].startswith("set config.accumulate=")
-    assert too_large["step_seconds"] is None, "the least effort says nothing of speed"
+    assert too_large["step_seconds"] is None, "the least effort says nothing about speed"
     assert 10_000 < too_large["largest_batch"] < 262144
 
 
@@ -276,7 +276,7 @@ def test_mistakes_are_found_before_anything_is_compiled(flags, words, monkeypatc
 
 @pytest.mark.parametrize("name", ["nowhere/x.jsonl", "link", "pipe"])
 def test_records_that_cannot_be_written_are_refused(name, tmp_path, capsys):
-    """A file is replaced by another, which a link or a device must not be."""
+    """The file is replaced by a new one, which must not happen to a link or a device."""
     (tmp_path / "link").symlink_to("elsewhere")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SystemExit) as error:

@@ -1,7 +1,7 @@
 """Several real processes train as one: same numbers, one end, one set of files.
 
-`make drill` runs every split of 8 devices, and more that stops; without it a short form stands for
-them.
+`make drill` runs every split of 8 devices, and more ways to stop; without it a short form stands in
+for them.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def running(num_processes, num_devices, *flags):
 
 
 def run(*args):
-    """Its exit status and output."""
+    """The command's exit status and output."""
     with running(*args) as process:
         output = process.stdout.read()
         return process.wait(), output
@@ -168,12 +168,12 @@ def test_every_split_of_the_devices_trains_alike(split, one_device, tmp_path):
     status, output = run(num_processes, num_devices, *command)
     assert status == 0, output
     assert f"on {num_processes * num_devices} x cpu" in output
-    assert output.count("step 20/20  epoch 0.1  loss") == 1, "process 0 alone prints"
+    assert output.count("step 20/20  epoch 0.1  loss") == 1, "only process 0 prints"
     assert_same_run(tmp_path, one_device)
 
 
 def child(process, number):
-    """Operating system's number of one of the processes of a run."""
+    """The process ID of one of the processes of a run."""
     import psutil
 
     for found in psutil.Process(process.pid).children():
@@ -184,7 +184,7 @@ def child(process, number):
 
 
 def test_what_stops_one_process_stops_all_and_nothing_is_lost(one_device, tmp_path):
-    """SIGTERM to one, or its loss; a run on other processes goes on each time."""
+    """SIGTERM to one process, or its loss; each time the next start continues the run."""
 
     def stop_at(step, number, signum, *args):
         with running(*args, *flags(tmp_path)) as process:
@@ -262,7 +262,7 @@ def test_a_run_to_start_from_may_be_damaged_on_one_machine(one_device, tmp_path,
 
 
 def start_two_at_homes(folder, monkeypatch, init_from):
-    """`start_two`, the one with its home in `folder/first`, the other in `folder/other`."""
+    """`start_two`, one process with its home in `folder/first`, the other in `folder/other`."""
     monkeypatch.setenv("HOME", str(folder / "first"))
     command = [*flags(folder / "run", init_from=init_from)]
     program = ["-c", AT_HOME.format(home=str(folder / "other"))]
@@ -332,7 +332,7 @@ def test_a_process_that_is_lost_is_no_damaged_checkpoint(module, name, one_devic
 
 @pytest.mark.parametrize("other", [{"lr": "0.1"}, {"warmup_epochs": "99"}])
 def test_processes_with_different_commands_are_refused(other, tmp_path):
-    """Also where the other is wrong by itself."""
+    """Even if the other is wrong by itself."""
     statuses, outputs = start_two([flags(tmp_path), flags(tmp_path, **other)])
     assert statuses == [2, 2], outputs
     for output in outputs:
@@ -433,7 +433,7 @@ def test_without_a_cluster_a_process_is_alone():
 
 
 def test_one_task_of_slurm_has_all_its_gpus(monkeypatch):
-    """JAX would join it to nobody, and leave it the first GPU alone."""
+    """JAX would join it to no other process, and leave it only the first GPU."""
     for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("SLURM_NTASKS", "1")
@@ -447,7 +447,7 @@ def test_one_task_of_slurm_has_all_its_gpus(monkeypatch):
 
 
 def test_a_coordinator_that_does_not_answer(monkeypatch, capsys):
-    """JAX would end the process by an abort, after five minutes."""
+    """JAX would abort the process after five minutes."""
     monkeypatch.setattr(processes, "REACH_SECONDS", 0)
     with pytest.raises(UnreachableError, match="nothing answers at --coordinator localhost:1 "):
         processes.start("localhost:1", 2, 1)

@@ -59,7 +59,7 @@ def test_a_profile_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch, 
     def fail():
         raise RuntimeError("No space left on device")
 
-    # JAX's own does not end then, and there could be no other profile in this process.
+    # JAX's own profile would not end then, and this process could take no other.
     monkeypatch.setattr(jax.profiler, "start_trace", lambda unused_folder: None)
     monkeypatch.setattr(jax.profiler, "stop_trace", fail)
     with pytest.raises(Preempted):

@@ -26,7 +26,7 @@ def test_only_the_head_multiplies_in_float32(name):
 
 @pytest.mark.parametrize("name", ["vitc_tiny", "vitp_tiny", "regnety_tiny"])
 def test_sums_are_in_float32(name):
-    """Each of a parameter's gradient too, which Flax's layers round to bfloat16 in between."""
+    """Those of parameters' gradients too, which Flax's layers round to bfloat16 in between."""
     traced, _ = trace(name, "adamw", Sharding(jax.devices()[:1]))
     sums = [eqn for eqn in equations(traced.jaxpr.jaxpr) if eqn.primitive.name == "reduce_sum"]
     sums = [eqn for eqn in sums if eqn.invars[0].aval.size > eqn.outvars[0].aval.size]

@@ -215,7 +215,7 @@ def test_one_step_is_pytorchs(monkeypatch, name, optimizer, gpu):
         error = np.abs(new - e)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if recipe.optimizer == "adamw" and name.endswith("qkv/bias"):
-            # The exact gradient of the key's bias is 0; AdamW makes whole steps of its rounding.
+            # The exact gradient of the key's bias is 0; AdamW turns its rounding into whole steps.
             error = np.delete(error, np.s_[len(error) // 3 : len(error) // 3 * 2])
         assert np.abs(new - old).max() > 1e-4, "every parameter has to move"
         errors.append(error.ravel())
@@ -253,7 +253,7 @@ def test_8_devices_do_what_1_device_does(accumulate):
 
 @pytest.mark.parametrize("is_product", [True, False])
 def test_8_devices_share_grouped_convolutions(monkeypatch, is_product):
-    """XLA alone would have each of them compute the whole batch."""
+    """By itself, XLA would have each of them compute the whole batch."""
     monkeypatch.setattr(regnet, "is_product", lambda *_: is_product)
     model = random_model("regnety_tiny", num_classes=10, depths=(1,), widths=(8,), group_width=2)
     graphdef, _, _ = split_model(model)

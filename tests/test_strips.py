@@ -1,4 +1,4 @@
-"""The stem on strips of the images: where, and that it is the same function."""
+"""The stem on strips of the images: where it is used, and that it is the same function."""
 
 import re
 

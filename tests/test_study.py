@@ -153,7 +153,7 @@ def test_what_is_true_is_supported_and_what_is_not_is_not():
 
 @pytest.mark.parametrize("num", [4, 16])
 def test_noise_alone_decides_in_one_of_twenty_studies(num):
-    """95 % intervals, of 4 seeds too, where plain percentiles decide 18 % of them."""
+    """With 95 % intervals, also for 4 seeds, where plain percentiles decide in 18 %."""
     rng, decided = np.random.default_rng(0), 0
     for _ in range(200):
         groups = [claims.Group(label, rng.normal(size=num)) for label in "ab"]
@@ -196,7 +196,7 @@ def test_the_grid_chooses_by_all_its_seeds():
     # 4's are not both 5; 1's are both 30, or one of them is and 2's are not both 20.
     assert chosen_again(grid) == pytest.approx(3 / 4 * (1 / 4 + 1 / 2 * 3 / 4), abs=0.03)
     assert chosen_again(grid[:3]) is None
-    # One that diverged weighs more than any error: 1 wins unless 2 draws its good seeds alone.
+    # One that diverged weighs more than any error: 1 wins unless only good seeds of 2 are drawn.
     trials = [(lr, seed, 50 if lr == 1 else 10) for lr in (1, 2) for seed in range(3)]
     grid = [
         {"lr": lr, "wd": 1, "seed": seed, "top1_error": error, "diverged_at": None}
@@ -258,7 +258,7 @@ def test_a_grid_grows_beyond_the_edge_that_its_best_point_lies_on():
 
 
 def test_a_grid_does_not_grow_along_what_makes_no_difference():
-    """Among seeds alone the best of three values is on an edge two times in three."""
+    """Where only seeds differ, the best of three values is on an edge two times in three."""
     rng, grown = np.random.default_rng(0), 0
     for _ in range(200):
         grid = [
@@ -288,7 +288,7 @@ def test_area_under_the_edf():
 
 
 def test_noise_of_the_best_setting_alone_decides_little():
-    """All settings are equally good; each sample of the bootstrap has a best one of its own."""
+    """All settings are equally good; each bootstrap sample has a best one of its own."""
     rng, decided = np.random.default_rng(0), 0
     for _ in range(100):
         groups = [

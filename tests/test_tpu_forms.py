@@ -1,4 +1,4 @@
-"""What the models compute in another form on TPUs: the same, and compiled in a population too."""
+"""On TPUs the models take other forms: they compute the same, and compile in a population too."""
 
 import importlib.metadata
 import importlib.util
@@ -67,7 +67,7 @@ def attend_gradients(dtype, offset):
     return [x.astype(jnp.float32) for x in jax.vjp(attention.attend, q, k, v)[1](grad)]
 
 
-@pytest.mark.parametrize("offset", [0, 2])  # of the values, which the gradient takes off again
+@pytest.mark.parametrize("offset", [0, 2])  # added to the values; the gradient subtracts it again
 @pytest.mark.parametrize("on_tpu", [False, True])
 def test_attention_in_bfloat16_is_near_that_in_float32(monkeypatch, on_tpu, offset):
     exact = attend_gradients(jnp.float32, offset)
@@ -117,7 +117,7 @@ def test_a_population_compiles_for_tpus():
 )
 @pytest.mark.parametrize("name", ["vitc_1gf", "regnety_tiny"])
 def test_a_mesh_that_is_not_ours_will_do(name, platform, kind):
-    """`jax.make_mesh` makes the axis explicit, in which a batch need not be sharded."""
+    """`jax.make_mesh` makes the axis explicit; a batch need not be sharded along it."""
     size = MODELS[name].image_size
     images = jax.ShapeDtypeStruct((32, size, size, 3), jnp.float32)
 

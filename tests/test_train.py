@@ -299,7 +299,7 @@ def test_a_finished_run_is_not_trained_again(uninterrupted, capsys):
 
 
 def test_a_run_stopped_before_its_result_is_evaluated_again(uninterrupted, tmp_path):
-    """On another number of devices, at that: 1 here, 2 there."""
+    """On another number of devices, too: 1 here, 2 there."""
     workdir, result, _ = uninterrupted
     shutil.copytree(workdir, tmp_path / "copy")
     (tmp_path / "copy" / "result.json").unlink()
@@ -314,7 +314,7 @@ def test_a_run_starts_from_the_weights_of_another(uninterrupted, tmp_path, capsy
     fields = {"init_from": str(workdir), "lr": "1e-9", "epochs": "0.0128", "warmup_epochs": "0"}
     fields["ema_alpha"] = "1e-12"  # the EMA stays what it starts from
     again = train_module.train(config(**fields, eval_split=PART), str(tmp_path / "same"))
-    # Two steps without a learning rate move BatchNorm's statistics alone.
+    # Two steps without a learning rate move only BatchNorm's statistics.
     assert again["top1_error"] == pytest.approx(result["top1_error"], abs=0.41)  # two images
     assert again["raw_top1_error"] == pytest.approx(result["top1_error"], abs=3)
     assert re.search(r"the other \d+ +loaded", capsys.readouterr().out)
@@ -358,7 +358,7 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys, mo
         assert ("at the end the EMA is still 37% what it was" in said) == (num == "0")
     assert [(1e9 - before, 1e9 - room()) for room, before in rooms] == [
         (0, 0), (256 * 32 * 32 * 3, 0),
-    ], "what the images take of the device, until they are there"  # fmt: skip
+    ], "what the images will take of the device, until they are there"  # fmt: skip
     _, plain = restore_latest(tmp_path / "0")
     _, precise = restore_latest(tmp_path / "256")
     name = "['batch_stats']['stem']['norms']['0']['mean']"
@@ -392,7 +392,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(
 
 @pytest.mark.usefixtures("shallow")
 def test_the_host_is_few_steps_ahead(tmp_path, monkeypatch):
-    """All that it is ahead come before the last checkpoint; JAX would let it be 32 ahead."""
+    """The last checkpoint comes after all steps under way; JAX would let it be 32 ahead."""
     slow = jax.jit(lambda x: jax.lax.fori_loop(0, 30, lambda _, y: y @ x, x))
     x, lead, results, under_way = jnp.eye(512), Lead(), [], []
     for _ in range(16):
@@ -417,7 +417,7 @@ def test_the_loop_fetches_nothing_between_log_points(tmp_path, monkeypatch, trai
     """
     train_on(2)
     monkeypatch.setattr(train_module, "print_overview", lambda *args: None)  # fetches
-    monkeypatch.setattr(train_module.Checkpoints, "save", lambda *args: None)  # likewise
+    monkeypatch.setattr(train_module.Checkpoints, "save", lambda *args: None)  # fetches too
     fetches, fetch, value = [], jax.device_get, ArrayImpl._value
 
     def device_get(x):
@@ -500,7 +500,7 @@ def test_a_request_to_stop_during_an_evaluation_is_met_after_it(tmp_path, monkey
 
 @pytest.mark.usefixtures("shallow")
 def test_a_run_whose_folder_another_has_taken_saves_nothing_more(tmp_path, monkeypatch):
-    """As where locks are a machine's own."""
+    """As where locks hold only on one machine."""
     saved, save = [], Checkpoints.save
 
     def then_another_begins(self, step, *args):

@@ -38,9 +38,9 @@ def times(factor, found):
 
 
 def write_run(folder, found, architecture, errors):
-    """A run with the error at each step. Its EMA are these weights at the first; all others differ.
+    """A run with the given error at each step. At the first, its EMA are the given weights.
 
-    At step N they are 2^N times those at step 0; the raw weights are the EMA's negatives.
+    N steps later they are 2^N times those; the raw weights are the EMA's negatives.
     """
     checkpoints = Checkpoints(str(folder / "checkpoints"))
     for step, error in errors.items():
@@ -113,7 +113,7 @@ NAMES = {
 }
 
 
-# What each of several of one shape is here.
+# What each of several tensors of one shape is here.
 PLACES = {
     ("pycls", "vitc_tiny"): """
         stem.cstem2_bn.running_var=batch_stats/stem/norms/2/var
@@ -366,7 +366,7 @@ def test_a_model_is_loaded_with_its_weights(tmp_path):
 
 
 def test_predictions_are_those_of_evaluation():
-    """Also of a model that is in training, whose statistics would be those of the images."""
+    """Also of a model in training mode, which would use the statistics of the images."""
     model, images = networks.random_model("vitc_tiny"), networks.images_of(3, 32)
     expected = predict(model, images)
     np.testing.assert_allclose(expected, jax.nn.softmax(model(images)), rtol=1e-5)

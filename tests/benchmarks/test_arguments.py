@@ -1,4 +1,4 @@
-"""What no benchmark can count with is refused."""
+"""Numbers that no benchmark can use are refused."""
 
 import pytest
 

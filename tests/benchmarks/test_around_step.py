@@ -1,4 +1,4 @@
-"""What is around the steps is timed, each in a process of its own."""
+"""What surrounds the steps is timed, each part in a process of its own."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def test_around_step(tmp_path, monkeypatch, capsys):
     def in_this_process(function, *args):
         in_new_processes.append(function)
         jax.clear_caches()
-        compilation_cache.reset_cache()  # what is in memory: the files stay
+        compilation_cache.reset_cache()  # only what is in memory: the files stay
         result = function(*args)
         if function is around_step.compile_seconds:
             kept.append(sorted(os.listdir(args[-1])))

@@ -44,7 +44,7 @@ def quick_serve(pipe, case):
 
 @pytest.mark.usefixtures("shallow")
 def test_on_tpus_contenders_share_the_process(monkeypatch):
-    """One process alone can open a TPU. The threads are looked at, on the device here."""
+    """Only one process can open a TPU. Here the threads are tested, on whatever device there is."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert "and JAX runs on tpu" in contenders.missing("vitp_tiny", "torchvision")
     cases = [Case("vitp_tiny", name, 2, dtype="float32") for name in contenders.JAX[::2]]

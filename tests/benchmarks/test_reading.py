@@ -6,7 +6,7 @@ from benchmarks import reading
 
 
 def test_reading(tmp_path, capsys):
-    """What docs/data_on_a_pod.md decides by: the installed reader asks anew for every record."""
+    """docs/data_on_a_pod.md relies on this: the installed reader requests every record anew."""
     preflight = tmp_path / "records.jsonl"
     record = {"spec": "configs/vitc.py", "topology": "v5e:4x4", "hosts": 4}
     records = [record | {"images_per_second": speed} for speed in (8000.0, None)]

@@ -34,8 +34,8 @@ def test_kernels_of_a_small_program_by_hand():
 
 @pytest.mark.parametrize(
     ("name", "least", "most"),
-    # No gradient of the images is needed, and a multiplication and an addition are two. Of a ViT's
-    # last block nearly all is left out.
+    # A multiplication and an addition are two operations. The images need no gradient, and nearly
+    # all of a ViT's last block is left out.
     [("vitc_4gf", 5.4, 5.7), ("vitp_1gf", 5.4, 5.7), ("regnety_4gf", 5.9, 6.1)],
 )
 def test_the_roofline_counts_three_forward_passes(monkeypatch, name, least, most):

@@ -11,7 +11,7 @@ from tests.marks import needs_libtpu
 @pytest.mark.usefixtures("shallow")
 @needs_libtpu
 def test_tpu_cycles(tmp_path, monkeypatch, capsys):
-    """Of the compiler itself tests/test_preflight.py has more."""
+    """tests/test_preflight.py tests more of the compiler itself."""
     compiled = []
 
     def compile_step(traced, slice_, *, quick, known):

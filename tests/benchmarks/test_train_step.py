@@ -20,7 +20,7 @@ def test_train_step(tmp_path):
     flags = ["--models=vitp_tiny", "--batch=4", "--steps=1", "--repeats=3", f"--json={file}"]
     flags += ["--implementations", "convstem_jax", "torchvision", "timm"]
     flags += ["--xla_options", "xla_unheard_of=1"]
-    # As a file, of which the contenders' processes know too, and from anywhere.
+    # As a file, which the contenders' processes must find too, and from another folder.
     command = [sys.executable, ROOT / "benchmarks/train_step.py", *flags]
     command += ["--torch_mode=eager", "--matmul_size=64"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -77,7 +77,7 @@ def test_train_step_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsy
 
 
 class FakeContender:
-    """Takes so many seconds for each step of its turns."""
+    """Takes the next of `seconds` for each step of a turn."""
 
     def __init__(self, name, seconds, order):
         self.case = Case("vitp_1gf", name, batch=8)

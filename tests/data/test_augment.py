@@ -1,4 +1,4 @@
-"""Crops and flips: how they are drawn, and of which pixels they are."""
+"""Crops and flips: how they are drawn, and which pixels they take."""
 
 from unittest import mock
 

@@ -81,7 +81,7 @@ def test_operation_is_pillows(photographs, name, negate):
                 assert error.max() == 0, f"magnitude {magnitude}"
                 continue
             # Pillow cuts off the fraction of a level, OpenCV rounds and takes 32 steps between two
-            # pixels; and they part at the border of what is filled with grey.
+            # pixels; and they differ at the edge of the grey fill.
             assert (error > 1).mean() < 0.01, f"magnitude {magnitude}"
             if magnitude > 0:
                 assert np.abs(got.astype(int) - image).mean() > 3, "the operation does nothing"

@@ -30,7 +30,7 @@ def test_every_epoch_is_another_permutation_of_the_whole_split():
 
 
 def test_each_option_draws_anew_for_each_number():
-    """Of one image, whose every epoch is another view of it."""
+    """One image, of which every epoch is another view."""
     image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
 
     def seen(seed=0, **options):

@@ -1,4 +1,4 @@
-"""Folders of images are packed, or what is wrong with them is told."""
+"""Folders of images are packed, or what is wrong with them is reported."""
 
 import cv2
 import numpy as np

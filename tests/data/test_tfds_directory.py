@@ -16,7 +16,7 @@ from tests.data.embedded import DATASETS, NAME, ROOT
 
 
 def test_all_files_of_a_split_may_be_open(monkeypatch):
-    """ImageNet's training split has 1,024, and many machines allow 1,024 at first."""
+    """ImageNet's training split has 1,024, and many machines allow 1,024 open files at first."""
     _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))

@@ -24,7 +24,7 @@ SETTINGS = {
 
 
 def tool(name: str) -> str:
-    """A program that a Python package brought."""
+    """A program that a Python package has installed."""
     return str(Path(sys.executable).with_name(name))
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Stands for gcloud, kubectl, docker, sleep and others in the tests, under their names.
 #
-# It records its words in $FAKE_CALLS and answers from $FAKE_ANSWERS, whose lines are words, status
-# and output, with tabs in between. The first line whose words are all among the call's counts, and is
-# struck off if another has the same words. Without one it succeeds silently. The status Ctrl-C is
-# what a person presses.
+# It records its call in $FAKE_CALLS and answers from $FAKE_ANSWERS, whose lines are words, status and
+# output, separated by tabs. It takes the first line whose words are all in the call, and removes it
+# if a later one has the same words. Without one it succeeds silently. The status Ctrl-C interrupts
+# the calling script, as a person would.
 set -euo pipefail
 
 call=("${0##*/}" "$@")

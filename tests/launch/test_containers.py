@@ -23,7 +23,7 @@ def test_dockerfile():
         assert re.findall(r"-r (\S+)", install.replace("${DEVICE}", device)) == names
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert not {"convstem_jax", "configs", "datasets", "launch"} & set(ignored)
-    # Data that are not for others' eyes, among them.
+    # Private data, among others.
     of_git = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
     assert of_git <= {line.removeprefix("**/") for line in ignored}
 
@@ -48,7 +48,7 @@ def test_lock_files_fit_together(device):
     for key, pinned in more.items():
         if key[0] in names:
             assert any(base[k] == pinned for k in base if k[0] == key[0]), key
-    # What this JAX itself asks for.
+    # What this JAX itself requires.
     extra = {"gpu": "cuda12", "tpu": "tpu"}[device]
     for requirement in map(Requirement, importlib.metadata.requires("jax")):
         if requirement.marker and requirement.marker.evaluate({"extra": extra}):

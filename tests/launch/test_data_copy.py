@@ -9,7 +9,7 @@ SIZED = ["storage du", 0, f"{150 * GB}  gs://my-bucket/data\n"]
 
 
 def fill(cloud, answers, *, disk: int, memory: int, folder: str = "", **settings):
-    """Runs data.sh where disk and memory have so many GB; returns its result and what it did."""
+    """Runs data.sh with so many GB of disk and memory free; returns its result and what it did."""
     for name in ("sudo", "df", "free"):
         (cloud.folder / "bin" / name).symlink_to(FAKE)
     free = f"        total used free shared buff available\nMem: 9 9 9 9 9 {memory * GB}\n"
@@ -24,7 +24,7 @@ def test_data_go_to_the_disk_where_it_has_the_room(cloud):
     done, did = fill(cloud, [SIZED], disk=160, memory=10)
     assert done.returncode == 0, done.stderr
     assert did == [f"gcloud storage rsync --recursive gs://my-bucket/data {cloud.home}"]
-    assert "150 GB for" in done.stdout and "160 GB free" in done.stdout
+    assert "150 GB to copy to" in done.stdout and "160 GB free" in done.stdout
 
 
 def test_data_go_to_memory_where_the_disk_is_too_small(cloud):
@@ -37,7 +37,7 @@ def test_data_go_to_memory_where_the_disk_is_too_small(cloud):
 
 @pytest.mark.parametrize("size, memory", [(2 * 10**6, 1), (2 * 10**6 + 4000, 9)])
 def test_what_is_there_already_needs_no_room(cloud, size, memory):
-    """Files take whole pages, so that all of it may look larger than in the bucket."""
+    """Files take whole pages, so that the copy may look larger than the bucket."""
     (cloud.home / "part").write_bytes(bytes(2 * 10**6))
     du = ["storage du", 0, f"{size}  gs://my-bucket/data\n"]
     done, did = fill(cloud, [du], disk=1, memory=memory)
@@ -48,7 +48,7 @@ def test_what_is_there_already_needs_no_room(cloud, size, memory):
     ("answer", "memory", "folder", "status", "words"),
     [
         (SIZED, 180, "", 2, "150 GB of data"),
-        # A file system in memory that is there already, and too small.
+        # A file system in memory that already exists, and is too small.
         (SIZED, 900, "/dev/shm", 2, "150 GB of data"),
         (SIZED, 900, "/mnt/bucket/data", 2, "lies in the bucket"),
         (

@@ -15,7 +15,7 @@ def manifest(cloud, **settings) -> dict:
 
 
 def fits_schema(jobset: dict) -> bool:
-    """Whether every field is one of the JobSet's: the models drop the others."""
+    """Whether every field is in JobSet's schema: its models drop all others."""
     return JobsetV1alpha2JobSet.from_dict(jobset).to_dict() == jobset
 
 
@@ -74,7 +74,7 @@ def test_jobset_with_a_misspelt_field(cloud, path, name, wrong):
     + [(2, True, True)],
 )
 def test_jobset_after_a_failure(cloud, status, disrupted, again):
-    """Kubernetes takes the first rule that fits; without one it counts the failure, up to 0."""
+    """Kubernetes takes the first rule that fits, or else counts the failure; its limit is 0."""
     spec = manifest(cloud)["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     action = "Count"

@@ -1,6 +1,6 @@
 """What all scripts of launch/ have in common.
 
-After a change of what they do:
+After a change of what they do or print:
 
     UPDATE_GOLDEN=1 .venv/bin/python -m pytest -n0 tests/launch -k golden
 
@@ -17,7 +17,7 @@ from tests.launch.cloud import FAKE, LAUNCH, ROOT, tool
 
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 SOURCED = {"settings.sh", "shared.sh"}
-# The words after each script whose output is in golden/.
+# The arguments with which each script has its output in golden/.
 GOLDEN = {
     "data.sh": [""],
     "docker.sh": ["build", "run --config.epochs=1", "push"],
@@ -81,7 +81,7 @@ def test_golden(cloud, script):
         ("FIELDS", "lr", "give NAME=VALUE"),
         ("WORKDIR", "runs/first", "absolute"),
         ("SPOT", "maybe", "yes or no"),
-        ("MAX_FAILURES", "0", "from 1"),
+        ("MAX_FAILURES", "0", "1 or more"),
     ],
 )
 def test_wrong_settings(cloud, name, value, words):
@@ -101,7 +101,7 @@ def test_unknown_words(cloud, script):
 
 @pytest.mark.parametrize("words", ["tpu_vm.sh delete", "gke.sh delete", "docker.sh push"])
 def test_more_words_than_it_takes(cloud, words):
-    """Not the run of another name, as it may be meant."""
+    """It may be meant for the run `second`, and would act on this one."""
     done = cloud.run(f"launch/{words} second")
     assert done.returncode == 2 and "unexpected argument 'second'" in done.stderr
     assert cloud.calls() == []

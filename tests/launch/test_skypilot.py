@@ -20,7 +20,7 @@ def test_skypilot():
     recovery = {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75]}
     assert task["resources"]["job_recovery"] == recovery
     for part in ("setup", "run"):
-        # What is in capitals comes from outside.
+        # Names in capitals come from outside.
         command = [tool("shellcheck"), "--shell=bash", "--exclude=SC2153", "-"]
         done = subprocess.run(command, input=task[part], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
@@ -59,7 +59,7 @@ def test_skypilot_starts_the_program(node, tmp_path, device):
 
 
 def test_skypilot_gives_up_without_progress(node, tmp_path):
-    """A new checkpoint begins the count anew, and so does giving up: a person starts it then."""
+    """A new checkpoint resets the count; so does giving up, as a person then starts it again."""
     statuses = []
     for step in ("", "100", "", "", "", ""):
         folder = f"bucket/runs/convstem/checkpoints/{step}"

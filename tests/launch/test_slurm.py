@@ -9,7 +9,7 @@ from tests.launch.cloud import LAUNCH
 
 @pytest.fixture
 def cluster(cloud):
-    """A folder to submit from, where each of four processes ends with its word of $STATUSES."""
+    """A function that submits a job: each of four processes ends with its word of $STATUSES."""
     shutil.copytree(LAUNCH, cloud.folder / "code/launch")
     python = cloud.folder / "code/.venv/bin/python"
     python.parent.mkdir(parents=True)
@@ -60,7 +60,7 @@ def test_slurm_does_not_requeue_for_ever(cluster):
 
 
 def test_slurm_gives_up_without_progress(cluster, cloud):
-    """A new checkpoint begins the count anew."""
+    """A new checkpoint resets the count."""
     file = "commit_success.txt"
     saved = "", f"100/{file}", f"200/{file}", "", f"300/state/{file}"
     for step, num_calls in zip(saved, (1, 2, 3, 4, 4), strict=True):
@@ -77,7 +77,7 @@ def test_slurm_options():
     assert options["ntasks-per-node"] == options["gpus-per-node"], "JAX wants one for each GPU"
     [srun] = [line for line in lines if line.startswith("run srun")]
     assert "--cpus-per-task=" in srun, "srun does not take sbatch's by itself"
-    assert options["signal"] == "TERM@300"  # not B:, which would signal this script alone
+    assert options["signal"] == "TERM@300"  # not B:, which would signal only this script
     assert "requeue" in options and options["open-mode"] == "append"
 
 

@@ -24,7 +24,7 @@ def workers(*states: str, step: int = -1) -> list:
 
 
 def spot(cloud, answers: list, **settings):
-    """Runs tpu_spot.sh; returns its result, what it did without looking, and its waits."""
+    """Runs tpu_spot.sh; returns its result, what it did besides checking, and its waits."""
     cloud.answer(answers)
     (cloud.folder / "bin/git").symlink_to(FAKE)
     done = cloud.run("launch/tpu_spot.sh", **{"MAX_FAILURES": "4", **settings})
@@ -173,7 +173,7 @@ def test_spot_ends_where_google_refuses_to_tell(cloud):
 
 
 def test_a_run_keeps_its_settings(cloud):
-    """Those of its beginning, whatever is committed or edited while it is watched."""
+    """Those it began with, whatever is committed or edited while it is watched."""
     script = '. launch/shared.sh; bash -c "echo \\$COMMIT \\$RUN_NAME"'
     done = cloud.run(shlex.join(["env", "-u", "COMMIT", "-u", "RUN_NAME", "bash", "-c", script]))
     commit, name = done.stdout.split()
@@ -182,7 +182,7 @@ def test_a_run_keeps_its_settings(cloud):
 
 @pytest.mark.parametrize("words", [DESCRIBE, NODE])
 def test_spot_deletes_nothing_while_google_does_not_answer(cloud, words):
-    """Nor does it tell the same every minute."""
+    """Nor does it repeat itself every minute."""
     silent = [[words, 1, "ERROR: Reauthentication failed\n"]] * 40
     answers = [*silent, ACTIVE, READY, workers("running", "running"), workers("0", "0")]
     done, did, waits = spot(cloud, answers)
@@ -232,7 +232,7 @@ def test_spot_replaces_a_machine_that_does_not_become_ready(cloud, node):
     ],
 )
 def test_spot_ends_where_gcloud_refuses_the_command(cloud, before, words, did):
-    """Only on machines that it requested itself and never reached there cannot be a healthy run."""
+    """Only machines that it requested itself and never reached cannot have a healthy run."""
     refused = [words, 2, "ERROR: unrecognized arguments: --flag\n"]
     done, what, _ = spot(cloud, [*before, refused])
     assert done.returncode == 2 and "SSH_FLAGS" in done.stdout and what == did
@@ -301,8 +301,8 @@ def test_spot_says_that_no_checkpoint_comes(cloud):
     states = [workers("running", "running", step=5)] * 125 + [workers("0", "0", step=5)]
     done, did, _ = spot(cloud, [ACTIVE, READY, *states])
     assert done.returncode == 0 and did == ["delete"]
-    assert done.stdout.count("no new checkpoint in 60 looks") == 1
-    assert done.stdout.count("no new checkpoint in 120 looks") == 1
+    assert done.stdout.count("no new checkpoint in 60 checks") == 1
+    assert done.stdout.count("no new checkpoint in 120 checks") == 1
 
 
 def test_spot_stops_workers_that_wait_for_a_lost_one(cloud):
@@ -317,7 +317,7 @@ def test_spot_gives_up_and_counts_anew_after_a_checkpoint(cloud):
     states = [*lost, workers("running", "running", step=6), workers("75", "75", step=6)]
     done, did, waits = spot(cloud, [ACTIVE, READY, *states])
     assert done.returncode == 75
-    # Three failures, a checkpoint, then three and the fourth.
+    # Three failures, a checkpoint, then three more and the fourth.
     assert waits == [60, 120, 240, 60, 60, 120, 240]
     assert "checkpoint of step 6" in done.stdout
     replaced = [*["setup", "start"] * 2, "log", "delete"]
@@ -351,7 +351,7 @@ def test_spot_says_when_it_cannot_delete(cloud):
 
 @pytest.mark.parametrize("after", [ACTIVE, NOT_FOUND])
 def test_spot_tries_again_to_delete(cloud, after):
-    """Where the request's answer was lost, it may be gone."""
+    """If only the answer was lost, the machine may be gone."""
     answers = [ACTIVE, after, READY, workers("0", "0"), [DELETE, 1, "reset\n"], [DELETE, 0, ""]]
     done, did, waits = spot(cloud, answers)
     assert done.returncode == 0 and "no machine is left" in done.stdout

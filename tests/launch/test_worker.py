@@ -23,7 +23,7 @@ class Worker:
         return done.stdout
 
     def wait(self, state: str, seconds: float = 20) -> str:
-        """Until its state is another than this; returns that."""
+        """Waits until its state is no longer this one; returns the new one."""
         deadline = time.monotonic() + seconds
         while True:
             name, host, now, step = self(f"state {self.workdir}").split()
@@ -52,7 +52,7 @@ def test_worker_sets_up_again_where_a_program_fails(worker, status):
 
 
 def set_up(worker, answers, *more: str) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """Its result, and what root did, where there are also these programs."""
+    """Runs set-up where these programs exist too; returns its result and what root did."""
     names = ("sudo", "stat", "mountpoint", "sleep", "python3", ".local/bin/uv")
     (worker.cloud.home / ".local/bin").mkdir(parents=True)
     for name in (*names, *more):
@@ -103,7 +103,7 @@ def test_worker_tells_why_the_bucket_cannot_be_mounted(worker):
 
 
 def test_worker_does_not_wait_for_a_bucket_that_hangs(worker):
-    """Its processes cannot be ended."""
+    """Processes that wait for it cannot be ended."""
     find = worker.cloud.folder / "bin/find"
     find.write_text("#!/bin/bash\ntrap '' TERM\nexec sleep 15\n")
     find.chmod(0o755)
@@ -124,7 +124,7 @@ def test_worker_starts_and_tells_the_exit_status(worker):
     for finished in ("90", "100", "100/state", "110/state", "old200"):  # 110 is being saved
         (worker.workdir / "checkpoints" / finished).mkdir(parents=True)
         (worker.workdir / "checkpoints" / finished / "commit_success.txt").touch()
-    # What it leaves behind holds nothing up.
+    # A process that it leaves behind holds nothing up.
     go = worker.folder / "go"
     job = f"sleep 9 & echo told; until [[ -e {go} ]]; do sleep 0.05; done; exit 5"
     assert worker(f"start bash -c '{job}'") == "started\n"
