@@ -40,9 +40,12 @@ make_room() {
     say "$(gigabytes "$bytes") to copy to $DATA_DIR, which has $(gigabytes "$disk") free"
     return
   fi
+  if mountpoint --quiet "$DATA_DIR"; then
+    die "$(gigabytes "$bytes") of data, but what is mounted at $DATA_DIR has $(gigabytes "$disk") free:" \
+      "make room there, or name another DATA_DIR"
+  fi
   memory=$(free --bytes | awk '/^Mem:/ {print $7}')
-  if mountpoint --quiet "$DATA_DIR" ||
-    ((memory < bytes + SPARE + MEMORY_RESERVE_GB * 1000000000)); then
+  if ((memory < bytes + SPARE + MEMORY_RESERVE_GB * 1000000000)); then
     die "$(gigabytes "$bytes") of data, but $DATA_DIR has $(gigabytes "$disk") free and the memory" \
       "$(gigabytes "$memory"), of which MEMORY_RESERVE_GB=$MEMORY_RESERVE_GB must stay free: lower" \
       "that, or share a disk that holds the data (docs/data_on_a_pod.md)"

@@ -9,7 +9,7 @@
 : "${BUCKET:=}"
 
 # --- The run ---
-: "${RUN_NAME:=convstem}"             # of the machine, job or container, and of the run's folder
+: "${RUN_NAME:=convstem}"             # of the machine, JobSet or container, and of the run's folder
 : "${CONFIG:=configs/vitc.py:4gf}"    # as after --config
 : "${FIELDS:=}"                       # fields to override, without spaces in them: "lr=5e-4 epochs=50"
 # A folder shared by all machines of the run; without a BUCKET, one in this repository.
@@ -43,7 +43,7 @@
 : "${BACKOFF_SECONDS:=60}"            # wait after the first failure; doubles with each further one
 : "${BACKOFF_MAX_SECONDS:=1800}"
 : "${MAX_FAILURES:=20}"               # in a row, without a new checkpoint, before giving up; SLURM too
-: "${DELETE_AT_END:=yes}"             # yes: tpu_spot.sh deletes the machine, however the run ends
+: "${DELETE_AT_END:=yes}"             # yes: tpu_spot.sh deletes the machine when the run ends or it gives up
 
 # --- Containers: launch/docker.sh, launch/gke.sh ---
 : "${IMAGE:=convstem_jax}"            # REGION-docker.pkg.dev/PROJECT/REPOSITORY/convstem_jax to push

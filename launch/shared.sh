@@ -81,7 +81,7 @@ check_settings() {
   # Before anything else is printed: this address may hold a password.
   [[ ! $REPOSITORY =~ ://[^/]*@ ]] ||
     die "REPOSITORY holds a user name or password: remove it; machines read it without"
-  must_match RUN_NAME '[a-z][-a-z0-9]{0,38}[a-z0-9]' "2 to 40 of a-z, 0-9 and -, as in vitc-4gf"
+  must_match RUN_NAME '[a-z][-a-z0-9]{0,38}[a-z0-9]' "2 to 40 of a-z, 0-9 and -, a letter first and no - last"
   must_match CONFIG '[^ ]+\.py(:.*)?' "a configuration, as in configs/vitc.py:18gf,sgd"
   must_match WORKDIR '/.+' "an absolute path that all machines share"
   must_match DATA_DIR '(/.+)?' "an absolute path, or nothing"

@@ -11,7 +11,11 @@
 # $BACKOFF_MAX_SECONDS until a new checkpoint resets them; after $MAX_FAILURES failures without one
 # the script gives up. An error that a person must fix (configuration, data, checkpoint, not finite,
 # a bug) ends it at once. If Google does not answer, for want of a network or a login here, say, it
-# waits. Exit status: the run's; 75 if it gave up; 10 if the machine could not be deleted and costs
+# waits. At its end it deletes the machine ($DELETE_AT_END); after Ctrl-C the machine stays, and costs
+# money.
+#
+# Exit status: the run's; 1 also if set-up failed again and again; 2 also for a wrong setting, refused
+# access or another user's run; 75 if it gave up; 10 if the machine could not be deleted and costs
 # money; 130 for Ctrl-C.
 
 # shellcheck source=launch/shared.sh

@@ -122,11 +122,12 @@ is_free() { flock --nonblock "$files/lock" true; }
 stop() {
   if is_free; then return; fi
   run kill "$(<"$files/pid")" || true
+  [[ $dry_run == no ]] || return 0
   for _ in $(seq 120); do
     if is_free; then return; fi
     sleep 1
   done
-  run kill -KILL "$(<"$files/pid")"
+  kill -KILL "$(<"$files/pid")"
 }
 
 log() {

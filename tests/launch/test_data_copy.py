@@ -49,7 +49,7 @@ def test_what_is_there_already_needs_no_room(cloud, size, memory):
     [
         (SIZED, 180, "", 2, "150 GB of data"),
         # A file system in memory that already exists, and is too small.
-        (SIZED, 900, "/dev/shm", 2, "150 GB of data"),
+        (SIZED, 900, "/dev/shm", 2, "what is mounted at /dev/shm"),
         (SIZED, 900, "/mnt/bucket/data", 2, "lies in the bucket"),
         (
             ["storage du", 1, "ERROR: URLs matched no objects: gs://…\n"],

@@ -148,6 +148,9 @@ def test_worker_starts_once(worker):
     assert worker("start echo never") == "already running\n"
     while not ready.exists():
         time.sleep(0.02)
+    since = time.monotonic()
+    assert worker("--dry-run stop").startswith("kill ") and time.monotonic() < since + 30
+    assert worker(f"state {worker.workdir}").split()[2] == "running"
     worker("stop")
     assert worker.wait("running") == "75"
     assert worker("log") == "saved\n"
