@@ -7,9 +7,9 @@
     python -m convstem_jax.study --config configs/study.py:full,colour,num_seeds=5
 
 `quick`, the first, runs all experiments with few trials on a part of the embedded data:
-it shows that everything works, but decides little. `cpu` decides more: results/study holds
-`cpu,num_seeds=6`, 68 minutes on 2 cores of an Intel Xeon. `full` and `imagenet` have not been run
-yet; the latter has the paper's optima and intervals. `colour` is the harder set of
+it shows that everything works, but has too few to decide a claim. `cpu` has enough: results/study
+holds `cpu,num_seeds=6`, 68 minutes on 2 cores of an Intel Xeon. `full` and `imagenet` have not been
+run yet; the latter has the paper's optima and intervals. `colour` is the harder set of
 `convstem_jax.study.colour_set`, in place of the grey Fashion-MNIST.
 """
 

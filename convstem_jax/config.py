@@ -11,6 +11,7 @@ import sys
 
 import ml_collections
 
+from convstem_jax import files
 from convstem_jax.errors import ConfigError, first_line
 from convstem_jax.models import MODELS
 from convstem_jax.optim import OPTIMIZERS
@@ -26,20 +27,27 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     path, _, arg = spec.partition(":")
     if not (os.path.isfile(path) and path.endswith(".py")):
         wrong = "a Python file" if os.path.exists(path) else f"there, seen from {os.getcwd()}"
-        raise ConfigError(f"--config {path} is not {wrong}: configs/ holds those of this project")
+        hint = "configs/ holds those of this project"
+        for name in (f"{path}.py", f"configs/{path}.py"):
+            hint = f"did you mean {name}?" if os.path.isfile(name) else hint
+        raise ConfigError(f"--config {path} is not {wrong}: {hint}")
     name = f"config_{os.path.splitext(os.path.basename(path))[0]}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(path))))  # `import configs`
+    # `import configs`: of the file's own project, else of this one.
+    folders = [os.path.dirname(os.path.dirname(os.path.abspath(x))) for x in (path, __file__)]
+    before, sys.path = sys.path, [folders[0], *sys.path, folders[1]]
     try:
         module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"--config {path} has no function get_config(arg)")
         return module.get_config(arg).lock()
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"--config {spec} fails with {first_line(error)}") from error
     finally:
-        sys.path.pop(0)
+        sys.path = before
 
 
 def load_run_config(workdir: str) -> ml_collections.ConfigDict:
@@ -50,7 +58,7 @@ def load_run_config(workdir: str) -> ml_collections.ConfigDict:
     """
     workdir = os.path.expanduser(workdir)
     if not os.path.exists(workdir):
-        raise ConfigError(f"{workdir} is not there")
+        raise ConfigError(files.not_there(workdir))
     if not os.path.isdir(workdir):
         raise ConfigError(
             f"{workdir} is not a run's folder: give --config to say what the images are"
@@ -59,6 +67,8 @@ def load_run_config(workdir: str) -> ml_collections.ConfigDict:
         with open(os.path.join(workdir, "config.json")) as file:
             fields = json.load(file)
         fields = {name: fields[name] for name in RULES}
+    except FileNotFoundError as error:
+        raise ConfigError(f"{workdir} is not a run's folder: it has no config.json") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{workdir} has no config.json of this version ({first_line(error)}): give --config"
@@ -74,7 +84,7 @@ def split_argument(arg: str) -> tuple[list[str], dict[str, str]]:
     """Words and fields of an argument such as `18gf,sgd,mean=(0.5, 0.5, 0.5)`.
 
     Raises:
-        ConfigError: a bracket has no partner.
+        ConfigError: a bracket has no partner, or a field is there twice.
     """
     parts, depth = [""], 0
     for char in arg:
@@ -87,7 +97,11 @@ def split_argument(arg: str) -> tuple[list[str], dict[str, str]]:
         raise ConfigError(f"a bracket of {arg} has no partner")
     parts = [part.strip() for part in parts]
     words = [part for part in parts if part and "=" not in part]
-    return words, dict(part.split("=", 1) for part in parts if "=" in part)
+    fields = [part.split("=", 1) for part in parts if "=" in part]
+    names = [name for name, _ in fields]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"{arg} sets {twice[0]} twice")
+    return words, dict(fields)
 
 
 def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
@@ -130,8 +144,9 @@ def set_fields(config: ml_collections.ConfigDict, fields: dict[str, str]) -> Non
         is_other = fields.get(name) in known and fields[name] != config[name]
         if is_other and not {"lr", "wd"} <= fields.keys():
             raise ConfigError(
-                f"config.{name}={fields[name]} alone would keep the lr and wd of another: give "
-                "both too, or choose by a word after the configuration file, as in FILE.py:sgd"
+                f"config.{name}={fields[name]} alone would keep lr={config.lr:g} and "
+                f"wd={config.wd:g}, which are those of {config[name]}: give both too, or choose by "
+                "a word after the configuration file, as in vitc.py:18gf,sgd"
             )
     size = MODELS[fields["model"]].image_size if fields.get("model") in MODELS else None
     if size not in (None, config.image_size) and not {"image_size", "eval_resize"} <= fields.keys():

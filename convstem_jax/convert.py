@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from convstem_jax import command_line, files, layouts, weights
-from convstem_jax.errors import CheckpointError, ConfigError, UserError, first_line
+from convstem_jax.errors import CheckpointError, ConfigError, UserError
 from convstem_jax.models import MODELS
 from convstem_jax.terminal import new_parser, tell, writable
 
@@ -51,7 +51,7 @@ def read_torch(path: str, *, raw: bool = False) -> dict[str, np.ndarray]:
         CheckpointError: it cannot be read, or holds something other than tensors.
     """
     if not os.path.exists(path):
-        raise ConfigError(f"{path} is not there")
+        raise ConfigError(files.not_there(path))
     if path.endswith(".safetensors"):
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
@@ -68,8 +68,8 @@ def read_torch(path: str, *, raw: bool = False) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file raises anything
         raise CheckpointError(
-            f"{path} is refused: it is damaged, or holds more than tensors, such as code "
-            f"({first_line(error)})"
+            f"{path} is refused: it is damaged, or holds more than tensors, such as code: save "
+            f"model.state_dict() ({type(error).__name__})"
         ) from error
     for key in ("model_state", "ema_state") if raw else ("ema_state", "model_state"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -162,7 +162,9 @@ def main(argv: list[str] | None = None) -> int:
         "--model", choices=MODELS, metavar="NAME",
         help="model of a source with --from; one of " + ", ".join(MODELS),
     )  # fmt: skip
-    parser.add_argument("--num_classes", type=int, help="of a source with --from (default: 1000)")
+    parser.add_argument(
+        "--num_classes", type=int, help="of a source with --from (default: its own)"
+    )
     parser.add_argument(
         "--image_size", type=int, help="of a source with --from (default: the model's own)"
     )
@@ -174,11 +176,13 @@ def main(argv: list[str] | None = None) -> int:
             image_size = args.image_size
             if image_size is None:
                 image_size = MODELS[args.model].image_size
-            num_classes = 1000 if args.num_classes is None else args.num_classes
-            architecture = weights.Architecture(args.model, num_classes, image_size)
-            shapes = architecture.shapes()
             state = read_torch(args.source, raw=args.raw)
-            converted = layouts.from_torch(state, shapes, args.source_layout)
+            num_classes = args.num_classes
+            if num_classes is None:
+                like = weights.Architecture(args.model, 1, image_size).shapes()
+                num_classes = layouts.num_classes(state, like, args.source_layout)
+            architecture = weights.Architecture(args.model, num_classes, image_size)
+            converted = layouts.from_torch(state, architecture.shapes(), args.source_layout)
         else:
             converted, architecture = weights.load(args.source, raw=args.raw, step=args.step)
         if args.target_layout:

@@ -1,7 +1,8 @@
-"""Writes files that are whole or not there at all."""
+"""Writes files that are whole or not there at all; says what is not there."""
 
 from collections.abc import Iterable, Iterator
 import contextlib
+import difflib
 import json
 import os
 from typing import IO
@@ -25,6 +26,16 @@ def replacing(path: str, mode: str) -> Iterator[IO]:
         with contextlib.suppress(OSError):
             os.remove(unfinished)
         raise
+
+
+def not_there(path: str) -> str:
+    """What to say of a path that does not exist: with the most similar name of its folder."""
+    folder, name = os.path.split(path.rstrip("/"))
+    names = []
+    with contextlib.suppress(OSError):
+        names = os.listdir(folder or ".")
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"{path} is not there" + "".join(f": is it {os.path.join(folder, x)}?" for x in near)
 
 
 def write(path: str, content: str | bytes) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from convstem_jax.errors import CheckpointError
 from convstem_jax.step import PyTree
-from convstem_jax.weights import misfits
+from convstem_jax.weights import listed, misfits
 
 _VIT = {
     "torchvision": {
@@ -146,7 +146,7 @@ def from_torch(state: dict[str, np.ndarray], like: PyTree, layout: str) -> PyTre
         layout: one of `LAYOUTS`; both layouts of pycls's ViT are read.
 
     Raises:
-        CheckpointError: listing all tensors that are missing, unknown, misshaped or not finite.
+        CheckpointError: listing tensors that are missing, unknown, misshaped or not finite.
     """
     wrong, found = [], {}
     for name, x in state.items():
@@ -161,14 +161,18 @@ def from_torch(state: dict[str, np.ndarray], like: PyTree, layout: str) -> PyTre
     wanted = {name: _transpose(kind, np.empty(shape, np.bool_)) for _, name, kind, shape in names}
     wrong += misfits(found, wanted)
     if wrong:
-        raise CheckpointError(
-            f"these are not {layout} weights of this model; {len(wrong)} tensors do not fit:\n  "
-            + "\n  ".join(wrong)
-        )
+        raise CheckpointError(f"these are not {layout} weights of this model; {listed(wrong)}")
     flat = {
         path: _transpose_back(kind, found[name].astype(np.float32)) for path, name, kind, _ in names
     }
     return {"batch_stats": {}} | traverse_util.unflatten_dict(flat)
+
+
+def num_classes(state: dict[str, np.ndarray], like: PyTree, layout: str) -> int:
+    """Number of classes of a state dict's head, 1000 if it has none; arguments as `from_torch`."""
+    names = {path: name for path, _, name, _ in _names(like, layout)}
+    head = names["params", "head", "bias"]
+    return next((x.size for name, x in state.items() if _rename(name, layout) == head), 1000)
 
 
 def _rename(name: str, layout: str) -> str:

@@ -36,10 +36,10 @@ def print_overview(
             f"each batch has images more than once: config.batch_size={config.batch_size:,} is "
             f"more than the {num_images:,} training images"
         )
-    if num_steps <= config.ema_every:
+    if (age := (num_steps - 1) % config.ema_every) > num_steps / 10:
         print(
-            "the EMA is updated only once, after the first step, and the errors are the EMA's: "
-            f"lower config.ema_every={config.ema_every} for a run of {num_steps} steps"
+            f"the errors are the EMA's, which is last updated {age} of {num_steps} steps before "
+            f"the end: lower config.ema_every={config.ema_every}"
         )
     # The rates of a run's EMA updates add up to this, whatever its batch size and epochs.
     if (moved := config.ema_alpha * num_images) < 3:

@@ -103,7 +103,7 @@ def validate(config) -> None:
     if config.eval_resize < config.image_size:
         raise ConfigError(
             f"config.eval_resize={config.eval_resize} is below config.image_size="
-            f"{config.image_size}: the centre crop would not fit"
+            f"{config.image_size}, and the centre crop would not fit: change both"
         )
 
 
@@ -128,7 +128,7 @@ def check_fields(config, rules) -> None:
 
 def unknown_field(name: str, known) -> ConfigError:
     """The error for a field that is not among the `known`; it suggests the nearest of them."""
-    short = {"learning_rate": "lr", "weight_decay": "wd"}
+    short = {"learning_rate": "lr", "weight_decay": "wd", "workdir": "--workdir"}
     nearest = difflib.get_close_matches(name, [*known, *short], n=1, cutoff=0.5)
     nearest = [short.get(x, x) for x in nearest]
     hint = f"did you mean '{nearest[0]}'?" if nearest else f"fields are {', '.join(known)}"

@@ -199,8 +199,11 @@ def _has_populations(workdir: str) -> bool:
 
 
 def _check_same(old: dict, new: dict, workdir: str) -> None:
+    old = {"architecture": new.get("architecture")} | old  # earlier versions did not record it
     differ = [
-        f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
+        "the data have changed since"
+        if name == "fingerprints"
+        else f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
         for name in sorted(old.keys() | new.keys())
         if name not in FREE_FIELDS and old.get(name) != new.get(name)
     ]

@@ -27,6 +27,7 @@ from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import Preempted, UserError
 from convstem_jax.evaluation import evaluate, precise_batch_stats
 from convstem_jax.lead import Lead
+from convstem_jax.models import MODELS
 from convstem_jax.overview import print_overview
 from convstem_jax.rules import validate
 from convstem_jax.sharding import Sharding, room_left
@@ -67,6 +68,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             "eval_examples": len(eval_split),
             "num_classes": train_split.num_classes,
             "fingerprints": [train_split.fingerprint(), eval_split.fingerprint()],
+            "architecture": str(MODELS[config.model]),  # which the code may change meanwhile
         }
     processes.check_same(
         str(data["fingerprints"]),
@@ -75,7 +77,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     workdir = run_folder.prepare(workdir, config, data, train_split.class_names)
     if (result := run_folder.read_result(workdir)) is not None:
         if processes.is_first():
-            print("this run is finished; its result:")
+            print(f"this run is finished, by commit {result.get('commit')}; its result:")
             _print_result(workdir, result)
         return result
 

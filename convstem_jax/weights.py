@@ -15,7 +15,7 @@ import numpy as np
 from convstem_jax import files, run_folder
 from convstem_jax.checkpoint import Checkpoints
 from convstem_jax.errors import CheckpointError, ConfigError
-from convstem_jax.models import create_model
+from convstem_jax.models import MODELS, create_model
 from convstem_jax.sharding import without_mesh
 from convstem_jax.step import PyTree, by_name, split_model
 
@@ -98,15 +98,15 @@ def load(
         return _load_run(path, raw, step)
     if raw or step is not None:
         raise ConfigError(f"raw and step are for a run's folder: {path} is one state")
-    convert = "convert it first, with python -m convstem_jax.convert"
+    convert = "convert it first, with python -m convstem_jax.convert --from LAYOUT"
     import safetensors  # here, since a study does not need it
 
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             names, metadata = file.keys(), file.metadata() or {}
             found = {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} is not there") from error
+    except FileNotFoundError:
+        raise ConfigError(files.not_there(path)) from None
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{path} is neither a run's folder nor a safetensors file ({error}). Another project's "
@@ -151,10 +151,7 @@ def _check_fit(path: str, found: dict[str, np.ndarray], architecture: Architectu
         raise CheckpointError(f"{path} describes no model of this version: {error}") from error
     wrong = misfits(found, wanted)
     if wrong:
-        raise CheckpointError(
-            f"{path} does not hold a {architecture.model}; {len(wrong)} tensors do not fit:\n  "
-            + "\n  ".join(wrong)
-        )
+        raise CheckpointError(f"{path} does not hold a {architecture.model}; {listed(wrong)}")
 
 
 def misfits(found: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> list[str]:
@@ -174,13 +171,22 @@ def misfits(found: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> list[
     return sorted(wrong)
 
 
+def listed(wrong: list[str]) -> str:
+    """The first of the `misfits`, and how many there are."""
+    more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
+    return "\n  ".join([f"{len(wrong)} tensors do not fit:", *wrong[:10], *more])
+
+
 def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Architecture]:
     try:
         is_run = run_folder.has_checkpoint(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not is_run:
-        raise ConfigError(f"{path} holds no checkpoint: name the folder of a run")
+        above = [os.path.dirname(os.path.abspath(path))]
+        above.append(os.path.dirname(above[0]))
+        run = next(filter(run_folder.has_checkpoint, above), "the folder of a run")
+        raise ConfigError(f"{path} holds no checkpoint: name {run}")
     if step not in (None, "best") and not isinstance(step, (int, np.integer)):
         raise ConfigError(f"step is {step!r}: give a number of updates, or 'best'")
     try:
@@ -189,6 +195,9 @@ def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Ar
         model, image_size = config["model"], config["image_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}/config.json cannot be read: {error}") from error
+    now = str(MODELS.get(model))
+    if (trained := config.get("architecture", now)) != now:
+        raise CheckpointError(f"{path} was trained when {model} was {trained}; now it is {now}")
     folder = os.path.abspath(os.path.join(path, "checkpoints"))
     checkpoints = Checkpoints(folder, read_only=True)
     try:

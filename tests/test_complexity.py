@@ -74,6 +74,11 @@ def test_a_small_network_by_hand():
     assert count.params == params + 4 * 8 + 8 + 8 * 4 + 4 + head
 
 
+def test_small_models_have_three_digits_too(capsys):
+    assert complexity.main(["--model", "vitc_tiny", "--num_classes", "10"]) == 0
+    assert " 0.00292 " in capsys.readouterr().out
+
+
 def test_json_and_markdown(capsys):
     assert complexity.main(["--model", "vitp_18gf", "--format", "json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)

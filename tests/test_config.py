@@ -1,6 +1,8 @@
 """Configurations: the paper's values, the argument string, and every refusal."""
 
 import itertools
+import os
+import sys
 
 import pytest
 
@@ -86,7 +88,7 @@ def test_fields_in_the_argument():
     [
         ("configs/vitc.py:17gf", "'17gf' .* is none of 4gf, 1gf"),
         ("configs/vitc.py:1gf,18gf", "'1gf' and '18gf' .* give one"),
-        ("configs/vitc.py:optimizer=sgd", "config.optimizer=sgd alone would keep the lr and wd"),
+        ("configs/vitc.py:optimizer=sgd", "optimizer=sgd alone would keep lr=0.001 and wd=0.24"),
         ("configs/vitc.py:model=regnety_16gf,lr=1,wd=0", "is made for 256 pixels and this .* 224"),
         ("configs/vitc.py:epocs=3", "unknown config field 'epocs': did you mean 'epochs'"),
         ("configs/study.py:optimizer=sgd", "unknown config field 'optimizer'"),
@@ -98,12 +100,30 @@ def test_fields_in_the_argument():
         ("configs/vitc.py:mean=(0.1,0.2,lr=1", "a bracket of .* has no partner"),
         ("configs/none.py", "configs/none.py is not there, seen from /"),
         ("README.md", "README.md is not a Python file"),
-        ("tests/__init__.py", "fails with AttributeError: .*get_config"),
+        ("tests/__init__.py", r"has no function get_config\(arg\)"),
+        ("configs/vitc", "did you mean configs/vitc.py"),
+        ("quickstart", "did you mean configs/quickstart.py"),
+        ("configs/vitc.py:epochs=3,wd=0,epochs=4", "sets epochs twice"),
+        ("configs/vitc.py:workdir=runs/a", "did you mean '--workdir'"),
     ],
 )
 def test_wrong_arguments_are_refused(spec, message):
     with pytest.raises(ConfigError, match=message):
         load_config(spec)
+
+
+def test_a_file_in_any_folder_may_use_ours(tmp_path, monkeypatch):
+    """As `configs`, where the package alone is installed; without that, modules are not found."""
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", os.getcwd())])
+    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "own.py").write_text(
+        "from configs import quickstart\n\n"
+        "def get_config(arg):\n    config = quickstart.get_config(arg)\n"
+        "    config.epochs = 2.5\n    return config\n"
+    )
+    before = list(sys.path)
+    assert load_config(f"{tmp_path}/own.py").epochs == 2.5 and sys.path == before
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,11 @@ def test_studies_of_the_same_are_reported_as_one(finished, tmp_path, capsys):
     found = json.loads((tmp_path / "both" / "verdicts.json").read_text())
     assert next(claim for claim in found if claim["name"] == "peak")["num_values"] == 7
 
+    made_up.write(tmp_path / "few", num_seeds=3)
+    assert report.main([str(tmp_path / "few")]) == 0
+    assert "undecided     peak (from 3, of 4 needed)" in capsys.readouterr().out
+    assert "| 3, of 4 needed" in (tmp_path / "few/report/report.md").read_text()
+
     config = json.loads((finished / "config.json").read_text()) | {"batch_size": 7}
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     assert report.main(folders) == 2

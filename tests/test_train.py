@@ -1,5 +1,6 @@
 """Whole runs: interrupted and not, finite and not, on embedded data and on a tiny ImageNet."""
 
+import dataclasses
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from convstem_jax.data import pipeline, sources
 from convstem_jax.errors import ConfigError, NotFiniteError, Preempted
 from convstem_jax.lead import AHEAD, Lead
 from convstem_jax.metrics import read_jsonl
+from convstem_jax.models import MODELS
 from tests.profiles import profiled_steps
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -149,6 +151,8 @@ def test_a_run_is_evaluated_as_it_was_in_training(uninterrupted, capsys):
         (workdir, ["--config.eval_split=absent"], 2, "absent"),
         (workdir / "config.json", [], 2, "give --config"),
         (workdir / "nothing", [], 2, "nothing is not there"),
+        (workdir / "checkpoint", [], 2, f"is not there: is it {workdir}/checkpoints?"),
+        (workdir / "checkpoints", [], 2, "is not a run's folder: it has no config.json"),
     ):
         assert evaluate.main([str(path), *flags]) == status
         error = capsys.readouterr().err
@@ -157,8 +161,22 @@ def test_a_run_is_evaluated_as_it_was_in_training(uninterrupted, capsys):
 
 def test_a_run_does_not_go_on_with_other_images(uninterrupted, monkeypatch):
     monkeypatch.setattr(sources.Split, "fingerprint", lambda self: "other")
-    with pytest.raises(ConfigError, match="fingerprints is .* there and .*other.* here"):
+    with pytest.raises(ConfigError, match="the data have changed since"):
         train_module.train(config(**RECIPE, eval_split=PART), str(uninterrupted[0]))
+
+
+def test_another_network_of_the_same_name_is_noticed(uninterrupted, monkeypatch, capsys):
+    workdir, result, _ = uninterrupted
+    train_module.train(config(**RECIPE, eval_split=PART), str(workdir))
+    assert f"this run is finished, by commit {result['commit']}" in capsys.readouterr().out
+    other = dataclasses.replace(MODELS["vitc_tiny"], stem_strides=(1, 2, 4))  # weights would fit
+    monkeypatch.setitem(MODELS, "vitc_tiny", other)
+    with pytest.raises(
+        ConfigError, match=r"architecture is .*\(2, 2, 2\).* there and .*\(1, 2, 4\)"
+    ):
+        train_module.train(config(**RECIPE, eval_split=PART), str(workdir))
+    assert evaluate.main([str(workdir)]) == 4
+    assert "was trained when vitc_tiny was ViTSpec(" in capsys.readouterr().err
 
 
 def test_other_classes_of_the_same_number_are_noticed(uninterrupted, tmp_path, capsys, monkeypatch):
@@ -354,7 +372,7 @@ def test_precise_statistics_are_what_is_evaluated_and_saved(tmp_path, capsys, mo
         errors[num] = train_module.train(config(**fields), str(tmp_path / num))
         said = capsys.readouterr().out
         assert said.count("256 training images give BatchNorm's statistics") == (num == "256")
-        assert "the EMA is updated only once, after the first step" in said
+        assert "is last updated 1 of 2 steps before the end: lower config.ema_every" in said
         assert ("at the end the EMA is still 37% what it was" in said) == (num == "0")
     assert [(1e9 - before, 1e9 - room()) for room, before in rooms] == [
         (0, 0), (256 * 32 * 32 * 3, 0),

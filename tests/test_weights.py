@@ -69,7 +69,7 @@ def test_every_way_round_is_bit_exact(name, tmp_path, capsys):
     """Each layout in each container, one after the other."""
     original, architecture = random_weights(name)
     weights.save(str(tmp_path / "a.safetensors"), original, architecture)
-    model = ["--model", name, "--num_classes", 10]
+    model = ["--model", name]
     source = tmp_path / "a.safetensors"
     for layout in ("torchvision", "pycls", "timm")[: 3 if name == "vitp_tiny" else 2]:
         for suffix in ("pt", "safetensors"):
@@ -324,7 +324,7 @@ def test_wrong_files_have_one_line_and_a_status(tmp_path, capsys):
         (["list.pt", "out.safetensors", *flags, "--step", 7], "is one state"),
         (["list.pt", "out.safetensors", *flags, "--raw"], "is one state"),
         (["a.safetensors", "out.safetensors", *as_pycls, "--raw"], "is one state"),
-        (["list.pt", "out.safetensors", *flags, "--num_classes", 0], "num_classes is 0"),
+        (["plain.pt", "out.safetensors", *flags, "--num_classes", 0], "num_classes is 0"),
     ):
         paths = [tmp_path / name for name in arguments[:2]]
         assert run(*paths, *arguments[2:]) == 2, arguments
@@ -355,6 +355,9 @@ def test_a_model_is_loaded_with_its_weights(tmp_path):
     for step in ("1", 1.0):
         with pytest.raises(ConfigError, match="give a number of updates, or 'best'"):
             convstem_jax.load_model(str(tmp_path), step=step)
+    for path in ("checkpoints", "checkpoints/1"):
+        with pytest.raises(ConfigError, match=f"holds no checkpoint: name {tmp_path}$"):
+            convstem_jax.load_model(str(tmp_path / path))
     config = tmp_path / "config.json"
     for name, message in (
         ("vitp_tiny", "missing: params/blocks/3"),

@@ -28,6 +28,7 @@ class Claim:
     advantage: float  # in points of top-1 error, or a share of the EDF's area
     interval: tuple[float, float] | None  # 95 %, bootstrap; None from too few values
     num_values: int  # seeds or trials that it rests on, of the smallest group
+    min_values: int  # with fewer the claim is undecided
     num_diverged: int  # among all of them
     on_edge: list[str]  # groups whose setting is on the edge of its coarse grid: perhaps not best
 
@@ -223,6 +224,7 @@ def _claim(name, sentence, figure, drawing, groups, advantage, minimum=MIN_SEEDS
         advantage=advantage(*numbers.values()),
         interval=_interval(groups, advantage) if num >= minimum else None,
         num_values=num,
+        min_values=minimum,
         num_diverged=sum(group.num_diverged for group in groups),
         on_edge=[group.label for group in groups if group.on_edge],
     )

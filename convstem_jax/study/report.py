@@ -86,6 +86,8 @@ def claim_table(found: list[Claim]) -> list[list[str]]:
         interval = "–" if claim.interval is None else "{:.2f} … {:.2f}".format(*claim.interval)
         advantage = f"{claim.advantage:.2f} ({interval})"
         trials = str(claim.num_values)
+        if claim.num_values < claim.min_values:
+            trials += f", of {claim.min_values} needed"
         if claim.num_diverged:
             trials += f", {claim.num_diverged} diverged"
         rows.append([claim.sentence, claim.figure, numbers, advantage, trials, claim.verdict])
@@ -215,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         return tell(error)
     for claim in found:
-        print(f"{claim.verdict:14}{claim.name}")
+        few = f" (from {claim.num_values}, of {claim.min_values} needed)"
+        print(f"{claim.verdict:14}{claim.name}{few * (claim.num_values < claim.min_values)}")
     print(f"report: {output}/index.html")
     return 0
 
