@@ -123,7 +123,10 @@ def check_fields(config, rules) -> None:
         # True is an integer to Python, and to nobody else.
         is_type = isinstance(value, types) and (types is bool or not isinstance(value, bool))
         if not is_type or not holds(value):
-            raise ConfigError(f"config.{name}={value!r}: it must be {words}")
+            choices = words.removeprefix("one of ").split(", ")
+            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.8)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"config.{name}={value!r}: it must be {words}{meant}")
 
 
 def unknown_field(name: str, known) -> ConfigError:

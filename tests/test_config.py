@@ -161,6 +161,7 @@ def test_text_takes_the_type_of_the_field(name, text, value):
         ("mean", "(0.1, 0.2)", "config.mean=.*three numbers between 0 and 1"),
         ("mean", "0.5", "config.mean=0.5: it must be such as"),
         ("optimizer", "lion", "config.optimizer='lion': it must be one of adamw, sgd"),
+        ("model", "vitc_tny", "did you mean 'vitc_tiny'"),
         ("model", "vit_b", "config.model='vit_b': it must be one of vitp_1gf"),
         ("warmup_epochs", "500", "config.warmup_epochs=500.0 is not below config.epochs"),
         ("eval_resize", "8", "config.eval_resize=8 is below config.image_size=32"),
