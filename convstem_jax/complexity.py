@@ -168,7 +168,7 @@ def _print_table(table: list[dict], tablefmt: str) -> None:
         line = [row["model"]]
         for column, unit in zip(COLUMNS, _UNITS, strict=True):
             value, paper = row[column] / unit, row[f"paper_{column}"]
-            line.append(f"{value:.3f}" if value >= 0.1 else f"{value:.3g}")
+            line.append(f"{value:.3f}" if value >= 0.1 else f"{value:#.3g}")
             if paper is None:
                 line += ["–", "–"]
                 continue

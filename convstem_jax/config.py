@@ -28,15 +28,17 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     if not (os.path.isfile(path) and path.endswith(".py")):
         wrong = "a Python file" if os.path.exists(path) else f"there, seen from {os.getcwd()}"
         hint = "configs/ holds those of this project"
-        for name in (f"{path}.py", f"configs/{path}.py"):
+        for name in (f"{path}.py", f"configs/{path}.py", f"configs/{path}"):
             hint = f"did you mean {name}?" if os.path.isfile(name) else hint
         raise ConfigError(f"--config {path} is not {wrong}: {hint}")
     name = f"config_{os.path.splitext(os.path.basename(path))[0]}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(module_spec)
     # `import configs`: of the file's own project, else of this one.
-    folders = [os.path.dirname(os.path.dirname(os.path.abspath(x))) for x in (path, __file__)]
-    before, sys.path = sys.path, [folders[0], *sys.path, folders[1]]
+    own, ours = (os.path.dirname(os.path.dirname(os.path.abspath(x))) for x in (path, __file__))
+    before, sys.path = sys.path, [own, *sys.path]
+    if importlib.util.find_spec("configs") is None:
+        sys.path.append(ours)
     try:
         module_spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
@@ -142,11 +144,13 @@ def set_fields(config: ml_collections.ConfigDict, fields: dict[str, str]) -> Non
     for name, known in (("model", MODELS), ("optimizer", OPTIMIZERS)):
         # An unknown one is for `validate` to refuse.
         is_other = fields.get(name) in known and fields[name] != config[name]
-        if is_other and not {"lr", "wd"} <= fields.keys():
+        kept = [x for x in ("lr", "wd") if x not in fields]
+        if is_other and kept:
+            kept = " and ".join(f"{x}={config[x]:g}" for x in kept)
             raise ConfigError(
-                f"config.{name}={fields[name]} alone would keep lr={config.lr:g} and "
-                f"wd={config.wd:g}, which are those of {config[name]}: give both too, or choose by "
-                "a word after the configuration file, as in vitc.py:18gf,sgd"
+                f"config.{name}={fields[name]} would keep {kept} of {config[name]}: "
+                "give lr and wd too, or choose by a word after the configuration file, as in "
+                "configs/vitc.py:18gf,sgd"
             )
     size = MODELS[fields["model"]].image_size if fields.get("model") in MODELS else None
     if size not in (None, config.image_size) and not {"image_size", "eval_resize"} <= fields.keys():

@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         help="model of a source with --from; one of " + ", ".join(MODELS),
     )  # fmt: skip
     parser.add_argument(
-        "--num_classes", type=int, help="of a source with --from (default: its own)"
+        "--num_classes", type=int, help="of a source with --from (default: its own, or 1000)"
     )
     parser.add_argument(
         "--image_size", type=int, help="of a source with --from (default: the model's own)"

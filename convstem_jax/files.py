@@ -33,7 +33,7 @@ def not_there(path: str) -> str:
     folder, name = os.path.split(path.rstrip("/"))
     names = []
     with contextlib.suppress(OSError):
-        names = os.listdir(folder or ".")
+        names = [x for x in os.listdir(folder or ".") if os.path.exists(os.path.join(folder, x))]
     near = difflib.get_close_matches(name, names, n=1)
     return f"{path} is not there" + "".join(f": is it {os.path.join(folder, x)}?" for x in near)
 

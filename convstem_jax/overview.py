@@ -38,8 +38,8 @@ def print_overview(
         )
     if (age := (num_steps - 1) % config.ema_every) > num_steps / 10:
         print(
-            f"the errors are the EMA's, which is last updated {age} of {num_steps} steps before "
-            f"the end: lower config.ema_every={config.ema_every}"
+            f"the errors are those of the EMA, whose last update is {age} steps before the end of "
+            f"{num_steps}: lower config.ema_every={config.ema_every}"
         )
     # The rates of a run's EMA updates add up to this, whatever its batch size and epochs.
     if (moved := config.ema_alpha * num_images) < 3:

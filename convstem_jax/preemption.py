@@ -48,7 +48,7 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
         words = b"stopping after the steps or evaluation under way"
         if signum != signal.SIGHUP:
             signal.signal(signum, old[signum])
-            words += b"; a second signal stops at once, unsaved"
+            words += b"; the same signal again stops at once, unsaved"
         with contextlib.suppress(OSError):  # nobody may be there to read it
             os.write(2, words + b"\n")
         if distributed and is_first:

@@ -131,7 +131,9 @@ def check_fields(config, rules) -> None:
 
 def unknown_field(name: str, known) -> ConfigError:
     """The error for a field that is not among the `known`; it suggests the nearest of them."""
-    short = {"learning_rate": "lr", "weight_decay": "wd", "workdir": "--workdir"}
+    if name == "workdir":
+        return ConfigError("the folder of a run is no field: give --workdir FOLDER")
+    short = {"learning_rate": "lr", "weight_decay": "wd"}
     nearest = difflib.get_close_matches(name, [*known, *short], n=1, cutoff=0.5)
     nearest = [short.get(x, x) for x in nearest]
     hint = f"did you mean '{nearest[0]}'?" if nearest else f"fields are {', '.join(known)}"

@@ -57,7 +57,7 @@ def prepare(
     Raises:
         ConfigError: it cannot be used, or belongs to another configuration.
     """
-    described = json.loads(config.to_json()) | data
+    described = json.loads(config.to_json()) | json.loads(json.dumps(data))
     with processes.together():
         if "://" in workdir:
             raise ConfigError(
@@ -77,7 +77,10 @@ def prepare(
             # With none of these there is nothing that could be mixed up.
             has_result = read_result(workdir) is not None
             if has_result or has_checkpoint(workdir) or _has_populations(workdir):
-                _check_same(_read(workdir, "config.json"), described, workdir)
+                old = _read(workdir, "config.json")
+                _check_same(old, described, workdir)
+                if "architecture" not in old:  # as of earlier versions: nobody knows
+                    described.pop("architecture", None)
                 _check_same_classes(class_names, workdir)
     token = ""
     with processes.together(), _usable(workdir):  # once all processes have read the old ones
@@ -199,19 +202,30 @@ def _has_populations(workdir: str) -> bool:
 
 
 def _check_same(old: dict, new: dict, workdir: str) -> None:
-    old = {"architecture": new.get("architecture")} | old  # earlier versions did not record it
     differ = [
         "the data have changed since"
         if name == "fingerprints"
         else f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
-        for name in sorted(old.keys() | new.keys())
+        for name in sorted((old.keys() | new.keys()) - {"architecture"})
         if name not in FREE_FIELDS and old.get(name) != new.get(name)
     ]
+    if changes := changes_of_network(old, new):
+        differ.append(f"of the network {changes}")
     if differ:
         raise ConfigError(
             f"{workdir} holds a run of another configuration ({'; '.join(differ)}): "
             "name another --workdir, or delete that folder"
         )
+
+
+def changes_of_network(old: dict, new: dict) -> str:
+    """How the sizes of the network in one config.json differ from those in another.
+
+    The code may have changed meanwhile. A size that only one of them has counts for nothing.
+    """
+    old, new = (json.loads(json.dumps(x.get("architecture", {}))) for x in (old, new))
+    names = [name for name in new if name in old and old[name] != new[name]]
+    return ", ".join(f"{name} was {old[name]} and is {new[name]}" for name in names)
 
 
 def read_classes(workdir: str) -> list[str]:

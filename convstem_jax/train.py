@@ -1,6 +1,7 @@
 """The training loop, from a configuration to result.json."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import time
@@ -68,7 +69,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
             "eval_examples": len(eval_split),
             "num_classes": train_split.num_classes,
             "fingerprints": [train_split.fingerprint(), eval_split.fingerprint()],
-            "architecture": str(MODELS[config.model]),  # which the code may change meanwhile
+            "architecture": dataclasses.asdict(MODELS[config.model]),
         }
     processes.check_same(
         str(data["fingerprints"]),
@@ -77,7 +78,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     workdir = run_folder.prepare(workdir, config, data, train_split.class_names)
     if (result := run_folder.read_result(workdir)) is not None:
         if processes.is_first():
-            print(f"this run is finished, by commit {result.get('commit')}; its result:")
+            by = f" (commit {result['commit']})" if result.get("commit") else ""
+            print(f"this run is finished{by}; its result:")
             _print_result(workdir, result)
         return result
 

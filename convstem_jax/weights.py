@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
+import re
 from typing import Any
 
 from flax import nnx, traverse_util
@@ -183,9 +184,8 @@ def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Ar
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not is_run:
-        above = [os.path.dirname(os.path.abspath(path))]
-        above.append(os.path.dirname(above[0]))
-        run = next(filter(run_folder.has_checkpoint, above), "the folder of a run")
+        inside = re.fullmatch(r"(.+)/checkpoints(/\d+)?", os.path.abspath(path))
+        run = inside[1] if inside else "the folder of a run"
         raise ConfigError(f"{path} holds no checkpoint: name {run}")
     if step not in (None, "best") and not isinstance(step, (int, np.integer)):
         raise ConfigError(f"step is {step!r}: give a number of updates, or 'best'")
@@ -195,9 +195,12 @@ def _load_run(path: str, raw: bool, step: int | str | None) -> tuple[Weights, Ar
         model, image_size = config["model"], config["image_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}/config.json cannot be read: {error}") from error
-    now = str(MODELS.get(model))
-    if (trained := config.get("architecture", now)) != now:
-        raise CheckpointError(f"{path} was trained when {model} was {trained}; now it is {now}")
+    if model in MODELS:
+        now = {"architecture": dataclasses.asdict(MODELS[model])}
+        if changes := run_folder.changes_of_network(config, now):
+            raise CheckpointError(
+                f"{path} was trained with another {model} ({changes}): take the code of then"
+            )
     folder = os.path.abspath(os.path.join(path, "checkpoints"))
     checkpoints = Checkpoints(folder, read_only=True)
     try:

@@ -37,7 +37,7 @@ make_room() {
   if ((there >= bytes)); then return; fi
   disk=$(df --block-size=1 --output=avail "$DATA_DIR" | tail -n 1)
   if ((disk + there >= bytes + SPARE / 2)); then
-    say "$(gigabytes "$bytes") to copy to $DATA_DIR, which has $(gigabytes "$disk") free"
+    say "$(gigabytes "$bytes") of data go to $DATA_DIR, which has $(gigabytes "$disk") free"
     return
   fi
   if mountpoint --quiet "$DATA_DIR"; then
@@ -50,7 +50,7 @@ make_room() {
       "$(gigabytes "$memory"), of which MEMORY_RESERVE_GB=$MEMORY_RESERVE_GB must stay free: lower" \
       "that, or share a disk that holds the data (docs/data_on_a_pod.md)"
   fi
-  say "$(gigabytes "$bytes") to copy to $DATA_DIR in memory, which has $(gigabytes "$memory") free"
+  say "$(gigabytes "$bytes") of data go to $DATA_DIR in memory, which has $(gigabytes "$memory") free"
   run sudo mount --types tmpfs --options "size=$((bytes + SPARE)),mode=0777" data "$DATA_DIR"
 }
 

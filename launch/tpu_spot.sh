@@ -222,7 +222,7 @@ if [[ $dry_run == yes ]]; then
   for command in create status setup run status delete; do "$launch/tpu_vm.sh" "$command" --dry-run; done
   exit
 fi
-for name in gcloud timeout; do
+for name in gcloud git timeout; do
   command -v $name >/dev/null || die "$name is not installed here"
 done
 

@@ -59,9 +59,12 @@ check_sources() (
   GIT_TERMINAL_PROMPT=0 git clone --quiet --bare "$REPOSITORY" "$clone" || exit 1
   git --git-dir="$clone" cat-file -e "$COMMIT^{commit}" ||
     die "$REPOSITORY has no COMMIT=$COMMIT: push it first"
+  [[ -n $DATA_SOURCE ]] || exit 0
   # Other answers are no proof: the machines may read what this account may not.
-  [[ -z $DATA_SOURCE || $(gcloud storage ls "$DATA_SOURCE" 2>&1) != *"matched no objects"* ]] ||
-    die "DATA_SOURCE=$DATA_SOURCE holds nothing: copy the prepared data there (docs/pods.md)"
+  if [[ $(gcloud storage ls "$DATA_SOURCE" 2>&1) =~ "matched no objects"|"not found: 404" ]]; then
+    echo "error: DATA_SOURCE=$DATA_SOURCE holds nothing: copy the prepared data there (docs/pods.md)" >&2
+    exit 3
+  fi
 )
 
 do_create() {

@@ -77,6 +77,8 @@ def test_a_small_network_by_hand():
 def test_small_models_have_three_digits_too(capsys):
     assert complexity.main(["--model", "vitc_tiny", "--num_classes", "10"]) == 0
     assert " 0.00292 " in capsys.readouterr().out
+    assert complexity.main(["--model", "vitc_tiny", "--image_size", "96"]) == 0
+    assert " 0.0330 " in capsys.readouterr().out
 
 
 def test_json_and_markdown(capsys):

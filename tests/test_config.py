@@ -88,7 +88,7 @@ def test_fields_in_the_argument():
     [
         ("configs/vitc.py:17gf", "'17gf' .* is none of 4gf, 1gf"),
         ("configs/vitc.py:1gf,18gf", "'1gf' and '18gf' .* give one"),
-        ("configs/vitc.py:optimizer=sgd", "optimizer=sgd alone would keep lr=0.001 and wd=0.24"),
+        ("configs/vitc.py:optimizer=sgd", "optimizer=sgd would keep lr=0.001 and wd=0.24 of adamw"),
         ("configs/vitc.py:model=regnety_16gf,lr=1,wd=0", "is made for 256 pixels and this .* 224"),
         ("configs/vitc.py:epocs=3", "unknown config field 'epocs': did you mean 'epochs'"),
         ("configs/study.py:optimizer=sgd", "unknown config field 'optimizer'"),
@@ -104,7 +104,10 @@ def test_fields_in_the_argument():
         ("configs/vitc", "did you mean configs/vitc.py"),
         ("quickstart", "did you mean configs/quickstart.py"),
         ("configs/vitc.py:epochs=3,wd=0,epochs=4", "sets epochs twice"),
-        ("configs/vitc.py:workdir=runs/a", "did you mean '--workdir'"),
+        ("configs/vitc.py:optimizer=sgd,lr=0.5", "would keep wd=0.24 of adamw"),
+        ("quickstart.py:sgd", "did you mean configs/quickstart.py"),
+        ("configs/vitc.py:workdir=runs/a", "give --workdir FOLDER"),
+        ("configs/vitc.py:worker=3", "did you mean 'num_workers'"),
     ],
 )
 def test_wrong_arguments_are_refused(spec, message):
@@ -124,6 +127,15 @@ def test_a_file_in_any_folder_may_use_ours(tmp_path, monkeypatch):
     )
     before = list(sys.path)
     assert load_config(f"{tmp_path}/own.py").epochs == 2.5 and sys.path == before
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/shared.py").write_text("from ml_collections import ConfigDict as Config")
+    (tmp_path / "configs/own.py").write_text(
+        "from configs import shared\n\ndef get_config(arg):\n    return shared.Config({'lr': 7})\n"
+    )
+    assert load_config(f"{tmp_path}/configs/own.py").lr == 7, "another project's configs"
 
 
 @pytest.mark.parametrize(
@@ -193,7 +205,9 @@ def test_types_of_a_configuration_file_are_checked(name, value):
 @pytest.mark.parametrize("name, text", [("optimizer", "sgd"), ("model", "vitp_1gf")])
 def test_a_model_or_optimizer_brings_its_learning_rate_and_weight_decay(name, text):
     config = load_config("configs/vitc.py")
-    with pytest.raises(ConfigError, match=f"config.{name}={text} alone .* give both"):
+    with pytest.raises(
+        ConfigError, match=f"config.{name}={text} would keep wd=0.24 of .* give lr and wd too"
+    ):
         set_fields(config, {name: text, "lr": "1"})
     set_fields(config, {name: text, "lr": "1", "wd": "2e-5"})
     assert (config[name], config.lr, config.wd) == (text, 1.0, 2e-5)

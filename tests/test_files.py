@@ -16,3 +16,14 @@ def test_what_stops_writing_leaves_the_old_file_alone(error, tmp_path):
     with files.replacing(str(path), "wb") as file:
         file.write(b"new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_nearest_name_that_is_there_is_told(tmp_path):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").symlink_to(tmp_path / "gone")
+    assert (
+        files.not_there(f"{tmp_path}/frst/")
+        == f"{tmp_path}/frst/ is not there: is it {tmp_path}/first?"
+    )
+    for name in ("second", "other", "no/folder"):
+        assert files.not_there(f"{tmp_path}/{name}") == f"{tmp_path}/{name} is not there"

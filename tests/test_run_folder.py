@@ -1,7 +1,9 @@
 """The folder of a run."""
 
 import contextlib
+import dataclasses
 import fcntl
+import json
 import os
 import pathlib
 import shutil
@@ -13,6 +15,7 @@ import pytest
 from convstem_jax import commits, run_folder
 from convstem_jax.config import load_config
 from convstem_jax.errors import ConfigError
+from convstem_jax.models import MODELS
 
 
 @contextlib.contextmanager
@@ -103,6 +106,29 @@ def test_other_data_of_the_same_name_are_another_run(tmp_path):
     saved(tmp_path)
     with pytest.raises(ConfigError, match="train_examples is 100 there and 5000 here"):
         prepare(tmp_path, config, {"train_examples": 5000})
+
+
+def test_another_network_of_the_same_name_is_another_run(tmp_path):
+    config = load_config("configs/quickstart.py")
+    spec = MODELS["vitc_tiny"]
+    of_then, grown, other = (
+        {"architecture": x}
+        for x in (
+            dataclasses.asdict(spec),
+            dataclasses.asdict(spec) | {"dropout": 0.0},  # a field that later code has
+            dataclasses.asdict(spec) | {"depth": 4},
+        )
+    )
+    prepare(tmp_path / "old", config, {})
+    saved(tmp_path / "old")
+    prepare(tmp_path / "old", config, other)  # an earlier version recorded none
+    assert "architecture" not in json.loads((tmp_path / "old/config.json").read_text())
+
+    prepare(tmp_path / "new", config, of_then)
+    saved(tmp_path / "new")
+    prepare(tmp_path / "new", config, grown)
+    with pytest.raises(ConfigError, match="of the network depth was 3 and is 4"):
+        prepare(tmp_path / "new", config, other)
 
 
 def test_classes_keep_their_numbers(tmp_path):

@@ -24,7 +24,7 @@ def test_data_go_to_the_disk_where_it_has_the_room(cloud):
     done, did = fill(cloud, [SIZED], disk=160, memory=10)
     assert done.returncode == 0, done.stderr
     assert did == [f"gcloud storage rsync --recursive gs://my-bucket/data {cloud.home}"]
-    assert "150 GB to copy to" in done.stdout and "160 GB free" in done.stdout
+    assert "150 GB of data go to" in done.stdout and "160 GB free" in done.stdout
 
 
 def test_data_go_to_memory_where_the_disk_is_too_small(cloud):

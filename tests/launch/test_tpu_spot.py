@@ -82,7 +82,8 @@ def test_spot_goes_on_after_a_refusal_and_after_a_failed_request(cloud):
     ("answer", "status", "words"),
     [
         (["git cat-file", 1, ""], 2, "has no COMMIT=0123456789abcdef"),
-        (["storage ls", 1, "ERROR: One or more URLs matched no objects.\n"], 2, "holds nothing"),
+        (["storage ls", 1, "ERROR: One or more URLs matched no objects.\n"], 3, "holds nothing"),
+        (["storage ls", 1, "ERROR: gs://my-bucket not found: 404.\n"], 3, "holds nothing"),
         (["storage ls", 1, "ERROR: 403: does not have permission\n"], 0, "the run is done"),
         (["git clone", 128, "fatal: Could not resolve host\n"], 75, "Could not resolve host"),
     ],
